@@ -1,0 +1,1 @@
+"""Token-Superposition Training for Composer and llm-foundry."""
