@@ -1,0 +1,152 @@
+"""The tokenizer: loaded with transformers or trained here, and run on documents of any length."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from .errors import PrepareError
+
+END_OF_TEXT = '<|endoftext|>'
+PADDING = '<|padding|>'
+# The 256 bytes and the two tokens above.
+SMALLEST_VOCABULARY = 258
+# Longer documents are tokenised piece by piece, in characters.
+PIECE_CHARS = 1 << 18
+# What is compared on each side of a cut to know that tokens do not depend on it, in characters.
+PROBE_CHARS = 256
+CUTS_TRIED = 16
+# Between a word or a line end and what follows it, as pre-tokenizers cut too.
+CUT = re.compile(r'(?<=\S\n)(?=\S)|(?<=\S)(?= \S)')
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer as plain strings, which any process, here or on a cluster, can be handed.
+
+    Args:
+        definition: the JSON of `tokenizers`.
+        eos_id: the id of the end-of-text token.
+    """
+
+    definition: str
+    eos_id: int
+
+    @cached_property
+    def backend(self) -> Tokenizer:
+        """The tokenizer itself, for text only: `<|endoftext|>` within a document is text like any other."""
+        backend = Tokenizer.from_str(self.definition)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        return backend
+
+    def __reduce__(self) -> tuple:
+        # Not the backend: its own pickling forgets `encode_special_tokens`.
+        return TextTokenizer, (self.definition, self.eos_id)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, texts: list[str]) -> list[NDArray[np.int32]]:
+        """Tokenise each text by itself, without end-of-text; one array[T] for each."""
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def pieces(self, chunks: Iterable[str]) -> Iterator[str]:
+        """Cut a document into pieces whose tokens, one after another, are the tokens of the whole.
+
+        A piece is about `PIECE_CHARS` long. It is cut where the tokens on both sides are seen not to depend
+        on each other. Where a tokenizer never allows that (some SentencePiece ones mark the beginning of
+        every text) the document stays whole, in memory too.
+        """
+        held: list[str] = []
+        for chunk in chunks:
+            for start in range(0, len(chunk), PIECE_CHARS):
+                block = chunk[start : start + PIECE_CHARS]
+                cut = self._last_cut(block) if len(block) > 2 * PROBE_CHARS else None
+                if cut is None:
+                    held.append(block)
+                else:
+                    yield ''.join([*held, block[:cut]])
+                    held = [block[cut:]]
+        yield ''.join(held)
+
+    def _last_cut(self, block: str) -> int | None:
+        cuts = [match.start() for match in CUT.finditer(block, len(block) // 2, len(block) - PROBE_CHARS)]
+        for cut in reversed(cuts[-CUTS_TRIED:]):
+            before, after = block[cut - PROBE_CHARS : cut], block[cut : cut + PROBE_CHARS]
+            whole, left, right = self.encode([before + after, before, after])
+            if np.array_equal(whole, np.concatenate([left, right])):
+                return cut
+        return None
+
+
+def check_vocabulary(size: int) -> None:
+    """Refuse a vocabulary that cannot hold every byte.
+
+    Raises:
+        PrepareError: if `size` is below the smallest.
+    """
+    if size < SMALLEST_VOCABULARY:
+        raise PrepareError(
+            f'--train-tokenizer {size}: a byte-level vocabulary needs at least {SMALLEST_VOCABULARY}'
+        )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """Train byte-level BPE with end-of-text and padding tokens.
+
+    Args:
+        texts: the sample.
+        vocab_size: the most ids; a small sample may give fewer.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return TextTokenizer(tokenizer.to_str(), tokenizer.token_to_id(END_OF_TEXT))
+
+
+def save_tokenizer(tokenizer: TextTokenizer, folder: str) -> None:
+    """Save a trained tokenizer to a local folder as transformers' `PreTrainedTokenizerFast` loads it."""
+    from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.definition),
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+
+
+def load_tokenizer(name: str) -> TextTokenizer:
+    """Load what transformers loads: a local folder or a hub name.
+
+    Raises:
+        PrepareError: if there is none, if it has no end-of-text token, or no fast version.
+    """
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        # transformers raises OSError, ValueError, KeyError and others, with advice over several lines.
+        raise PrepareError(f'--tokenizer {name}: transformers cannot load it') from error
+    if tokenizer.eos_token_id is None:
+        raise PrepareError(f'--tokenizer {name}: it has no end-of-text (eos) token to join documents with')
+    if not tokenizer.is_fast:
+        raise PrepareError(f'--tokenizer {name}: it has no fast version (a tokenizer.json)')
+    return TextTokenizer(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
