@@ -1,0 +1,320 @@
+"""Token superposition as a Composer algorithm: the one place that knows Composer's events."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from composer.core import Algorithm, Event, State, Time, TimeUnit
+from composer.loggers import Logger
+from composer.utils import dist
+
+from composer_tst.attach import Superposition, check_model
+from composer_tst.folding import IGNORE_INDEX, check_fold_settings, fold_batch, rows_per_fold
+from composer_tst.loader import BagLoader
+from composer_tst.schedule import Plan, Schedule, parse_phases, plan_steps
+from composer_tst.weighting import Weighting, target_weights
+
+log = logging.getLogger(__name__)
+
+
+class TokenSuperposition(Algorithm):
+    """Pre-train on bags of tokens first, then on tokens (Peng, Gigant, Quesnelle, arXiv 2605.06546).
+
+    In the superposition phase the model reads bags of ``bag_size`` contiguous tokens, each as the mean of their
+    embeddings, and predicts the next bag with a multi-hot cross-entropy. A step has the shapes and the cost of a
+    plain one and reads ``bag_size`` times the data, which is drawn from the train loader as it is configured. When
+    the phase ends, ordinary next-token training goes on with the same weights, optimizer and schedule, and nothing
+    of the algorithm is left in the model, the loss or the loader.
+
+    Timestamps count data samples and tokens. Evaluation is plain next-token evaluation throughout. Train metrics
+    are absent while superposed: the multi-hot cross-entropy is logged as ``loss/train/total``.
+
+    Logs every step ``superposition/bag_size`` (1 in recovery), and, cumulative over all ranks,
+    ``superposition/data_tokens`` and ``superposition/s_tokens`` (model positions, padding included).
+
+    Args:
+        bag_size: Tokens in a bag, ``s``, an integer of at least 2.
+        duration: When superposition ends, as any Composer Time. A share (``0.3dur``) is one of steps if
+            ``max_duration`` is in batches or epochs, and one of tokens or samples if it is in those.
+        superpose: ``both`` sides, or the ``input`` only (predict the first token of the next bag), or the
+            ``output`` only (single tokens predict the next ``s``; needs ``expand: none``).
+        expand: Where the ``s``-fold data goes: ``sequence`` (joins ``s`` rows into one), ``batch`` (more, shorter
+            rows), or ``none`` (no more data: cheaper steps).
+        weighting: Weights of a bag's targets: ``uniform``, ``power_law``, ``exponential``, ``first``, or ``s``
+            numbers.
+        phases: Instead of ``bag_size`` and ``duration``, several phases from coarse to fine, each a mapping
+            ``{bag_size, until}``.
+
+    Raises:
+        ValueError: On a setting that cannot be followed; before training wherever it can be known then.
+
+    Example:
+        .. code-block:: python
+
+            trainer = Trainer(..., algorithms=[TokenSuperposition(bag_size=6, duration='0.3dur')])
+    """
+
+    def __init__(
+        self,
+        bag_size: int | None = None,
+        duration: str | Time | None = None,
+        superpose: str = 'both',
+        expand: str = 'sequence',
+        weighting: Weighting = 'uniform',
+        phases: Sequence[Mapping[str, Any]] | None = None,
+    ):
+        self.schedule = Schedule(parse_phases(bag_size, duration, phases))
+        check_fold_settings(expand, superpose)
+        self.superpose = superpose
+        self.expand = expand
+        self.weighting = weighting
+        for phase in self.schedule.phases:
+            weights = target_weights(weighting, phase.bag_size)
+            if superpose == 'input' and weights[0] == 0:
+                raise ValueError(
+                    f'weighting is {weighting} but superpose: input predicts the first token alone: '
+                    'give that one a positive weight.'
+                )
+        self._superposition: Superposition | None = None
+        self._train_metrics: dict[str, Any] | None = None
+        self._s_tokens = 0
+        self._warned_of_tail = False
+
+    def __repr__(self) -> str:
+        """The settings."""
+        phases = [{'bag_size': phase.bag_size, 'until': phase.until.to_timestring()} for phase in self.schedule.phases]
+        return (
+            f'{type(self).__name__}(phases={phases}, superpose={self.superpose!r}, expand={self.expand!r}, '
+            f'weighting={self.weighting!r})'
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know, in plain Python types."""
+        return {
+            **super().state_dict(),
+            'began': self.schedule.began,
+            'ended': list(self.schedule.ended),
+            's_tokens': self._s_tokens,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where a checkpoint left off."""
+        self.schedule.began = state['began']
+        self.schedule.ended = list(state['ended'])
+        self._s_tokens = state['s_tokens']
+
+    _EVENTS = (
+        Event.INIT,
+        Event.FIT_START,
+        Event.AFTER_DATALOADER,
+        Event.BATCH_END,
+        Event.EPOCH_END,
+        Event.FIT_END,
+    )
+
+    def match(self, event: Event, state: State) -> bool:
+        """Whether to run at this event."""
+        del state
+        return event in self._EVENTS
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Superpose, fold, count, or step back, as the event asks."""
+        if event == Event.INIT:
+            # Composer sets its own logger's level by the trainer's python_log_level: follow it.
+            if level := logging.getLogger('composer').level:
+                logging.getLogger('composer_tst').setLevel(level)
+            check_model(state.model)
+        elif event == Event.FIT_START:
+            self._start(state)
+        elif event == Event.AFTER_DATALOADER:
+            self._fold(state)
+        elif event == Event.BATCH_END:
+            self._count(state, logger)
+            self._advance(state)
+        elif event == Event.EPOCH_END:
+            self._advance(state)
+        elif event == Event.FIT_END:
+            self._stop(state)
+
+    def _start(self, state: State) -> None:
+        assert state.max_duration is not None
+        self._detach(state)
+        self._restore_loader(state)
+        if self.schedule.began is None:
+            self._s_tokens = int(state.timestamp.token)
+        if not self.schedule.finished:
+            plan = self._plan(state)
+            self.schedule.resolve(state.max_duration, plan)
+            self._report_shares(state.max_duration, plan)
+            self.schedule.advance(state.timestamp)
+        if not self.schedule.finished:
+            self._attach(state)
+        if not self.schedule.finished or self._replays_superposed_steps(state):
+            self._install_loader(state)
+
+    def _plan(self, state: State) -> Plan | None:
+        """Expected steps, from what the loader tells of itself."""
+        assert state.max_duration is not None
+        loader = state.train_dataloader
+        per_batch: dict[TimeUnit, float] = {}
+        if state.dataloader_len is not None:
+            batches = int(state.dataloader_len)
+            per_batch[TimeUnit.EPOCH] = 1 / batches
+            needed = max(self._draws(phase.bag_size) for phase in self.schedule.phases)
+            if batches < needed:
+                raise ValueError(
+                    f'The train loader has {batches} batches but one superposed step reads {needed}: '
+                    'use a smaller bag_size, more data, or a smaller batch.'
+                )
+        batch_size = getattr(loader, 'batch_size', None)
+        if batch_size is not None:
+            per_batch[TimeUnit.SAMPLE] = batch_size * dist.get_world_size()
+            row_length = getattr(getattr(loader, 'dataset', None), 'max_seq_len', None)
+            if row_length is not None:
+                per_batch[TimeUnit.TOKEN] = per_batch[TimeUnit.SAMPLE] * row_length
+        draws = [self._draws(phase.bag_size) for phase in self.schedule.phases]
+        return plan_steps(self.schedule.phases, draws, state.max_duration, per_batch)
+
+    def _report_shares(self, max_duration: Time, plan: Plan | None) -> None:
+        """Say what a share of the duration comes to where it is not plainly one of steps."""
+        until = self.schedule.phases[-1].until
+        if max_duration.unit in (TimeUnit.TOKEN, TimeUnit.SAMPLE) and until.unit == TimeUnit.DURATION:
+            steps = 'an unknown share of the steps'
+            if plan is not None:
+                steps = f'{plan.ends[-1]} of about {plan.total} steps ({plan.ends[-1] / plan.total:.0%})'
+            log.warning(
+                '%s of %s is a share of %ss, not of steps: superposition lasts %s.',
+                until.to_timestring(),
+                max_duration.to_timestring(),
+                max_duration.unit.name.lower(),
+                steps,
+            )
+        if max_duration.unit == TimeUnit.EPOCH and self.expand != 'none' and plan is not None:
+            log.warning(
+                'Superposition reads %s in about %d steps, fewer than plain training, but a scheduler in dur counts '
+                'the steps of plain training: give max_duration as %dba for a schedule that ends with training.',
+                max_duration.to_timestring(),
+                plan.total,
+                plan.total,
+            )
+
+    def _draws(self, bag_size: int) -> int:
+        return 1 if self.expand == 'none' else bag_size
+
+    def _replays_superposed_steps(self, state: State) -> bool:
+        """Whether the trainer is about to redraw steps of this epoch that were superposed."""
+        if 'train' in state.dataset_resumption:
+            return False
+        return self._epoch_start(state) < self.schedule.ended[-1]
+
+    @staticmethod
+    def _epoch_start(state: State) -> int:
+        return int(state.timestamp.batch) - int(state.timestamp.batch_in_epoch)
+
+    def _install_loader(self, state: State) -> None:
+        if self.expand == 'none':
+            return
+        assert state.train_dataloader is not None
+
+        def first_step() -> int:
+            return int(state.timestamp.batch_in_epoch) if 'train' in state.dataset_resumption else 0
+
+        def draws_at(step: int) -> int:
+            return self._draws(self.schedule.bag_size_at(self._epoch_start(state) + step))
+
+        limit = None if state.dataloader_len is None else int(state.dataloader_len)
+        loader = BagLoader(state.train_dataloader, draws_at, first_step, self.expand == 'sequence', limit)
+        state.set_dataloader(loader, state.dataloader_label, -1 if limit is None else limit)
+
+    def _restore_loader(self, state: State) -> None:
+        if isinstance(state.dataloader, BagLoader):
+            limit = -1 if state.dataloader_len is None else int(state.dataloader_len)
+            state.set_dataloader(state.train_dataloader, state.dataloader_label, limit)
+
+    def _attach(self, state: State) -> None:
+        model = (
+            state.model.module if isinstance(state.model, torch.nn.parallel.DistributedDataParallel) else state.model
+        )
+        self._superposition = Superposition(model)
+        self._set_weights()
+        # A next-token metric has nothing to measure in a superposed step.
+        self._train_metrics, state.train_metrics = state.train_metrics, {}
+
+    def _detach(self, state: State) -> None:
+        if self._superposition is not None:
+            self._superposition.remove()
+            self._superposition = None
+            state.train_metrics, self._train_metrics = self._train_metrics, None
+
+    def _set_weights(self) -> None:
+        assert self._superposition is not None
+        uniform = self.weighting == 'uniform'
+        self._superposition.weights = None if uniform else target_weights(self.weighting, self.schedule.bag_size)
+
+    def _fold(self, state: State) -> None:
+        if self.schedule.finished:
+            self._restore_loader(state)
+            return
+        bag_size = self.schedule.bag_size
+        rows, length = state.batch['input_ids'].shape if 'input_ids' in state.batch else (0, 0)
+        batch = fold_batch(state.batch, bag_size, self.expand, self.superpose)
+        if 'loss_generating_tokens' in batch:
+            # The trainer weighs microbatches by this: by the weights of their targets, it adds up to the loss of
+            # the whole batch.
+            valid = (batch['labels'] != IGNORE_INDEX).double()
+            weights = target_weights(self.weighting, bag_size).to(valid)
+            batch['loss_generating_tokens'] = (valid * weights).sum((1, 2)).tolist()
+        state.batch = batch
+        dropped = rows * (length % bag_size) if self.expand == 'batch' else 0
+        if dropped and not self._warned_of_tail:
+            self._warned_of_tail = True
+            log.warning(
+                'bag_size %d does not divide rows of %d tokens: expand: batch drops %d tokens a step on each rank.',
+                bag_size,
+                length,
+                dropped,
+            )
+
+    def _count(self, state: State, logger: Logger) -> None:
+        bag_size = self.schedule.bag_size
+        samples = int(state.timestamp.sample) - int(state.previous_timestamp.sample)
+        joined = 1 if self.schedule.finished else rows_per_fold(bag_size, self.expand)
+        self._s_tokens += samples // joined * state.batch['labels'].shape[1]
+        logger.log_metrics(
+            {
+                'superposition/bag_size': bag_size,
+                'superposition/data_tokens': int(state.timestamp.token),
+                'superposition/s_tokens': self._s_tokens,
+            }
+        )
+
+    def _advance(self, state: State) -> None:
+        if self.schedule.finished:
+            return
+        before = self.schedule.bag_size
+        if not self.schedule.advance(state.timestamp):
+            return
+        if self.schedule.finished:
+            self._detach(state)
+            self._restore_loader(state)
+        else:
+            self._set_weights()
+        log.info(
+            'Superposition: bag size goes from %d to %d%s at batch %d, after %s data tokens.',
+            before,
+            self.schedule.bag_size,
+            ' (the recovery phase begins)' if self.schedule.finished else '',
+            int(state.timestamp.batch),
+            f'{int(state.timestamp.token):,}',
+        )
+
+    def _stop(self, state: State) -> None:
+        if not self.schedule.finished:
+            log.warning(
+                'Training stops at %s, before superposition ends at %s: the model has had no recovery phase.',
+                state.timestamp.batch.to_timestring(),
+                self.schedule.phases[-1].until.to_timestring(),
+            )
+        self._detach(state)
+        self._restore_loader(state)

@@ -1,0 +1,112 @@
+"""Drawing the s-fold data: a train loader that yields several of its batches as one."""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import wrapt
+
+log = logging.getLogger(__name__)
+
+
+class BagLoader(wrapt.ObjectProxy):
+    """A stand-in for a train loader that joins the batches of one step.
+
+    In all but iteration it is the loader itself: its type, length, dataset and sampler, so that Composer's
+    resumption, sampler seeding and checkpoints see what they would see without it.
+
+    At the end of an epoch fewer batches than a step needs may be left. They make a smaller step, or none if the
+    loader has ``drop_last``. Rows that cannot be joined to a whole row of bags are left out. Either way the
+    number of samples left out is logged.
+
+    Args:
+        loader: The train loader.
+        draws_at: Given the index of a step in the epoch, how many batches it draws.
+        first_step: The index of the first step the next iteration will draw: not 0 where a dataset resumes in
+            the middle of an epoch by itself.
+        joins_rows: Whether a step's rows are joined in groups of as many as it draws batches.
+        limit: The batches to draw in an epoch, or None for all.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        draws_at: Callable[[int], int],
+        first_step: Callable[[], int],
+        joins_rows: bool,
+        limit: int | None,
+    ):
+        super().__init__(loader)
+        self._self_draws_at = draws_at
+        self._self_first_step = first_step
+        self._self_joins_rows = joins_rows
+        self._self_limit = limit
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batch of each step."""
+        batches = itertools.islice(self.__wrapped__, self._self_limit)
+        for step in itertools.count(self._self_first_step()):
+            draws = self._self_draws_at(step)
+            group = list(itertools.islice(batches, draws))
+            if not group:
+                return
+            if draws == 1:
+                yield group[0]
+                continue
+            batch = merge_batches(group)
+            rows = len(batch['input_ids'])
+            used = self._usable_rows(rows, complete=len(group) == draws, draws=draws)
+            if used < rows:
+                log.warning(
+                    'The last %d samples of the epoch on this rank are left out: they do not fill a step that '
+                    'reads %d batches.',
+                    rows - used,
+                    draws,
+                )
+            if used:
+                yield {key: value if _is_plain(value) else value[:used] for key, value in batch.items()}
+
+    def _usable_rows(self, rows: int, complete: bool, draws: int) -> int:
+        if not complete and getattr(self.__wrapped__, 'drop_last', False):
+            return 0
+        return rows - rows % draws if self._self_joins_rows else rows
+
+
+def merge_batches(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Join loader batches, one after another, along the rows.
+
+    Args:
+        batches: Mappings of tensors ``(rows, ...)``, lists one entry a row, and plain numbers, strings or flags.
+
+    Returns:
+        dict: The same keys; tensors and lists are as long as all batches together.
+
+    Raises:
+        ValueError: If the batches are no mappings with input_ids, or differ in their keys, row lengths or
+            plain values.
+    """
+    first = batches[0]
+    if not isinstance(first, Mapping) or 'input_ids' not in first:
+        kind = ', '.join(first) if isinstance(first, Mapping) else type(first).__name__
+        raise ValueError(f'The train loader yields {kind}: superposition needs a mapping with input_ids and labels.')
+    merged: dict[str, Any] = {}
+    for key, value in first.items():
+        values = [batch.get(key) for batch in batches]
+        if isinstance(value, torch.Tensor):
+            if any(not isinstance(v, torch.Tensor) or v.shape[1:] != value.shape[1:] for v in values):
+                shapes = [tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in values]
+                raise ValueError(f'{key} comes in shapes {shapes}: have the collator pad every batch to one length.')
+            merged[key] = torch.cat(values)
+        elif isinstance(value, (list, tuple)):
+            merged[key] = list(itertools.chain.from_iterable(values))
+        elif all(v == value for v in values):
+            merged[key] = value
+        else:
+            raise ValueError(f'{key} differs between the batches of one step ({values}): leave it out of the batch.')
+    return merged
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (int, float, str, bool))

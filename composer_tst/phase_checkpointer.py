@@ -1,0 +1,87 @@
+"""One full checkpoint at every change of bag size."""
+
+from pathlib import Path
+
+from composer.callbacks import CheckpointSaver
+from composer.core import Callback, Event, State
+from composer.loggers import Logger
+from composer.utils import parse_uri
+
+from composer_tst.algorithm import TokenSuperposition
+
+
+class PhaseCheckpointer(Callback):
+    """Saves one full checkpoint after the last step of each superposition phase.
+
+    The checkpoints go beside the trainer's own, wherever its ``save_folder`` is (local or remote), each in a folder
+    that names the change: ``bag6-to-bag1/ep0-ba6000-rank0.pt``. Without a ``save_folder`` they go to Composer's
+    default, ``{run_name}/checkpoints``. They are never rotated away, and do not move the ``latest`` link. A run that
+    repeats the last step of a phase after a failure writes the same checkpoint again, over the first.
+
+    From one of them a recovery run can be forked: ``load_path: .../bag6-to-bag1/ep0-ba6000-rank0.pt``.
+    """
+
+    def __init__(self):
+        self._bag_size = 1
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Set up saving to where the trainer saves.
+
+        Raises:
+            ValueError: If the run has no TokenSuperposition.
+        """
+        algorithms = [a for a in state.algorithms if isinstance(a, TokenSuperposition)]
+        if not algorithms:
+            raise ValueError('phase_checkpointer saves at changes of bag size: add token_superposition to algorithms.')
+        self._schedule = algorithms[0].schedule
+        folder = '{run_name}/checkpoints'
+        for callback in state.callbacks:
+            if isinstance(callback, CheckpointSaver):
+                uploader = callback.remote_uploader
+                folder = callback.folder if uploader is None else uploader.remote_folder
+                break
+        self._remote_folder = parse_uri(folder)[2]
+        self._saver = CheckpointSaver(
+            folder=folder,
+            remote_file_name='{run_name}',
+            latest_filename=None,
+            latest_remote_file_name=None,
+            save_interval=lambda state, event: True,
+            overwrite=True,
+        )
+        self._saver.init(state, logger)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Note the bag size that training starts with."""
+        self._bag_size = self._schedule.bag_size
+        self._saver.fit_start(state, logger)
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Save if the step just taken was the last of its phase."""
+        self._save_if_changed(Event.BATCH_CHECKPOINT, state, logger)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Save if the epoch just finished was the last of its phase."""
+        self._save_if_changed(Event.EPOCH_CHECKPOINT, state, logger)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Look after uploads."""
+        self._saver.batch_end(state, logger)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Wait for uploads."""
+        self._saver.fit_end(state, logger)
+
+    def post_close(self) -> None:
+        """Close the uploader."""
+        self._saver.post_close()
+
+    def _save_if_changed(self, event: Event, state: State, logger: Logger) -> None:
+        before, self._bag_size = self._bag_size, self._schedule.bag_size
+        if self._bag_size == before:
+            return
+        name = f'bag{before}-to-bag{self._bag_size}/ep{{epoch}}-ba{{batch}}-rank{{rank}}.pt'
+        self._saver.filename.filename = name
+        assert self._saver.remote_file_name is not None
+        self._saver.remote_file_name.filename = str(Path(self._remote_folder) / name)
+        self._saver.run_event(event, state, logger)
