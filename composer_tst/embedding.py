@@ -1,10 +1,10 @@
 """Bag embedding: the input of one s-token is the mean of its tokens' embeddings.
 
-Token-Superposition Training (Peng, Gigant, Quesnelle, arXiv 2605.06546) sums in float32 and casts back. Here the
-`s` embeddings of a bag never stand side by side in memory, neither forward nor backward.
+Token-Superposition Training (Peng, Gigant, Quesnelle, arXiv 2605.06546) sums in float32 and casts back. Here
+the `s` embeddings of a bag never stand side by side in memory, neither forward nor backward.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ def bag_embedding(embedding: nn.Module | Tensor, input_ids: Tensor, mask: Tensor
     like any other (unlike `nn.EmbeddingBag`, which leaves it out of the mean).
 
     Args:
-        embedding: an `nn.Embedding`, another module with a (V, d) `.weight` and optionally a `.padding_idx`, or
-            a (V, d) weight.
+        embedding: an `nn.Embedding`, another module with a (V, d) `.weight` and optionally a `.padding_idx`,
+            or a (V, d) weight.
         input_ids: (..., s) int64, each in [0, V).
         mask: (..., s), nonzero where a token is attended to; None if all are.
 
@@ -38,17 +38,15 @@ def bag_embedding(embedding: nn.Module | Tensor, input_ids: Tensor, mask: Tensor
     else:
         for option in ('max_norm', 'sparse', 'scale_grad_by_freq'):
             if getattr(embedding, option, None):
-                raise ValueError(
-                    f'An embedding with {option} cannot be averaged over bags; switch {option} off.'
-                )
-        weight, padding_idx = embedding.weight, getattr(embedding, 'padding_idx', None)
+                raise ValueError(f'An embedding with {option} cannot be averaged over bags; switch {option} off.')
+        weight, padding_idx = cast(Tensor, embedding.weight), getattr(embedding, 'padding_idx', None)
     if input_ids.ndim == 0 or input_ids.shape[-1] == 0:
         raise ValueError(f'input_ids must be (..., s) with s >= 1, but have shape {tuple(input_ids.shape)}.')
     if mask is not None and mask.shape != input_ids.shape:
         raise ValueError(f'mask must be {tuple(input_ids.shape)} like input_ids, but is {tuple(mask.shape)}.')
     bags = input_ids.flatten(0, -2) if input_ids.ndim > 1 else input_ids[None]
     attended = None if mask is None else mask.reshape(bags.shape) != 0
-    means = _BagEmbedding.apply(weight, bags, attended, padding_idx)
+    means = cast(Tensor, _BagEmbedding.apply(weight, bags, attended, padding_idx))
     return means.view(*input_ids.shape[:-1], weight.shape[1])
 
 
@@ -56,9 +54,7 @@ class _BagEmbedding(torch.autograd.Function):
     """(V, d) weight, (T, s) ids and (T, s) bool mask or None to (T, d) means."""
 
     @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, bags: Tensor, attended: Tensor | None, padding_idx: int | None
-    ) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, bags: Tensor, attended: Tensor | None, padding_idx: int | None) -> Tensor:
         size = bags.shape[1]
         if attended is None:
             counts = torch.full_like(bags[:, :1], size)
@@ -69,7 +65,7 @@ class _BagEmbedding(torch.autograd.Function):
         if weight.dtype in (torch.float32, torch.float64):
             offsets = torch.arange(0, bags.numel() + 1, size, device=bags.device, dtype=bags.dtype)
             return _sum_bags(weight.detach(), bags.flatten(), offsets, attended).div_(counts)
-        # `torch.embedding_bag` adds a low-precision bag in float32 too, but rounds the sum before it is divided.
+        # `torch.embedding_bag` would round a low-precision sum before it is divided.
         means = weight.new_empty(bags.shape[0], weight.shape[1])
         for rows in _chunks(means):
             sums = torch.zeros_like(means[rows], dtype=torch.float32)
@@ -83,13 +79,11 @@ class _BagEmbedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         bags, attended, counts = ctx.saved_tensors
-        # What a row of the weight receives is itself a bag: the sum over the positions where its id occurs. As a
-        # bag it is summed in float32 and written once, where adding rows in bfloat16 would lose most of a frequent
-        # token's gradient.
+        # The gradient of one row of the weight is itself a bag: a sum over the positions where its id occurs. So
+        # it is summed in float32 and written once, also in bfloat16, where torch's own gradient of an embedding
+        # adds position after position to a bfloat16 row and loses what a frequent token gets.
         sorted_ids, order = bags.flatten().sort()
-        offsets = torch.searchsorted(
-            sorted_ids, torch.arange(ctx.rows + 1, device=bags.device, dtype=bags.dtype)
-        )
+        offsets = torch.searchsorted(sorted_ids, torch.arange(ctx.rows + 1, device=bags.device, dtype=bags.dtype))
         grads = (grad_output / counts).contiguous()
         if attended is not None:
             attended = attended.flatten()[order]
@@ -102,9 +96,7 @@ class _BagEmbedding(torch.autograd.Function):
 def _sum_bags(table: Tensor, rows: Tensor, offsets: Tensor, attended: Tensor | None) -> Tensor:
     """Sums of the attended `table[rows]` between each two of the offsets."""
     weights = None if attended is None else attended.flatten().to(table.dtype)
-    return torch.embedding_bag(
-        table, rows, offsets, mode=0, per_sample_weights=weights, include_last_offset=True
-    )[0]
+    return torch.embedding_bag(table, rows, offsets, mode=0, per_sample_weights=weights, include_last_offset=True)[0]
 
 
 def _chunks(means: Tensor) -> list[slice]:

@@ -1,19 +1,19 @@
 """Multi-hot cross-entropy: one position predicts the `s` tokens of a bag as a set.
 
-The loss of Token-Superposition Training (Peng, Gigant, Quesnelle, arXiv 2605.06546) at the cost of one ordinary
-cross-entropy: the `s` targets of a row share its log-sum-exp.
+The loss of Token-Superposition Training (Peng, Gigant, Quesnelle, arXiv 2605.06546), at the cost of one
+ordinary cross-entropy: the `s` targets of a row share its log-sum-exp and its gradient buffer.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Elements upcast at a time: on CPU (2 MiB of float32) they stay in the cache, on a GPU (128 MiB) they fill it.
-_CHUNK_ELEMENTS = {'cpu': 1 << 19, 'cuda': 1 << 25}
+# Logits upcast at a time. 8 MiB of float32 stay in a CPU's cache and are enough work for its threads.
+_CHUNK_ELEMENTS = 1 << 21
 
 
 def multi_hot_cross_entropy(
@@ -25,38 +25,36 @@ def multi_hot_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of each row of logits with its bag of `s` targets.
 
-    With `w = weights / sum(weights)`, the loss of row `n` is the sum over its valid targets `y[k]` (those that are
-    not `ignore_index`) of `w[k] * (logsumexp(logits[n]) - logits[n, y[k]])`. A token that occurs twice in a bag
-    counts twice. Whatever the dtype of the logits, all is summed in float32 (in float64 for float64).
+    With `w = weights / sum(weights)`, the loss of row `n` is the sum over its valid targets `y[k]` (those that
+    are not `ignore_index`) of `w[k] * (logsumexp(logits[n]) - logits[n, y[k]])`. A token that occurs twice in a
+    bag counts twice. All is summed in float32 whatever the dtype of the logits (in float64 for float64).
 
     Args:
         logits: (N, V), any floating dtype and strides; never modified.
         targets: (N, s) int64, each in [0, V) or `ignore_index`.
         weights: (s,) non-negative, not all zero; uniform if None. They receive no gradient.
         ignore_index: the target that counts for nothing.
-        reduction: 'none' for the (N,) losses of the rows, 'sum' for their sum, 'mean' for their sum divided by
-            the sum of the weights of all valid targets. Without any valid target the mean is 0 and so is its
-            gradient, not NaN: a microbatch of nothing but padding must not poison the step it is part of.
+        reduction: 'none' for the (N,) losses of the rows, 'sum' for their sum, 'mean' for that sum divided by
+            the sum of the weights of all valid targets. Without any valid target the mean and its gradient are
+            0, not NaN: a microbatch of nothing but padding must not poison the step that it is part of.
 
     Returns:
         The loss in nats, float32 (float64 for float64 logits): (N,) for 'none', else a scalar.
 
     Raises:
-        ValueError: a wrong shape, unusable weights (values are checked on CPU only, where that costs no
-            synchronisation), or an unknown reduction.
+        ValueError: a wrong shape, an unknown reduction, or unusable weights (the values of weights on a GPU are
+            not checked, which would stall it).
         RuntimeError: on CPU, a target outside [0, V) that is not `ignore_index`.
     """
     if logits.ndim != 2:
-        raise ValueError(f'logits must be (N, V), but have shape {tuple(logits.shape)}.')
+        raise ValueError(f'logits must be (N, V), but are {tuple(logits.shape)}.')
     if targets.ndim != 2 or targets.shape[0] != logits.shape[0] or targets.shape[1] == 0:
-        raise ValueError(
-            f'targets must be ({logits.shape[0]}, s) with s >= 1, but have shape {tuple(targets.shape)}.'
-        )
+        raise ValueError(f'targets must be ({logits.shape[0]}, s) with s >= 1, but are {tuple(targets.shape)}.')
     if reduction not in ('none', 'sum', 'mean'):
-        raise ValueError(f"reduction must be 'none', 'sum' or 'mean', not {reduction!r}.")
+        raise ValueError(f"reduction must be 'none', 'sum' or 'mean', but is {reduction!r}.")
     valid = targets != ignore_index
     target_weights = valid * _normalised(weights, targets.shape[1], logits)
-    losses = _MultiHotCrossEntropy.apply(logits, targets.masked_fill(~valid, 0), target_weights)
+    losses = cast(Tensor, _MultiHotCrossEntropy.apply(logits, targets.masked_fill(~valid, 0), target_weights))
     if reduction == 'none':
         return losses
     if reduction == 'sum':
@@ -66,7 +64,7 @@ def multi_hot_cross_entropy(
 
 
 def _normalised(weights: Sequence[float] | Tensor | None, bag_size: int, logits: Tensor) -> Tensor:
-    """Weights of sum 1, (s,), on the device of the logits and in the dtype to sum in."""
+    """Weights that sum to 1, (s,), on the device of the logits and in the dtype to sum in."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if weights is None:
         return torch.full((bag_size,), 1 / bag_size, device=logits.device, dtype=dtype)
@@ -85,26 +83,25 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        lse = weights.new_empty(logits.shape[0])
+        nats = torch.empty_like(weights)
         for rows in _chunks(logits):
-            lse[rows] = logits[rows].to(weights.dtype).logsumexp(-1)
-        # (N, s). A logit may be -inf (a masked token); with weight 0 it still counts for nothing.
-        nats = lse[:, None] - logits.gather(1, targets).to(weights.dtype)
-        ctx.save_for_backward(logits, targets, weights, lse, nats)
+            log_probs = logits[rows].to(weights.dtype).log_softmax(-1)
+            nats[rows] = -log_probs.gather(1, targets[rows])
+        ctx.save_for_backward(logits, targets, weights, nats)
+        # A token that is masked out, with a logit of -inf, costs nothing where its weight is 0: not 0 * inf.
         return (weights * nats.masked_fill(weights == 0, 0)).sum(-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, weights, lse, nats = ctx.saved_tensors
+        logits, targets, weights, nats = ctx.saved_tensors
         scale = (grad_output * weights.sum(-1))[:, None]
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for rows in _chunks(logits):
-            probs = (logits[rows].to(weights.dtype) - lse[rows, None]).exp_()
-            grad[rows] = probs.mul_(scale[rows])
-        # The columns of the targets get their whole value at once, in float32: the probability less the weights of
-        # all targets of the row that are this one. A token that occurs twice is written twice, with one value; so
-        # is column 0, which stands in for ignored targets.
+            grad[rows] = logits[rows].to(weights.dtype).softmax(-1).mul_(scale[rows])
+        # The columns of the targets get their whole value at once, in float32: the probability less the weights
+        # of all targets of the row that are this one. So a token that occurs twice in a bag is written twice,
+        # with one value, and so is column 0, which stands in for the ignored targets.
         same = targets[:, :, None] == targets[:, None, :]  # (N, s, s)
         hits = (same * weights[:, None, :]).sum(-1)
         at_targets = scale * (-nats).exp() - grad_output[:, None] * hits
@@ -112,9 +109,9 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(logits: Tensor) -> list[slice]:
-    """Runs of rows that cover (N, V) logits; one, if the compiler fuses the upcast into what follows."""
+    """Runs of rows that cover (N, V) logits; one run for a compiler, which fuses the upcast into its use."""
     if torch.compiler.is_compiling():
         return [slice(None)]
     rows, vocabulary = logits.shape
-    step = max(1, _CHUNK_ELEMENTS.get(logits.device.type, 1 << 25) // max(1, vocabulary))
+    step = max(1, _CHUNK_ELEMENTS // max(1, vocabulary))
     return [slice(start, start + step) for start in range(0, rows, step)]
