@@ -130,6 +130,8 @@ class TokenSuperposition(Algorithm):
         elif event == Event.AFTER_DATALOADER:
             self._fold(state)
         elif event == Event.BATCH_END:
+            if self._superposition is not None:
+                self._superposition.forget()
             self._count(state, logger)
             self._advance(state)
         elif event == Event.EPOCH_END:
@@ -233,9 +235,9 @@ class TokenSuperposition(Algorithm):
             state.set_dataloader(state.train_dataloader, state.dataloader_label, limit)
 
     def _attach(self, state: State) -> None:
-        model = (
-            state.model.module if isinstance(state.model, torch.nn.parallel.DistributedDataParallel) else state.model
-        )
+        model: Any = state.model
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            model = model.module
         self._superposition = Superposition(model)
         self._set_weights()
         # A next-token metric has nothing to measure in a superposed step.
@@ -278,6 +280,7 @@ class TokenSuperposition(Algorithm):
 
     def _count(self, state: State, logger: Logger) -> None:
         bag_size = self.schedule.bag_size
+        assert state.previous_timestamp is not None
         samples = int(state.timestamp.sample) - int(state.previous_timestamp.sample)
         joined = 1 if self.schedule.finished else rows_per_fold(bag_size, self.expand)
         self._s_tokens += samples // joined * state.batch['labels'].shape[1]

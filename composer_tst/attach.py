@@ -12,6 +12,7 @@ Three things change while it is attached, none of them a parameter, a buffer or 
 A plain batch passes all three untouched, and so does every batch in evaluation mode.
 """
 
+import types
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -40,9 +41,9 @@ class BagLookup(nn.Embedding):
         return bag_embedding(self, ids, mask).view(*input.shape, -1)
 
 
-def _with_bag_lookup(cls: type[nn.Embedding]) -> type[nn.Embedding]:
-    """The class ``cls`` with ``BagLookup`` between it and ``nn.Embedding``, where its ``super().forward`` looks."""
-    return BagLookup if cls is nn.Embedding else type(cls.__name__, (cls, BagLookup), {})
+def _with_lookup(cls: type[nn.Embedding], lookup: type[nn.Embedding]) -> type[nn.Embedding]:
+    """The class ``cls`` with ``lookup`` between it and ``nn.Embedding``, where its ``super().forward`` looks."""
+    return lookup if cls is nn.Embedding else types.new_class(cls.__name__, (cls, lookup))
 
 
 def find_embedding(model: ComposerModel) -> nn.Embedding:
@@ -53,7 +54,8 @@ def find_embedding(model: ComposerModel) -> nn.Embedding:
             it returns is no ``nn.Embedding``.
     """
     name = type(model).__name__
-    for owner in (model, getattr(model, 'model', None)):
+    owners: tuple[Any, ...] = (model, getattr(model, 'model', None))
+    for owner in owners:
         if hasattr(owner, 'get_input_embeddings'):
             found = owner.get_input_embeddings()
             break
@@ -111,7 +113,7 @@ def _looks_up_through_embedding(embedding: nn.Embedding) -> bool:
             reached.append(True)
             return super().forward(input)
 
-    embedding.__class__ = type(cls.__name__, (cls, Probe), {})
+    embedding.__class__ = _with_lookup(cls, Probe)
     try:
         with torch.no_grad():
             embedding(torch.zeros(1, 1, dtype=torch.long, device=embedding.weight.device))
@@ -133,22 +135,25 @@ class Superposition:
     weights: torch.Tensor | None = None
 
     def __init__(self, model: ComposerModel):
-        self._model = model
-        self._loss_of_class = type(model).loss
+        self._model: Any = model
         embedding = find_embedding(model)
         self._embedding_class = type(embedding)
-        embedding.__class__ = _with_bag_lookup(type(embedding))
+        embedding.__class__ = _with_lookup(type(embedding), BagLookup)
         self._embedding = cast(BagLookup, embedding)
         self._embedding.bags = None
         self._hook = model.register_forward_pre_hook(self._take_apart)
-        model.loss = self._loss
+        self._model.loss = self._loss
+
+    def forget(self) -> None:
+        """Forget the bags of the last step, so that a forward pass that bypasses the hook looks up plain ids."""
+        self._embedding.bags = None
 
     def remove(self) -> None:
         """Leave the model as it was before."""
         self._hook.remove()
         del self._model.loss
         del self._embedding.bags
-        self._embedding.__class__ = self._embedding_class
+        cast(nn.Embedding, self._embedding).__class__ = self._embedding_class
 
     def _take_apart(self, model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         batch = args[0]
@@ -163,9 +168,9 @@ class Superposition:
             inputs['input_ids'] = ids[..., -1].contiguous()
         return (inputs,)
 
-    def _loss(self, outputs: Any, batch: Any) -> torch.Tensor | dict[str, torch.Tensor]:
+    def _loss(self, outputs: Any, batch: Any) -> Any:
         if not _is_folded(batch):
-            return self._loss_of_class(self._model, outputs, batch)
+            return type(self._model).loss(self._model, outputs, batch)
         logits = _logits(outputs)
         targets = batch['labels'].to(logits.device)
         if logits.shape[:2] != targets.shape[:2]:

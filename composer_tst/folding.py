@@ -89,10 +89,9 @@ def fold_batch(
     labels = batch['labels']
     mask = batch.get('attention_mask')
     if mask is not None:
-        attended = mask.bool()
-        labels = labels.masked_fill(~attended, IGNORE_INDEX)
+        labels = labels.masked_fill(~mask.bool(), IGNORE_INDEX)
 
-    folded = {key: value for key, value in batch.items() if isinstance(value, (int, float, str, bool))}
+    folded: dict[str, Any] = {key: value for key, value in batch.items() if isinstance(value, (int, float, str, bool))}
     if superpose == 'output':
         folded |= {key: batch[key] for key in ('input_ids', 'attention_mask', 'sequence_id') if key in batch}
         following = torch.nn.functional.pad(labels[:, 1:], (0, bag_size), value=IGNORE_INDEX)
@@ -102,7 +101,7 @@ def fold_batch(
         folded['labels'] = _next_bags(bags(labels), only_first=superpose == 'input')
         bag_mask = None
         if mask is not None:
-            bag_mask = bags(attended)
+            bag_mask = bags(mask.bool())
             folded['attention_mask'] = bag_mask.any(-1).to(mask.dtype)
             if bag_mask.all():
                 bag_mask = None

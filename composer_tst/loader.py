@@ -93,7 +93,7 @@ def merge_batches(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         raise ValueError(f'The train loader yields {kind}: superposition needs a mapping with input_ids and labels.')
     merged: dict[str, Any] = {}
     for key, value in first.items():
-        values = [batch.get(key) for batch in batches]
+        values: list[Any] = [batch.get(key) for batch in batches]
         if isinstance(value, torch.Tensor):
             if any(not isinstance(v, torch.Tensor) or v.shape[1:] != value.shape[1:] for v in values):
                 shapes = [tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in values]

@@ -1,5 +1,6 @@
 """When each superposition phase ends, and what bag size a step therefore has."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def parse_phases(
         if not isinstance(phase, Mapping) or set(phase) != {'bag_size', 'until'}:
             raise ValueError(f'A phase is {phase!r}: give it bag_size and until, and nothing else.')
         parsed.append(Phase(_bag_size(phase['bag_size']), _moment(phase['until'], 'until')))
-    for before, after in zip(parsed, parsed[1:], strict=False):
+    for before, after in itertools.pairwise(parsed):
         if after.bag_size > before.bag_size:
             raise ValueError(
                 f'phases go from bag_size {before.bag_size} to {after.bag_size}: order them from coarse to fine.'

@@ -1,0 +1,42 @@
+"""One small data set of real text and one tokenizer for the whole session."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+REPO = Path(__file__).parent.parent
+SEQ_LEN = 24
+VOCAB_SIZE = 300
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='session')
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MDS shards of the standard library's `json` and `email` sources: OUT/train, OUT/val, OUT/tokenizer."""
+    output = tmp_path_factory.mktemp('data') / 'mds'
+    stdlib = Path(sysconfig.get_paths()['stdlib'])
+    command = [
+        sys.executable,
+        str(REPO / 'tools' / 'prepare_data.py'),
+        f'{stdlib}/json/*.py',
+        f'{stdlib}/email/*.py',
+        *('--output', str(output), '--seq-len', str(SEQ_LEN), '--train-tokenizer', str(VOCAB_SIZE)),
+        *('--split', 'train=0.8,val=0.2'),
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return output
+
+
+@pytest.fixture(scope='session')
+def tokenizer(dataset: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(dataset / 'tokenizer', model_max_length=SEQ_LEN)

@@ -1,0 +1,132 @@
+"""Real Trainers on tiny models: what the tests build their runs from."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Callback, State, Trainer
+from composer.core import Algorithm, DataSpec
+from composer.loggers import InMemoryLogger, Logger
+from composer.metrics import LanguageCrossEntropy
+from composer.models import ComposerModel, HuggingFaceModel
+from llmfoundry.data.dataloader import build_dataloader
+from llmfoundry.models.mpt import ComposerMPTCausalLM
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+VOCAB_SIZE = 300
+
+
+def mpt(**overrides: Any) -> ComposerMPTCausalLM:
+    """A tiny MPT; plain attention, learned positions."""
+    torch.manual_seed(1)
+    settings: dict[str, Any] = {
+        'd_model': 16,
+        'n_heads': 2,
+        'n_layers': 2,
+        'expansion_ratio': 2,
+        'max_seq_len': 64,
+        'vocab_size': VOCAB_SIZE,
+        'attn_config': {'attn_impl': 'torch'},
+        'loss_fn': 'torch_crossentropy',
+        'no_bias': True,
+    }
+    return ComposerMPTCausalLM(**(settings | overrides))
+
+
+def hugging_face(model: PreTrainedModel, **settings: Any) -> HuggingFaceModel:
+    """Any causal LM of transformers as a ComposerModel with a train and an eval metric."""
+    return HuggingFaceModel(
+        model, metrics=[LanguageCrossEntropy()], eval_metrics=[LanguageCrossEntropy()], use_logits=True, **settings
+    )
+
+
+def llama(**overrides: Any) -> HuggingFaceModel:
+    torch.manual_seed(1)
+    settings: dict[str, Any] = {
+        'vocab_size': VOCAB_SIZE,
+        'hidden_size': 16,
+        'intermediate_size': 32,
+        'num_hidden_layers': 2,
+        'num_attention_heads': 2,
+        'num_key_value_heads': 1,
+        'tie_word_embeddings': False,
+    }
+    return hugging_face(LlamaForCausalLM(LlamaConfig(**(settings | overrides))))
+
+
+class Rows(torch.utils.data.Dataset):
+    """`count` rows of `length` random tokens, the first `pad_from(i)` of row i attended if it is given."""
+
+    def __init__(self, count: int, length: int, pad_from: Callable[[int], int] | None = None):
+        generator = torch.Generator().manual_seed(7)
+        self.ids = torch.randint(2, VOCAB_SIZE, (count, length), generator=generator)
+        self.pad_from = pad_from
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = {'input_ids': self.ids[index], 'labels': self.ids[index].clone()}
+        if self.pad_from is not None:
+            attended = torch.arange(len(row['input_ids'])) < self.pad_from(index)
+            row['labels'][~attended] = -100
+            row['attention_mask'] = attended.long()
+        return row
+
+
+def random_loader(rows: int = 48, batch_size: int = 4, length: int = 12, **settings: Any) -> DataLoader:
+    """A plain map-style loader, in order unless told otherwise."""
+    pad_from = settings.pop('pad_from', None)
+    return DataLoader(Rows(rows, length, pad_from), batch_size=batch_size, **({'drop_last': True} | settings))
+
+
+def text_loader(
+    dataset: Path, tokenizer: PreTrainedTokenizerBase, split: str = 'train', batch_size: int = 4, **settings: Any
+) -> DataSpec:
+    """llm-foundry's own loader over the session's shards."""
+    loader = {'num_workers': 0, 'prefetch_factor': None, 'persistent_workers': False, 'pin_memory': False}
+    loader |= settings.pop('loader', {})
+    max_seq_len = tokenizer.model_max_length
+    data = {'local': str(dataset), 'split': split, 'shuffle': split == 'train', 'max_seq_len': max_seq_len}
+    config = {'name': 'text', 'dataset': data | settings, 'drop_last': split == 'train'} | loader
+    return build_dataloader(config, tokenizer, batch_size)
+
+
+class Grads(Callback):
+    """Keeps the gradients of every step."""
+
+    def __init__(self):
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        model = state.model
+        self.steps.append({name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def make_trainer(
+    model: ComposerModel,
+    train: Any,
+    algorithms: Algorithm | Sequence[Algorithm] | None = None,
+    max_duration: str = '8ba',
+    **settings: Any,
+) -> tuple[Trainer, InMemoryLogger]:
+    """A Trainer on the CPU, and what it logs."""
+    logger = InMemoryLogger()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
+    defaults: dict[str, Any] = {'optimizers': optimizer, 'progress_bar': False, 'seed': 3, 'device': 'cpu'}
+    trainer = Trainer(
+        model=model,
+        train_dataloader=train,
+        algorithms=algorithms,
+        max_duration=max_duration,
+        loggers=[logger],
+        **(defaults | settings),
+    )
+    return trainer, logger
+
+
+def logged(logger: InMemoryLogger, key: str) -> list[float]:
+    """All values of a metric, in order."""
+    return [float(value) for _, value in logger.data.get(key, [])]

@@ -1,0 +1,112 @@
+"""`fold_batch` against the fold written out with loops."""
+
+from typing import Any
+
+import pytest
+import reference
+import torch
+
+from composer_tst import functional as F_tst
+
+
+def make_batch(rows: int, length: int, padded: bool = False, packed: bool = False) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(rows * 100 + length)
+    ids = torch.randint(0, 50, (rows, length), generator=generator)
+    batch: dict[str, Any] = {'input_ids': ids, 'labels': ids.clone()}
+    batch['labels'][torch.rand(rows, length, generator=generator) < 0.1] = -100
+    if padded:
+        lengths = torch.randint(0, length + 1, (rows,), generator=generator)
+        batch['attention_mask'] = (torch.arange(length) < lengths[:, None]).long()
+    if packed:
+        batch['sequence_id'] = (torch.rand(rows, length, generator=generator) < 0.2).long().cumsum(1)
+        if padded:
+            batch['sequence_id'][batch['attention_mask'] == 0] = -1
+    return batch
+
+
+SHAPES = [(s, expand, superpose) for s in (2, 3, 5, 16) for expand, superpose in [
+    ('sequence', 'both'), ('batch', 'both'), ('none', 'both'),
+    ('sequence', 'input'), ('batch', 'input'), ('none', 'input'), ('none', 'output'),
+]]  # fmt: skip
+
+
+@pytest.mark.parametrize(('bag_size', 'expand', 'superpose'), SHAPES)
+@pytest.mark.parametrize('padded', [False, True])
+def test_fold_equals_the_definition(bag_size: int, expand: str, superpose: str, padded: bool):
+    batch = make_batch(2 * bag_size, 17, padded)
+    folded = F_tst.fold_batch(batch, bag_size=bag_size, expand=expand, superpose=superpose)
+    rows = reference.fold([batch], bag_size, expand, superpose)
+    ids = folded['input_ids'].unsqueeze(-1) if superpose == 'output' else folded['input_ids']
+    assert ids.tolist() == [[p.tokens for p in row] for row in rows]
+    assert folded['labels'].tolist() == [[p.targets for p in row] for row in rows]
+    if padded:
+        assert folded['attention_mask'].bool().tolist() == [[any(p.attended) for p in row] for row in rows]
+        if superpose != 'output':
+            assert folded['bag_mask'].tolist() == [[p.attended for p in row] for row in rows]
+    else:
+        assert set(folded) == {'input_ids', 'labels'}
+
+
+@pytest.mark.parametrize('expand', ['sequence', 'batch', 'none'])
+@pytest.mark.parametrize('padded', [False, True])
+def test_positions_share_a_sequence_exactly_when_their_last_attended_tokens_do(expand: str, padded: bool):
+    batch = make_batch(6, 12, padded, packed=True)
+    folded = F_tst.fold_batch(batch, bag_size=3, expand=expand)
+    rows = reference.fold([batch], 3, expand)
+    attended = torch.tensor([[any(p.attended) for p in row] for row in rows])
+    same = folded['sequence_id'].unsqueeze(2) == folded['sequence_id'].unsqueeze(1)
+    expected = torch.tensor([[[p.sequence_id == q.sequence_id for q in row] for p in row] for row in rows])
+    both = attended.unsqueeze(2) & attended.unsqueeze(1)
+    assert torch.equal(same[both], expected[both])
+    assert (folded['sequence_id'][attended] >= 0).all()
+
+
+def test_a_fully_attended_mask_needs_no_mask_for_the_bags():
+    batch = make_batch(4, 8) | {'attention_mask': torch.ones(4, 8)}
+    folded = F_tst.fold_batch(batch, bag_size=2)
+    assert 'bag_mask' not in folded
+    assert folded['attention_mask'].dtype == torch.float32
+    assert folded['attention_mask'].all()
+
+
+def test_llm_foundrys_lists_follow_their_rows():
+    batch = make_batch(4, 6) | {'total_tokens': [6, 5, 4, 3], 'loss_generating_tokens': [5, 4, 3, 2]}
+    joined = F_tst.fold_batch(batch, bag_size=2)
+    assert joined['total_tokens'] == [11, 7]
+    assert joined['loss_generating_tokens'] == [int((row != -100).sum()) for row in joined['labels']]
+    apart = F_tst.fold_batch(batch, bag_size=2, expand='batch')
+    assert apart['total_tokens'] == [6, 5, 4, 3]
+    assert len(apart['loss_generating_tokens']) == 4
+
+
+def test_plain_values_are_kept_and_the_batch_is_not_changed():
+    batch = make_batch(2, 4) | {'use_cache': False}
+    before = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    assert F_tst.fold_batch(batch, bag_size=2)['use_cache'] is False
+    assert all(torch.equal(batch[k], before[k]) for k in ('input_ids', 'labels'))
+
+
+ids = torch.zeros(4, 6, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ('batch', 'settings', 'message'),
+    [
+        ({'labels': ids}, {}, 'The batch has no input_ids'),
+        ({'input_ids': ids}, {}, 'The batch has no labels'),
+        ({'input_ids': ids, 'labels': ids, 'inputs_embeds': ids}, {}, 'inputs_embeds'),
+        ((ids, ids), {}, 'yields tuple'),
+        ({'input_ids': ids, 'labels': ids, 'position_ids': ids}, {}, 'cannot fold position_ids'),
+        ({'input_ids': ids, 'labels': ids[:, :5]}, {}, 'labels has shape'),
+        ({'input_ids': ids[0], 'labels': ids[0]}, {}, r'input_ids has shape \(6,\)'),
+        ({'input_ids': ids[:3], 'labels': ids[:3]}, {}, 'the batch has 3 rows'),
+        ({'input_ids': ids, 'labels': ids}, {'bag_size': 7, 'expand': 'batch'}, 'bag_size is 7 but a row has 6'),
+        ({'input_ids': ids, 'labels': ids}, {'bag_size': 7, 'expand': 'none'}, 'bag_size is 7 but a row has 6'),
+        ({'input_ids': ids, 'labels': ids}, {'expand': 'rows'}, "expand is 'rows'"),
+        ({'input_ids': ids, 'labels': ids}, {'superpose': 'none'}, "superpose is 'none'"),
+        ({'input_ids': ids, 'labels': ids}, {'superpose': 'output'}, 'set expand: none'),
+    ],
+)
+def test_what_cannot_be_folded_is_refused_in_one_sentence(batch: Any, settings: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        F_tst.fold_batch(batch, **({'bag_size': 2} | settings))
