@@ -10,14 +10,14 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import PrepareError, explained, reason
 from .split import content_hash
-from .storage import filesystem, is_s3
+from .storage import check_bucket, filesystem, is_s3
 
 COMPRESSIONS = {'.gz': 'gzip', '.zst': 'zstd', '.zstd': 'zstd'}
 JSONL_EXTENSIONS = ('.jsonl', '.ndjson', '.json')
@@ -118,13 +118,12 @@ def _list_local(text: str) -> list[Source]:
 
 
 def _list_s3(text: str) -> list[Source]:
+    check_bucket(text)
     fs = filesystem(text)
     if glob.has_magic(text):
         infos = fs.glob(text, detail=True)
-    elif fs.isfile(text):
-        infos = {text: fs.info(text)}
     else:
-        infos = fs.find(text, detail=True)
+        infos = {text: fs.info(text)} if fs.isfile(text) else fs.find(text, detail=True)
     return [
         Source(f's3://{info["name"]}', info['size'], str(info.get('ETag')))
         for info in infos.values()
@@ -168,17 +167,17 @@ class _Damaged(Exception):
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[IO[bytes]]:
+def _opened(source: Source) -> Iterator[Any]:
     """Open a source as a stream of uncompressed bytes."""
     with filesystem(source.path).open(source.path, 'rb') as raw:
         if source.compression:
-            stream = pa.input_stream(raw, compression=source.compression)
-            yield io.BufferedReader(stream, BLOCK_BYTES)  # pyright: ignore[reportArgumentType]
+            stream: Any = pa.input_stream(raw, compression=source.compression)
+            yield io.BufferedReader(stream, BLOCK_BYTES)
         else:
             yield raw
 
 
-def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
+def _blocks(stream: Any) -> Iterator[bytes]:
     while block := stream.read(BLOCK_BYTES):
         yield block
 
@@ -211,21 +210,6 @@ def _text_document(piece: Piece, text_key: str) -> Iterator[Document | BadDocume
         yield BadDocument(source.path, 'empty document')
     else:
         yield Document(digest.digest(), held or _decoded(source))
-
-
-def _from_field(where: str, value: object, text_key: str) -> Document | BadDocument:
-    """Make a document of the field's value, of any type."""
-    if not isinstance(value, str):
-        why = f'no field "{text_key}"' if value is None else f'field "{text_key}" is not a string'
-        return BadDocument(where, why)
-    if not value:
-        return BadDocument(where, 'empty document')
-    digest = content_hash()
-    try:
-        digest.update(value.encode())
-    except UnicodeEncodeError:
-        return BadDocument(where, 'invalid Unicode (half of a surrogate pair)')
-    return Document(where, digest.digest(), [value])
 
 
 def _jsonl_documents(piece: Piece, text_key: str) -> Iterator[Document | BadDocument]:

@@ -51,7 +51,7 @@ class Job:
     output: Output
 
 
-def convert(parts: Sequence[Part], job: Job, cores: int | None = None) -> tuple[dict[str, list], PartCount]:
+def convert(parts: Sequence[Part], job: Job) -> tuple[dict[str, list], PartCount]:
     """Convert the parts that are not finished yet.
 
     Returns:
@@ -62,9 +62,7 @@ def convert(parts: Sequence[Part], job: Job, cores: int | None = None) -> tuple[
         if name.startswith('part.'):
             records[int(name.split('.')[1])] = json.loads(data)
     items = [(number, part) for number, part in enumerate(parts) if number not in records]
-    with tqdm(
-        unit=' tokens', unit_scale=True, bar_format='{n_fmt} tokens [{elapsed}, {rate_fmt}] {postfix}'
-    ) as bar:
+    with tqdm(unit=' tokens', unit_scale=True, bar_format='{n_fmt} tokens [{elapsed}, {rate_fmt}{postfix}]') as bar:
         documents = 0
 
         def show(counts: tuple[int, int]) -> None:
@@ -73,13 +71,14 @@ def convert(parts: Sequence[Part], job: Job, cores: int | None = None) -> tuple[
             bar.update(counts[1])
             bar.set_postfix_str(f'{documents:,} documents, {len(records)}/{len(parts)} parts', refresh=False)
 
-        for number, record in parallel(_convert_part, job, items, show, cores):
+        for number, record in parallel(_convert_part, job, items, show):
             records[number] = record
         show((0, 0))
-    return _merged([records[number] for number in range(len(parts))], job.settings)
+    return merged([records[number] for number in range(len(parts))], job.settings)
 
 
-def _merged(records: list[dict], settings: Settings) -> tuple[dict[str, list], PartCount]:
+def merged(records: list[dict], settings: Settings) -> tuple[dict[str, list], PartCount]:
+    """Put the records of all parts, in their order, together."""
     shards: dict[str, list] = {name: [] for name, _ in settings.splits}
     count = PartCount.zero(settings)
     for record in records:

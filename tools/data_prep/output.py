@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from .documents import Source
 from .errors import PrepareError, explained
-from .storage import filesystem, is_s3
+from .storage import check_bucket, filesystem, is_s3
 
 STATE = '.parts'
 TOKENIZER = 'tokenizer'
@@ -86,9 +86,7 @@ class Output:
         fs = filesystem(self.root)
         folder = self.at(STATE)
         with explained('read', folder):
-            names = (
-                [os.path.basename(path) for path in fs.find(folder, maxdepth=1)] if fs.exists(folder) else []
-            )
+            names = [os.path.basename(path) for path in fs.find(folder, maxdepth=1)]
             return {name: fs.cat_file(f'{folder}/{name}') for name in names if name.endswith('.json')}
 
     def publish(self) -> None:
@@ -139,10 +137,8 @@ def _under_way(path: str) -> Output | None:
     """Find an unfinished output, which may have been interrupted right after its renaming."""
     fs = filesystem(path)
     if is_s3(path):
-        bucket = path.removeprefix('s3://').split('/')[0]
-        if not fs.exists(f's3://{bucket}'):
-            raise PrepareError(f'cannot write {path}: there is no bucket {bucket}')
-    for root in (path, _staging(path)):
+        check_bucket(path)
+    for root in [path] if is_s3(path) else [path, _staging(path)]:
         if fs.exists(f'{root}/{STATE}/arguments.json'):
             return Output(path, root)
     if fs.exists(path) and (not fs.isdir(path) or fs.ls(path)):

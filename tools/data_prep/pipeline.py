@@ -68,7 +68,15 @@ def prepare(
     output = open_output(out, arguments, sources)
     parts = plan_parts(sources)
     tokenizer = loaded or _trained(output, parts, settings, vocab_size or 0)
-    shards, count = convert(parts, Job(tokenizer, settings, shard_options, output))
+    job = Job(tokenizer, settings, shard_options, output)
+    if engine == 'spark':
+        try:
+            from .spark import convert_with_spark
+        except ImportError as error:
+            raise PrepareError('--engine spark needs pyspark: pip install "composer-tst[spark]"') from error
+        shards, count = convert_with_spark(parts, job)
+    else:
+        shards, count = convert(parts, job)
     if not any(shards.values()):
         raise PrepareError(f'the input is too small: no split fills a row of --seq-len {settings.seq_len}')
     stats = summarize(shards, count, settings, tokenizer)

@@ -33,7 +33,7 @@ def parse_splits(text: str) -> Splits:
     return tuple(splits)
 
 
-def content_hash() -> 'hashlib._Hash':
+def content_hash() -> hashlib.blake2b:
     """The hash that is fed a document's UTF-8 bytes to place it."""
     return hashlib.blake2b(digest_size=8)
 

@@ -19,6 +19,8 @@ SMALLEST_VOCABULARY = 258
 PIECE_CHARS = 1 << 18
 # What is compared on each side of a cut to know that tokens do not depend on it, in characters.
 PROBE_CHARS = 256
+# Where cuts are looked for, before the end of a piece, in characters; and how many are tried.
+WINDOW_CHARS = 1 << 14
 CUTS_TRIED = 16
 # Between a word or a line end and what follows it, as pre-tokenizers cut too.
 CUT = re.compile(r'(?<=\S\n)(?=\S)|(?<=\S)(?= \S)')
@@ -67,21 +69,25 @@ class TextTokenizer:
         every text) the document stays whole, in memory too.
         """
         held: list[str] = []
+        last = ''
         for chunk in chunks:
             for start in range(0, len(chunk), PIECE_CHARS):
-                block = chunk[start : start + PIECE_CHARS]
-                cut = self._last_cut(block) if len(block) > 2 * PROBE_CHARS else None
+                # There is more to come, so what came before may be cut.
+                cut = self._last_cut(last)
+                held.append(last[:cut])
                 if cut is None:
-                    held.append(block)
+                    last = ''
                 else:
-                    yield ''.join([*held, block[:cut]])
-                    held = [block[cut:]]
-        yield ''.join(held)
+                    yield ''.join(held)
+                    held, last = [], last[cut:]
+                last += chunk[start : start + PIECE_CHARS]
+        yield ''.join([*held, last])
 
-    def _last_cut(self, block: str) -> int | None:
-        cuts = [match.start() for match in CUT.finditer(block, len(block) // 2, len(block) - PROBE_CHARS)]
+    def _last_cut(self, text: str) -> int | None:
+        end = len(text) - PROBE_CHARS
+        cuts = [match.start() for match in CUT.finditer(text, max(end - WINDOW_CHARS, PROBE_CHARS), max(end, 0))]
         for cut in reversed(cuts[-CUTS_TRIED:]):
-            before, after = block[cut - PROBE_CHARS : cut], block[cut : cut + PROBE_CHARS]
+            before, after = text[cut - PROBE_CHARS : cut], text[cut : cut + PROBE_CHARS]
             whole, left, right = self.encode([before + after, before, after])
             if np.array_equal(whole, np.concatenate([left, right])):
                 return cut
@@ -95,9 +101,7 @@ def check_vocabulary(size: int) -> None:
         PrepareError: if `size` is below the smallest.
     """
     if size < SMALLEST_VOCABULARY:
-        raise PrepareError(
-            f'--train-tokenizer {size}: a byte-level vocabulary needs at least {SMALLEST_VOCABULARY}'
-        )
+        raise PrepareError(f'--train-tokenizer {size}: a byte-level vocabulary needs at least {SMALLEST_VOCABULARY}')
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
@@ -110,12 +114,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, PADDING],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    trainer_options: dict = {
+        'vocab_size': vocab_size,
+        'special_tokens': [END_OF_TEXT, PADDING],
+        'initial_alphabet': pre_tokenizers.ByteLevel.alphabet(),
+        'show_progress': False,
+    }
+    trainer = trainers.BpeTrainer(**trainer_options)
     tokenizer.train_from_iterator(texts, trainer)
     return TextTokenizer(tokenizer.to_str(), tokenizer.token_to_id(END_OF_TEXT))
 
@@ -144,7 +149,8 @@ def load_tokenizer(name: str) -> TextTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         # transformers raises OSError, ValueError, KeyError and others, with advice over several lines.
-        raise PrepareError(f'--tokenizer {name}: transformers cannot load it') from error
+        why = str(error).strip().split('\n')[0]
+        raise PrepareError(f'--tokenizer {name}: neither a folder nor a hub name that loads: {why}') from error
     if tokenizer.eos_token_id is None:
         raise PrepareError(f'--tokenizer {name}: it has no end-of-text (eos) token to join documents with')
     if not tokenizer.is_fast:

@@ -15,9 +15,7 @@ from .tokenizer import TextTokenizer
 from .workers import parallel
 
 
-def summarize(
-    shards: Mapping[str, list], count: PartCount, settings: Settings, tokenizer: TextTokenizer
-) -> dict:
+def summarize(shards: Mapping[str, list], count: PartCount, settings: Settings, tokenizer: TextTokenizer) -> dict:
     """Sum up a data set: what `stats.json` holds.
 
     Returns:
@@ -97,7 +95,7 @@ def _verify_shard(
     stored = entry['zip_data'] or entry['raw_data']
     path = output.at(split, stored['basename'])
     with explained('verify', path):
-        data: Any = filesystem(path).cat_file(path)
+        data = filesystem(path).cat_file(path)
 
     def check(holds: bool, problem: str) -> None:
         if not holds:
@@ -114,12 +112,13 @@ def _verify_shard(
         check_file(data, entry['raw_data'])
     ends = 0
     with tempfile.TemporaryDirectory() as folder:
-        with open(os.path.join(folder, entry['raw_data']['basename']), 'wb') as file:
+        # Spark's shards lie in folders of their own.
+        name = os.path.basename(entry['raw_data']['basename'])
+        with open(os.path.join(folder, name), 'wb') as file:
             file.write(data)
         del data
-        reader = MDSReader.from_json(folder, None, entry)
+        reader = MDSReader.from_json(folder, None, {**entry, 'raw_data': {**entry['raw_data'], 'basename': name}})
         for index in range(reader.size):
-            report(None)
             try:
                 row = reader.get_item(index)['tokens']
             except Exception as error:

@@ -35,7 +35,6 @@ def parallel(
     job: Any,
     items: Iterable[Any],
     report: Callable[[Any], None] = lambda _: None,
-    cores: int | None = None,
 ) -> Iterator[Any]:
     """Yield `function(job, item, report)` for every item, in the order in which they finish.
 
@@ -44,13 +43,13 @@ def parallel(
         job: what all items have in common; sent to a worker once.
         items: what differs.
         report: is called here with what the function passes to its own `report`.
-        cores: processes and threads to use; all by default.
 
     Raises:
         PrepareError: if a worker is killed; and whatever `function` raises.
     """
     items = list(items)
-    cores = cores or len(os.sched_getaffinity(0))
+    # Those that this process may use, where the system can tell.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     count = max(1, min(cores, len(items)))
     queue, stop = _context.SimpleQueue(), _context.Event()
     preload()
