@@ -1,0 +1,212 @@
+"""Bag embedding against its definition, in value and gradient."""
+
+import pytest
+import torch
+from allocations import Allocations
+from torch import Tensor, nn
+
+from composer_tst.embedding import bag_embedding
+
+
+def definition(
+    weight: Tensor, input_ids: Tensor, mask: Tensor | None, upstream: Tensor, padding_idx: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(T, d) means of (T, s) ids, and the gradient of sum(upstream * means) in the weight."""
+    means = torch.zeros(upstream.shape, dtype=torch.float64)
+    gradient = torch.zeros(weight.shape, dtype=torch.float64)
+    for t, bag in enumerate(input_ids.tolist()):
+        attended = [token for k, token in enumerate(bag) if mask is None or mask[t, k]]
+        for token in attended:
+            means[t] += weight[token].double() / len(attended)
+            if token != padding_idx:
+                gradient[token] += upstream[t].double() / len(attended)
+    return means, gradient
+
+
+def attended(*shape: int) -> Tensor:
+    """A mask whose first bag is empty and whose second is full."""
+    mask = torch.rand(shape) < 0.6
+    mask.view(-1, shape[-1])[0] = False
+    mask.view(-1, shape[-1])[1] = True
+    return mask
+
+
+def check(embedding: nn.Embedding, input_ids: Tensor, mask: Tensor | None) -> None:
+    """Value to half a unit in the last place, gradient to that of the mean's gradient and of the sum."""
+    embedding.weight.grad = None
+    means = bag_embedding(embedding, input_ids, mask)
+    upstream = torch.randn_like(means)
+    means.backward(upstream)
+    gradient = embedding.weight.grad
+    assert gradient is not None
+    assert means.dtype == gradient.dtype == embedding.weight.dtype
+    assert means.shape == (*input_ids.shape[:-1], embedding.embedding_dim)
+    bags, width = input_ids.reshape(-1, input_ids.shape[-1]), embedding.embedding_dim
+    value, expected = definition(
+        embedding.weight.detach(),
+        bags,
+        None if mask is None else mask.reshape(bags.shape),
+        upstream.reshape(-1, width),
+        embedding.padding_idx,
+    )
+    unit = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-9, torch.float16: 2**-12}
+    rounding = unit[means.dtype]
+    torch.testing.assert_close(means.reshape(-1, width).double(), value, rtol=2 * rounding, atol=rounding / 100)
+    torch.testing.assert_close(gradient.double(), expected, rtol=4 * rounding, atol=4 * rounding)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize('bag_size', [1, 2, 3, 6, 16])
+def test_equals_the_definition(bag_size: int, masked: bool, dtype: torch.dtype):
+    embedding = nn.Embedding(11, 5, dtype=dtype)
+    input_ids = torch.randint(0, 11, (2, 4, bag_size))
+    check(embedding, input_ids, attended(2, 4, bag_size) if masked else None)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_the_row_of_padding_idx_counts_forward_and_learns_nothing(dtype: torch.dtype):
+    embedding = nn.Embedding(7, 5, padding_idx=3, dtype=dtype)
+    nn.init.normal_(embedding.weight)
+    input_ids = torch.randint(2, 5, (4, 6))
+    check(embedding, input_ids, None)
+    check(embedding, input_ids, attended(4, 6))
+
+
+def test_gradient_is_that_of_lookups():
+    embedding = nn.Embedding(7, 5, padding_idx=3)
+    input_ids = torch.randint(0, 7, (2, 3, 4))
+    (expected,) = torch.autograd.grad(embedding(input_ids).mean(-2).square().sum(), embedding.weight)
+    means = bag_embedding(embedding, input_ids)
+    (gradient,) = torch.autograd.grad(means.square().sum(), embedding.weight)
+    torch.testing.assert_close(gradient, expected)
+    assert gradient.layout == torch.strided
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_a_frequent_token_loses_none_of_its_gradient(dtype: torch.dtype):
+    # 4096 ones added in bfloat16 one by one stop at 256, and in float16 at 2048.
+    weight = torch.zeros(3, 8, dtype=dtype, requires_grad=True)
+    bag_embedding(weight, torch.ones(4096, 2, dtype=torch.int64)).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad[1], torch.full((8,), 4096, dtype=dtype))
+
+
+def test_bfloat16_is_summed_in_float32():
+    # In bfloat16 1 + 2**-8 is 1, so the sum would be 0.
+    weight = torch.tensor([[1.0], [2**-8], [2**-8], [-1.0]], dtype=torch.bfloat16)
+    assert bag_embedding(weight, torch.tensor([0, 1, 2, 3])).item() == 2**-9
+
+
+def test_takes_a_module_or_a_weight_and_ids_of_any_shape():
+    embedding = nn.Embedding(7, 5)
+    input_ids = torch.randint(0, 7, (2, 3, 4))
+    expected = bag_embedding(embedding, input_ids)
+    assert torch.equal(bag_embedding(embedding.weight, input_ids), expected)
+    assert torch.equal(bag_embedding(embedding, input_ids[1, 2]), expected[1, 2])
+    assert torch.equal(bag_embedding(embedding, input_ids.transpose(0, 1)), expected.transpose(0, 1))
+    assert torch.equal(bag_embedding(embedding, input_ids, torch.ones(2, 3, 4, dtype=torch.int64)), expected)
+
+
+def test_gradients_of_any_strides():
+    embedding = nn.Embedding(7, 5)
+    input_ids = torch.randint(0, 7, (2, 3, 4))
+    upstream = torch.randn(5, 3, 2)
+    (expected,) = torch.autograd.grad(embedding(input_ids).mean(-2), embedding.weight, upstream.permute(2, 1, 0))
+    means = bag_embedding(embedding, input_ids)
+    (gradient,) = torch.autograd.grad(means, embedding.weight, upstream.permute(2, 1, 0))
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_no_bags(dtype: torch.dtype):
+    embedding = nn.Embedding(7, 5, dtype=dtype)
+    means = bag_embedding(embedding, torch.zeros(0, 3, 4, dtype=torch.int64))
+    means.sum().backward()
+    assert means.shape == (0, 3, 5)
+    assert embedding.weight.grad is not None
+    assert not embedding.weight.grad.any()
+
+
+def test_a_frozen_weight_gets_no_gradient():
+    embedding = nn.Embedding(7, 5).requires_grad_(False)
+    assert not bag_embedding(embedding, torch.zeros(3, 2, dtype=torch.int64)).requires_grad
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_rows_beyond_one_chunk(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr('composer_tst.embedding._CHUNK_ELEMENTS', 15)
+    check(nn.Embedding(7, 5, dtype=dtype), torch.randint(0, 7, (10, 4)), attended(10, 4))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('masked', [False, True])
+def test_no_tensor_of_every_token(masked: bool, dtype: torch.dtype):
+    rows, length, bag_size, width = 4, 32, 8, 64
+    embedding = nn.Embedding(50, width, dtype=dtype)
+    input_ids = torch.randint(0, 50, (rows, length, bag_size))
+    mask = attended(rows, length, bag_size) if masked else None
+    with Allocations(embedding.weight, input_ids) as allocations:
+        bag_embedding(embedding, input_ids, mask).sum().backward()
+    assert allocations.tensors
+    assert allocations.above(rows * length * width) == []
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_compiles_whole(dtype: torch.dtype):
+    embedding = nn.Embedding(7, 5, padding_idx=3, dtype=dtype)
+    input_ids, mask = torch.randint(0, 7, (2, 3, 4)), attended(2, 3, 4)
+    compiled = torch.compile(bag_embedding, fullgraph=True, backend='aot_eager')
+    expected = bag_embedding(embedding, input_ids, mask)
+    means = compiled(embedding, input_ids, mask)
+    torch.testing.assert_close(means, expected)
+    (gradient,) = torch.autograd.grad(means.square().sum(), embedding.weight)
+    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), embedding.weight)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_autocast_changes_nothing():
+    embedding = nn.Embedding(7, 5)
+    input_ids = torch.randint(0, 7, (2, 3, 4))
+    with torch.autocast('cpu', torch.bfloat16):
+        means = bag_embedding(embedding, input_ids)
+    assert torch.equal(means, bag_embedding(embedding, input_ids))
+
+
+def test_there_is_no_second_derivative():
+    embedding = nn.Embedding(7, 5)
+    squares = bag_embedding(embedding, torch.tensor([[1, 2]])).square().sum()
+    (gradient,) = torch.autograd.grad(squares, embedding.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    'option', [{'max_norm': 1.0}, {'sparse': True}, {'scale_grad_by_freq': True}], ids=lambda option: next(iter(option))
+)
+def test_options_that_lookups_alone_can_honour_are_refused(option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f'An embedding with {name} cannot be averaged over bags; switch {name} off'):
+        bag_embedding(nn.Embedding(7, 5, **option), torch.zeros(2, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ('ids', 'mask', 'message'),
+    [
+        ((), None, r'input_ids must be \(..., s\) with s >= 1, but have shape \(\)'),
+        ((2, 0), None, r'input_ids must be \(..., s\) with s >= 1, but have shape \(2, 0\)'),
+        ((2, 3), (2,), r'mask must be \(2, 3\) like input_ids, but is \(2,\)'),
+    ],
+)
+def test_bad_shapes_are_refused_in_one_sentence(ids, mask, message: str):
+    with pytest.raises(ValueError, match=message):
+        bag_embedding(
+            nn.Embedding(7, 5), torch.zeros(ids, dtype=torch.int64), None if mask is None else torch.ones(mask)
+        )
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('token', [7, -1])
+def test_ids_outside_the_vocabulary_raise(token: int, dtype: torch.dtype):
+    with pytest.raises((RuntimeError, IndexError)):
+        bag_embedding(nn.Embedding(7, 5, dtype=dtype), torch.tensor([[1, token]]))

@@ -1,0 +1,279 @@
+"""Multi-hot cross-entropy against its definition, in value and gradient."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from allocations import Allocations
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from composer_tst.loss import multi_hot_cross_entropy
+
+IGNORED = -100
+
+
+def definition(
+    logits: Tensor, targets: Tensor, weights: Sequence[float] | None, upstream: Sequence[float] | None = None
+) -> tuple[list[float], Tensor, float]:
+    """Losses of the rows, gradient of sum(upstream * losses), and summed weight of the valid targets."""
+    rows, vocabulary = logits.shape
+    bag_size = targets.shape[1]
+    weights = weights or [1.0] * bag_size
+    losses, total = [], 0.0
+    gradient = torch.zeros(rows, vocabulary, dtype=torch.float64)
+    for n in range(rows):
+        z = [float(logit) for logit in logits[n]]
+        lse = math.log(math.fsum(math.exp(logit) for logit in z))
+        loss = 0.0
+        for k in range(bag_size):
+            y, w = int(targets[n, k]), weights[k] / sum(weights)
+            if y == IGNORED:
+                continue
+            loss += w * (lse - z[y])
+            total += w
+            factor = w * (upstream[n] if upstream else 1.0)
+            gradient[n] += factor * torch.tensor([math.exp(logit - lse) for logit in z], dtype=torch.float64)
+            gradient[n, y] -= factor
+        losses.append(loss)
+    return losses, gradient, total
+
+
+def problem(rows: int, vocabulary: int, bag_size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Logits and targets, with ignored targets, a row that has only those, and a bag of one token repeated."""
+    generator = torch.Generator().manual_seed(rows * vocabulary + bag_size)
+    logits = 3 * torch.randn(rows, vocabulary, generator=generator)
+    targets = torch.randint(0, vocabulary, (rows, bag_size), generator=generator)
+    targets[torch.rand(rows, bag_size, generator=generator) < 0.2] = IGNORED
+    if rows > 2:
+        targets[0] = IGNORED
+        targets[1] = vocabulary - 1
+        targets[2, 0] = targets[2, -1] = 0
+    return logits.to(dtype).requires_grad_(), targets
+
+
+def check(logits: Tensor, targets: Tensor, weights: Sequence[float] | None) -> None:
+    """All reductions, in value and gradient; a gradient may be off by its own rounding and no more."""
+    upstream = [math.sin(n + 1) for n in range(len(targets))]
+    losses, gradient, total = definition(logits, targets, weights, upstream)
+    tolerance = {
+        torch.float64: 1e-12,
+        torch.float32: 1e-5,
+        torch.bfloat16: 2**-8 + 1e-5,
+        torch.float16: 2**-11 + 1e-5,
+    }[logits.dtype]
+
+    def compare(loss: Tensor, weighting: Tensor, value: Tensor, expected: Tensor) -> None:
+        logits.grad = None
+        (loss * weighting).sum().backward()
+        assert logits.grad is not None
+        assert logits.grad.dtype == logits.dtype
+        assert loss.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(loss.double(), value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(logits.grad.double(), expected, rtol=tolerance, atol=1e-7)
+
+    each = torch.tensor(losses, dtype=torch.float64)
+    none = multi_hot_cross_entropy(logits, targets, weights, reduction='none')
+    compare(none, torch.tensor(upstream), each, gradient)
+    _, gradient, _ = definition(logits, targets, weights)
+    one = torch.tensor(1.0)
+    compare(multi_hot_cross_entropy(logits, targets, weights, reduction='sum'), one, each.sum(), gradient)
+    divisor = total or 1.0
+    compare(multi_hot_cross_entropy(logits, targets, weights), one, each.sum() / divisor, gradient / divisor)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(('rows', 'vocabulary', 'bag_size'), [(1, 7, 2), (1, 1, 3), (5, 7, 16), (6, 33, 3), (9, 64, 6)])
+def test_equals_the_definition(rows: int, vocabulary: int, bag_size: int, dtype: torch.dtype):
+    logits, targets = problem(rows, vocabulary, bag_size, dtype)
+    check(logits, targets, None)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('bag_size', range(2, 17))
+@pytest.mark.parametrize(
+    'weight', [lambda k: 1 / k, lambda k: math.exp(-k), lambda k: float(k == 1), lambda k: 3.0 * k]
+)
+def test_weights_count_by_their_share(weight, bag_size: int, dtype: torch.dtype):
+    logits, targets = problem(4, 19, bag_size, dtype)
+    check(logits, targets, [weight(k) for k in range(1, bag_size + 1)])
+
+
+def test_a_vocabulary_of_real_size():
+    logits, targets = problem(3, 50257, 6, torch.bfloat16)
+    check(logits, targets, None)
+
+
+def test_rows_beyond_one_chunk(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr('composer_tst.loss._CHUNK_ELEMENTS', 40)
+    logits, targets = problem(7, 19, 4)
+    check(logits, targets, None)
+
+
+def test_one_target_is_the_cross_entropy_of_torch():
+    logits, targets = problem(8, 33, 1)
+    expected = torch.nn.functional.cross_entropy(logits, targets[:, 0], ignore_index=IGNORED)
+    torch.testing.assert_close(multi_hot_cross_entropy(logits, targets), expected)
+
+
+def test_weights_are_a_list_or_a_tensor():
+    logits, targets = problem(5, 9, 3)
+    loss = multi_hot_cross_entropy(logits, targets, [3.0, 2.0, 1.0])
+    for weights in (torch.tensor([6, 4, 2]), torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), (3, 2, 1)):
+        torch.testing.assert_close(multi_hot_cross_entropy(logits, targets, weights), loss)
+
+
+def test_another_ignore_index():
+    logits, targets = problem(6, 9, 3)
+    expected = multi_hot_cross_entropy(logits, targets)
+    padded = targets.masked_fill(targets == IGNORED, -1)
+    assert torch.equal(multi_hot_cross_entropy(logits, padded, ignore_index=-1), expected)
+
+
+@pytest.mark.parametrize('reduction', ['none', 'sum', 'mean'])
+def test_nothing_but_padding_is_zero_with_zero_gradient(reduction: str):
+    logits = torch.randn(3, 7, requires_grad=True)
+    loss = multi_hot_cross_entropy(logits, torch.full((3, 4), IGNORED), reduction=reduction)
+    loss.sum().backward()
+    assert torch.equal(loss, torch.zeros_like(loss))
+    assert logits.grad is not None
+    assert torch.equal(logits.grad, torch.zeros(3, 7))
+
+
+def test_no_rows():
+    logits = torch.randn(0, 7, requires_grad=True)
+    loss = multi_hot_cross_entropy(logits, torch.zeros(0, 4, dtype=torch.int64))
+    loss.backward()
+    assert loss == 0
+    assert logits.grad is not None
+    assert logits.grad.shape == (0, 7)
+
+
+def test_masked_tokens_cost_nothing_unless_they_are_the_target():
+    logits = torch.tensor([[-math.inf, 1.0, 2.0]], requires_grad=True)
+    loss = multi_hot_cross_entropy(logits, torch.tensor([[1, 2, IGNORED, 0]]), [1, 1, 1, 0])
+    loss.backward()
+    lse = math.log(math.exp(1) + math.exp(2))
+    assert loss.item() == pytest.approx(lse - 1.5)
+    p = 1 / (1 + math.exp(1))
+    torch.testing.assert_close(logits.grad, torch.tensor([[0.0, p - 0.5, 0.5 - p]]))
+
+
+def test_large_logits_do_not_overflow():
+    logits = torch.tensor([[3e4, 0.0, -3e4]], dtype=torch.float16, requires_grad=True)
+    loss = multi_hot_cross_entropy(logits, torch.tensor([[0, 1]]))
+    loss.backward()
+    assert loss.item() == pytest.approx(1.5e4)
+    torch.testing.assert_close(logits.grad, torch.tensor([[0.5, -0.5, 0.0]], dtype=torch.float16))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_logits_of_any_strides(dtype: torch.dtype):
+    targets = torch.randint(0, 7, (9, 4))
+    for logits in (torch.randn(9, 14)[:, ::2], torch.randn(7, 9).t(), torch.randn(9, 1).expand(9, 7)):
+        check(logits.to(dtype).requires_grad_(), targets, None)
+
+
+def test_logits_can_be_read_after_backward():
+    logits, targets = problem(6, 19, 4)
+    before = logits.detach().clone()
+    multi_hot_cross_entropy(logits, targets).backward()
+    assert torch.equal(logits, before)
+
+
+def test_backward_twice_gives_the_same_gradient_twice():
+    logits, targets = problem(6, 19, 4)
+    loss = multi_hot_cross_entropy(logits, targets)
+    loss.backward(retain_graph=True)
+    assert logits.grad is not None
+    once = logits.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(logits.grad, 2 * once)
+
+
+def test_there_is_no_second_derivative():
+    logits, targets = problem(6, 19, 4)
+    squared = multi_hot_cross_entropy(logits, targets).square()
+    (gradient,) = torch.autograd.grad(squared, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        gradient.sum().backward()
+
+
+def test_weights_receive_no_gradient():
+    logits, targets = problem(6, 19, 4)
+    weights = torch.ones(4, requires_grad=True)
+    multi_hot_cross_entropy(logits, targets, weights).backward()
+    assert weights.grad is None
+
+
+def test_autocast_changes_nothing():
+    logits, targets = problem(6, 19, 4, torch.bfloat16)
+    (gradient,) = torch.autograd.grad(multi_hot_cross_entropy(logits, targets), logits)
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = multi_hot_cross_entropy(logits, targets)
+        (inside,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(loss, multi_hot_cross_entropy(logits, targets))
+    assert torch.equal(inside, gradient)
+
+
+def test_gradient_scaling_saves_small_gradients():
+    logits, targets = problem(6, 19, 4, torch.float16)
+    scaler = GradScaler('cpu', init_scale=2.0**14)
+    share = 2.0**-20  # as one microbatch of many: below what float16 resolves
+    scaler.scale(multi_hot_cross_entropy(logits, targets) * share).backward()
+    assert logits.grad is not None
+    _, gradient, total = definition(logits, targets, None)
+    unscaled = logits.grad.double() / scaler.get_scale() / share
+    torch.testing.assert_close(unscaled, gradient / total, rtol=2e-3, atol=2e-6)
+
+
+def test_compiles_whole():
+    logits, targets = problem(6, 19, 4, torch.bfloat16)
+    compiled = torch.compile(multi_hot_cross_entropy, fullgraph=True, backend='aot_eager')
+    expected = multi_hot_cross_entropy(logits, targets, [4, 3, 2, 1])
+    (expected_gradient,) = torch.autograd.grad(expected, logits)
+    loss = compiled(logits, targets, [4, 3, 2, 1])
+    (gradient,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=2**-8, atol=1e-7)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_one_buffer_of_the_size_of_the_logits_and_none_without_gradient(dtype: torch.dtype):
+    rows, vocabulary = 48, 131072
+    logits = torch.zeros(rows, vocabulary, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, vocabulary, (rows, 16))
+    with Allocations(logits, targets) as allocations:
+        multi_hot_cross_entropy(logits, targets).backward()
+    chunk = rows * vocabulary // 3
+    assert allocations.above(chunk) == [((rows, vocabulary), dtype)]
+    with torch.no_grad(), Allocations(logits, targets) as allocations:
+        multi_hot_cross_entropy(logits, targets)
+    assert allocations.above(chunk) == []
+
+
+@pytest.mark.parametrize(
+    ('logits', 'targets', 'options', 'message'),
+    [
+        ((2, 3, 7), (6, 4), {}, r'logits must be \(N, V\), but are \(2, 3, 7\)'),
+        ((6, 7), (6,), {}, r'targets must be \(6, s\) with s >= 1, but are \(6,\)'),
+        ((6, 7), (5, 4), {}, r'targets must be \(6, s\) with s >= 1, but are \(5, 4\)'),
+        ((6, 7), (6, 0), {}, r'targets must be \(6, s\) with s >= 1, but are \(6, 0\)'),
+        ((6, 7), (6, 2), {'weights': [1]}, r'weights must be \(2,\), one per target, but are \(1,\)'),
+        ((6, 7), (6, 2), {'weights': [1, -1]}, r'not negative and not all zero, but are \[1.0, -1.0\]'),
+        ((6, 7), (6, 2), {'weights': [0, 0]}, r'not all zero, but are \[0.0, 0.0\]'),
+        ((6, 7), (6, 2), {'weights': [1, math.inf]}, r'must be finite'),
+        ((6, 7), (6, 2), {'weights': [1, math.nan]}, r'must be finite'),
+        ((6, 7), (6, 2), {'reduction': 'avg'}, r"must be 'none', 'sum' or 'mean', but is 'avg'"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(logits, targets, options, message: str):
+    with pytest.raises(ValueError, match=message):
+        multi_hot_cross_entropy(torch.zeros(logits), torch.zeros(targets, dtype=torch.int64), **options)
+
+
+@pytest.mark.parametrize('target', [7, -1, 10**9])
+def test_targets_outside_the_vocabulary_raise(target: int):
+    with pytest.raises(RuntimeError, match='out of bounds'):
+        multi_hot_cross_entropy(torch.zeros(2, 7), torch.tensor([[0, 1], [2, target]]))
