@@ -45,7 +45,7 @@ def parallel(
         report: is called here with what the function passes to its own `report`.
 
     Raises:
-        PrepareError: if a worker is killed; and whatever `function` raises.
+        PrepareError: if a worker dies; and whatever `function` raises.
     """
     items = list(items)
     # Those that this process may use, where the system can tell.
@@ -53,7 +53,7 @@ def parallel(
     count = max(1, min(cores, len(items)))
     queue, stop = _context.SimpleQueue(), _context.Event()
     preload()
-    pool = ProcessPoolExecutor(count, _context, _start, (function, job, queue, stop, cores // count))
+    pool = ProcessPoolExecutor(count, _context, _start, (function, job, queue, stop, cores // count, dict(os.environ)))
     try:
         waiting = {pool.submit(_run, item) for item in items}
         while waiting:
@@ -64,7 +64,7 @@ def parallel(
                 yield future.result()
     except BrokenProcessPool as error:
         raise PrepareError(
-            'a worker was killed, perhaps for want of memory; the same command goes on from here'
+            'a worker died, perhaps killed for want of memory; the same command goes on from here'
         ) from error
     finally:
         stop.set()
@@ -84,8 +84,12 @@ class _Stopped(Exception):
     """Another item failed, or the user interrupted."""
 
 
-def _start(function: Callable[..., Any], job: Any, queue: Any, stop: Any, threads: int) -> None:
+def _start(
+    function: Callable[..., Any], job: Any, queue: Any, stop: Any, threads: int, environment: dict[str, str]
+) -> None:
     global _work
+    # A worker is born with the environment that the server was started with.
+    os.environ.update(environment)
     _work = function, job, queue, stop
     # Where there are fewer items than cores, tokenizers' own threads use the others.
     os.environ['TOKENIZERS_PARALLELISM'] = 'true' if threads > 1 else 'false'
