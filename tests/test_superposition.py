@@ -10,6 +10,7 @@ import pytest
 import reference
 import torch
 from composer import Callback, Evaluator, Trainer
+from composer.callbacks import SpeedMonitor
 from composer.core import DataSpec
 from llmfoundry.data.utils import LossGeneratingTokensCollatorWrapper, get_tokens_per_batch_func
 from runs import Grads, llama, logged, make_trainer, mpt, random_loader, text_loader
@@ -249,6 +250,14 @@ def test_train_metrics_are_absent_while_superposed_and_evaluation_is_plain():
         assert value == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
+class LambdaAfterMonitor(Callback):
+    def __init__(self, call: Any):
+        self.call = call
+
+    def batch_end(self, state: Any, logger: Any) -> None:
+        self.call()
+
+
 def refuses(message: str, model: Any = None, train: Any = None, max_duration: str = '8ba', **settings: Any) -> None:
     settings = {'bag_size': 3, 'duration': '2ba'} | settings
 
@@ -318,3 +327,20 @@ def test_a_run_stopped_while_superposed_says_so(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.WARNING, logger='composer_tst'):
         trainer.fit()
     assert any('has had no recovery phase' in record.getMessage() for record in caplog.records)
+
+
+def test_the_speed_monitor_counts_the_flops_of_the_model_and_the_tokens_of_the_data():
+    monitor = SpeedMonitor(window_size=1)
+    loader = random_loader()
+    plain = mpt().flops_per_batch(next(iter(loader)))
+    trainer, logger = make_trainer(
+        mpt(), loader, TokenSuperposition(bag_size=3, duration='3ba'), '5ba', callbacks=[monitor]
+    )
+    flops = []
+    trainer.state.callbacks.append(LambdaAfterMonitor(lambda: flops.append(monitor.history_flops[-1])))
+    trainer.fit()
+    assert flops == [plain] * 5
+    batches_per_second = logged(logger, 'throughput/batches_per_sec')
+    tokens_per_second = logged(logger, 'throughput/tokens_per_sec')
+    tokens_per_batch = [t / b for t, b in zip(tokens_per_second, batches_per_second, strict=True)]
+    assert tokens_per_batch == pytest.approx([144, 144, 48, 48])
