@@ -20,9 +20,9 @@ QUICKSTART = REPO / 'yamls' / 'quickstart'
 def train(yaml: Path, *overrides: str) -> str:
     """Run `llmfoundry train` on one thread; return what it printed."""
     command = [str(Path(sys.executable).parent / 'llmfoundry'), 'train', str(yaml), *overrides]
-    run = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'}, timeout=300
-    )
+    # Wide columns keep a traceback's last line in one piece.
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'COLUMNS': '500'}
+    run = subprocess.run(command, capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     return run.stdout + run.stderr
 

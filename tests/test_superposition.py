@@ -283,7 +283,7 @@ def test_what_cannot_be_superposed_is_refused_before_training():
 
 def test_batches_without_ids_and_labels_are_refused():
     class Loader(list):
-        pass
+        batch_size = 4
 
     ids = torch.zeros(4, 12, dtype=torch.long)
     for batch, message in [
