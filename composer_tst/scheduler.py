@@ -105,9 +105,7 @@ def _parse(name: str, value: str | Time) -> Time:
     try:
         time = Time.from_input(value)
     except (ValueError, RuntimeError, TypeError):
-        raise ValueError(
-            f"{name}={value!r} is not a Composer time; write a number and a unit, as '2000ba'."
-        ) from None
+        raise ValueError(f"{name}={value!r} is not a Composer time; write a number and a unit, as '2000ba'.") from None
     if time.unit == TimeUnit.SECOND:
         raise ValueError(f'{name}={value} is on the wall clock; give it in dur, ba, tok, sp or ep.')
     if not time.value >= 0:

@@ -156,8 +156,7 @@ def read_run(folder: Path) -> Run:
         )
     if not eval_tags:
         raise ValueError(
-            f'{folder} logged no validation loss ({EVAL_LOSS}); '
-            'give that run an eval loader and an eval interval.'
+            f'{folder} logged no validation loss ({EVAL_LOSS}); give that run an eval loader and an eval interval.'
         )
     tokens_tag = DATA_TOKENS if DATA_TOKENS in scalars else TIME_TOKEN
     for tag in (TRAIN_LOSS, tokens_tag):
@@ -178,9 +177,7 @@ def read_run(folder: Path) -> Run:
 def _read_scalars(folder: Path) -> dict[str, Series]:
     """Every scalar that the comparison may use, by tag, merged over the event files under ``folder``."""
     if not folder.is_dir():
-        raise ValueError(
-            f'{folder} is not a folder; give the one that holds a run and its TensorBoard files.'
-        )
+        raise ValueError(f'{folder} is not a folder; give the one that holds a run and its TensorBoard files.')
     wanted = {TRAIN_LOSS, BAG_SIZE, DATA_TOKENS, TIME_TOKEN}
     files = []
     paths = sorted(path for path in folder.rglob('*tfevents*') if path.is_file())
@@ -302,9 +299,7 @@ def draw(runs: Sequence[Run], output: Path) -> None:
                 for step in run.switches:
                     at = run.tokens_at([step])[0] if by_tokens else step
                     for row in range(2):
-                        axes[row, column].axvline(
-                            at, color=color, lw=0.9, ls=(0, (4, 3)), alpha=0.55, zorder=1
-                        )
+                        axes[row, column].axvline(at, color=color, lw=0.9, ls=(0, (4, 3)), alpha=0.55, zorder=1)
             # a label beginning with an underscore is hidden, and dollars are read as mathematics
             label = f'{run.final_loss:.3f}  {run.name}'.replace('$', r'\$')
             handles.append(Line2D([], [], color=color, lw=2.4, label=label))
@@ -393,9 +388,7 @@ def _train_limits(runs: Sequence[Run]) -> tuple[float, float]:
     """Limits for the train loss: those of its next-token part, raised to show half of a superposed phase."""
     pairs = [(run, run.superposed_at(run.train.steps)) for run in runs]
     low, high = _limits([(_smooth(run, ~mask), run.final_step) for run, mask in pairs])
-    return low, max(
-        [high, *(float(np.nanmedian(run.train.values[mask])) for run, mask in pairs if mask.any())]
-    )
+    return low, max([high, *(float(np.nanmedian(run.train.values[mask])) for run, mask in pairs if mask.any())])
 
 
 def _title(axes: Axes, title: str, note: str) -> None:
