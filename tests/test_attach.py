@@ -6,8 +6,8 @@ import pytest
 import torch
 from composer.models import ComposerModel
 from peft import LoraConfig
-from runs import VOCAB_SIZE, hugging_face, llama, mpt
 from torch import nn
+from trainers import VOCAB_SIZE, hugging_face, llama, mpt
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -43,7 +43,7 @@ class Detached(nn.Embedding):
         return self.weight[input]
 
 
-TINY = {'vocab_size': VOCAB_SIZE, 'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2}
+TINY: dict[str, Any] = {'vocab_size': VOCAB_SIZE, 'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2}
 
 
 def peft_model():

@@ -80,10 +80,10 @@ def test_llm_foundrys_lists_follow_their_rows():
 
 
 def test_plain_values_are_kept_and_the_batch_is_not_changed():
-    batch = make_batch(2, 4) | {'use_cache': False}
-    before = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    batch = {**make_batch(2, 4), 'use_cache': False}
+    before = {key: batch[key].clone() for key in ('input_ids', 'labels')}
     assert F_tst.fold_batch(batch, bag_size=2)['use_cache'] is False
-    assert all(torch.equal(batch[k], before[k]) for k in ('input_ids', 'labels'))
+    assert all(torch.equal(batch[key], value) for key, value in before.items())
 
 
 ids = torch.zeros(4, 6, dtype=torch.long)
@@ -107,6 +107,7 @@ ids = torch.zeros(4, 6, dtype=torch.long)
         ({'input_ids': ids, 'labels': ids}, {'superpose': 'output'}, 'set expand: none'),
     ],
 )
-def test_what_cannot_be_folded_is_refused_in_one_sentence(batch: Any, settings: dict, message: str):
+def test_what_cannot_be_folded_is_refused_in_one_sentence(batch: Any, settings: dict[str, Any], message: str):
+    settings = {'bag_size': 2} | settings
     with pytest.raises(ValueError, match=message):
-        F_tst.fold_batch(batch, **({'bag_size': 2} | settings))
+        F_tst.fold_batch(batch, **settings)

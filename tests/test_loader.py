@@ -16,6 +16,11 @@ def collate(samples: list[int]) -> dict[str, Any]:
     return {'input_ids': ids, 'labels': ids.clone(), 'total_tokens': [3] * len(samples), 'flag': True}
 
 
+def numbers(count: int, **settings: Any) -> DataLoader:
+    dataset: Any = range(count)
+    return DataLoader(dataset, batch_size=2, collate_fn=collate, **settings)
+
+
 def bag_loader(
     loader: Iterable, draws: int | dict[int, int], joins: bool = True, limit: int | None = None
 ) -> BagLoader:
@@ -28,7 +33,7 @@ def drawn(loader: Iterable) -> list[list[int]]:
 
 
 def test_a_step_reads_as_many_batches_as_asked_in_order():
-    loader = DataLoader(range(12), batch_size=2, collate_fn=collate)
+    loader = numbers(12)
     assert drawn(bag_loader(loader, 3)) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
     assert drawn(bag_loader(loader, {0: 3, 1: 2})) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9], [10, 11]]
     assert drawn(bag_loader(loader, 2, limit=4)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -48,7 +53,7 @@ def test_a_step_reads_as_many_batches_as_asked_in_order():
 def test_the_tail_of_an_epoch_is_used_or_counted(
     samples: int, drop_last: bool, joins: bool, expected: list, left_out: int, caplog: pytest.LogCaptureFixture
 ):
-    loader = DataLoader(range(samples), batch_size=2, collate_fn=collate, drop_last=drop_last)
+    loader = numbers(samples, drop_last=drop_last)
     with caplog.at_level(logging.WARNING):
         assert drawn(bag_loader(loader, 3, joins)) == expected
     messages = [record.getMessage() for record in caplog.records]
@@ -58,7 +63,7 @@ def test_the_tail_of_an_epoch_is_used_or_counted(
 
 
 def test_it_is_the_loader_in_all_but_iteration():
-    loader = DataLoader(range(12), batch_size=2, collate_fn=collate)
+    loader = numbers(12)
     bags = bag_loader(loader, 3)
     assert isinstance(bags, DataLoader)
     assert len(bags) == len(loader)

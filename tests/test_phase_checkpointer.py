@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import llama, make_trainer, random_loader
+from trainers import llama, make_trainer, random_loader
 
 from composer_tst import PhaseCheckpointer, TokenSuperposition
 

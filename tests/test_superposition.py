@@ -13,11 +13,12 @@ from composer import Callback, Evaluator, Trainer
 from composer.callbacks import SpeedMonitor
 from composer.core import DataSpec
 from llmfoundry.data.utils import LossGeneratingTokensCollatorWrapper, get_tokens_per_batch_func
-from runs import Grads, llama, logged, make_trainer, mpt, random_loader, text_loader
 from torch.utils.data import DataLoader, default_collate
+from trainers import Grads, llama, logged, make_trainer, mpt, random_loader, text_loader
 from transformers import PreTrainedTokenizerBase
 
 from composer_tst import PhaseCheckpointer, TokenSuperposition
+from composer_tst.attach import find_embedding
 
 SUPERPOSE_AND_EXPAND = [
     ('both', 'sequence'),
@@ -142,11 +143,11 @@ def test_recovery_is_plain_training_from_the_switch_to_the_bit(
 def test_nothing_is_left_after_the_last_phase():
     model, loader = llama(), random_loader()
     untouched = copy.deepcopy(model)
-    embedding = model.model.get_input_embeddings()
+    embedding = find_embedding(model)
     trainer, _ = make_trainer(model, loader, TokenSuperposition(bag_size=3, duration='2ba'), max_duration='3ba')
     trainer.fit()
     assert type(embedding) is torch.nn.Embedding
-    assert vars(embedding).keys() == vars(untouched.model.get_input_embeddings()).keys()
+    assert vars(embedding).keys() == vars(find_embedding(untouched)).keys()
     assert vars(model).keys() - {'logger'} == vars(untouched).keys() - {'logger'}
     assert not model._forward_pre_hooks
     assert trainer.state.dataloader is loader
@@ -189,6 +190,7 @@ def test_a_phase_ends_in_any_unit_of_time(duration: str, max_duration: str, step
     assert sizes == [3.0] * steps + [1.0] * (len(sizes) - steps)
     assert 0 < steps < len(sizes)
     unit = max_duration.lstrip('0123456789')
+    assert trainer.state.max_duration is not None
     assert trainer.state.timestamp.get(unit) >= trainer.state.max_duration
 
 

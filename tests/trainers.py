@@ -79,7 +79,8 @@ class Rows(torch.utils.data.Dataset):
 def random_loader(rows: int = 48, batch_size: int = 4, length: int = 12, **settings: Any) -> DataLoader:
     """A plain map-style loader, in order unless told otherwise."""
     pad_from = settings.pop('pad_from', None)
-    return DataLoader(Rows(rows, length, pad_from), batch_size=batch_size, **({'drop_last': True} | settings))
+    options: dict[str, Any] = {'drop_last': True} | settings
+    return DataLoader(Rows(rows, length, pad_from), batch_size=batch_size, **options)
 
 
 def text_loader(
