@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """The Spark engine: the same parts as partitions of a data frame, written by streaming's own converter.
 
 It makes the same rows as the local engine, in shards of other names and order: every task writes a folder
