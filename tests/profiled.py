@@ -1,17 +1,30 @@
-"""Counting what a call allocates, inside of torch's operators too."""
+"""What torch does in a call, counted by its profiler: inside of its operators too."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
 
 def allocated_above(limit: int, call: Callable[[], object]) -> list[int]:
-    """Bytes of each CPU allocation above a limit that torch makes in a call, in order."""
+    """Bytes of each CPU allocation above a limit, in order."""
+    changes = [event.nbytes() for event in _events(call) if event.name() == '[memory]']
+    assert changes  # the profiler saw something
+    return [change for change in changes if change > limit]
+
+
+def operators(call: Callable[[], object]) -> set[str]:
+    """Names of all operators, those called by others included."""
+    return {event.name() for event in _events(call)}
+
+
+# The operators that read a tensor's values on the host: on a GPU each of them would wait for it.
+WAITING = {'aten::item', 'aten::_local_scalar_dense', 'aten::nonzero', 'aten::equal', 'aten::is_nonzero'}
+
+
+def _events(call: Callable[[], object]) -> list[Any]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
-    events = profiler.profiler.kineto_results.events()
-    changes = [event.nbytes() for event in events if event.name() == '[memory]']  # pyright: ignore[reportAttributeAccessIssue]
-    assert changes  # the profiler saw something
-    return [change for change in changes if change > limit]
+    return profiler.profiler.kineto_results.events()

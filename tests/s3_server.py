@@ -50,7 +50,7 @@ def s3_server() -> Iterator[str]:
 
 
 def _wait(port: int, server: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         assert server.poll() is None, 'the S3 server ended before it answered'
         try:
@@ -58,4 +58,4 @@ def _wait(port: int, server: subprocess.Popen) -> None:
             return
         except OSError:
             time.sleep(0.1)
-    raise TimeoutError('the S3 server did not answer within a minute')
+    raise TimeoutError('the S3 server did not answer within three minutes')

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from allocations import allocated_above
+from profiled import WAITING, allocated_above, operators
 from torch import Tensor, nn
 
 from composer_tst.embedding import bag_embedding
@@ -148,6 +148,31 @@ def test_no_tensor_of_every_token(masked: bool, dtype: torch.dtype):
     mask = attended(rows, length, bag_size) if masked else None
     float32_means = rows * length * width * 4
     assert allocated_above(float32_means, lambda: bag_embedding(embedding, input_ids, mask).sum().backward()) == []
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_no_step_waits_for_values(dtype: torch.dtype):
+    embedding = nn.Embedding(7, 5, padding_idx=3, dtype=dtype)
+    input_ids, mask = torch.randint(0, 7, (2, 3, 4)), attended(2, 3, 4)
+    used = operators(lambda: bag_embedding(embedding, input_ids, mask).sum().backward())
+    assert used
+    assert not used & WAITING
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_on_a_gpu_no_step_waits_and_the_gradient_is_the_same(dtype: torch.dtype):
+    weight = torch.randn(50, 64, dtype=dtype, requires_grad=True)
+    input_ids, mask, upstream = torch.randint(0, 50, (6, 4)), attended(6, 4), torch.randn(6, 64, dtype=dtype)
+    expected = torch.autograd.grad(bag_embedding(weight, input_ids, mask), weight, upstream)[0]
+    there, input_ids, mask, upstream = weight.detach().cuda(), input_ids.cuda(), mask.cuda(), upstream.cuda()
+    there.requires_grad_()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        gradient = torch.autograd.grad(bag_embedding(there, input_ids, mask), there, upstream)[0]
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    torch.testing.assert_close(gradient.cpu(), expected)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])

@@ -1,17 +1,19 @@
 """Multi-hot cross-entropy against its definition, in value and gradient."""
 
 import math
+import os
 from collections.abc import Sequence
 
 import pytest
 import torch
-from allocations import allocated_above
+from profiled import WAITING, allocated_above, operators
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from composer_tst.loss import multi_hot_cross_entropy
 
 IGNORED = -100
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 
 
 def definition(
@@ -60,7 +62,8 @@ def check(logits: Tensor, targets: Tensor, weights: Sequence[float] | None) -> N
     tolerance = {
         torch.float64: 1e-12,
         torch.float32: 1e-5,
-        torch.bfloat16: 2**-8 + 1e-5,
+        # Triton's interpreter cuts off what a GPU rounds.
+        torch.bfloat16: 2 ** (-7 if INTERPRETED else -8) + 1e-5,
         torch.float16: 2**-11 + 1e-5,
     }[logits.dtype]
 
@@ -236,7 +239,7 @@ def test_compiles_whole():
     loss = compiled(logits, targets, [4, 3, 2, 1])
     (gradient,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=2**-8, atol=1e-7)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=2**-7, atol=1e-7)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -252,6 +255,27 @@ def test_one_buffer_of_the_size_of_the_logits_and_none_without_gradient(dtype: t
     assert allocated_above(chunk, step) == [logits.nbytes]
     with torch.no_grad():
         assert allocated_above(chunk, lambda: multi_hot_cross_entropy(logits, targets)) == []
+
+
+def test_no_step_waits_for_values():
+    logits, targets = problem(6, 19, 4)
+    used = operators(lambda: multi_hot_cross_entropy(logits, targets, [4, 3, 2, 1]).backward())
+    assert used
+    assert not used & WAITING
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_on_a_gpu_no_step_waits_and_the_gradient_is_the_same(dtype: torch.dtype):
+    logits, targets = problem(6, 50257, 4, dtype)
+    expected = torch.autograd.grad(multi_hot_cross_entropy(logits, targets), logits)[0]
+    there, targets = logits.detach().cuda().requires_grad_(), targets.cuda()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        gradient = torch.autograd.grad(multi_hot_cross_entropy(there, targets, [1, 1, 1, 1]), there)[0]
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    torch.testing.assert_close(gradient.cpu(), expected, rtol=2**-8 + 1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from .errors import PrepareError, explained
 from .storage import check_bucket, filesystem, is_s3
 
 STATE = '.parts'
-TOKENIZER = 'tokenizer'
 
 
 @dataclass(frozen=True)
