@@ -26,6 +26,7 @@ def definition(
     for n in range(rows):
         z = [float(logit) for logit in logits[n]]
         lse = math.log(math.fsum(math.exp(logit) for logit in z))
+        probabilities = torch.tensor([math.exp(logit - lse) for logit in z], dtype=torch.float64)
         loss = 0.0
         for k in range(bag_size):
             y, w = int(targets[n, k]), weights[k] / sum(weights)
@@ -34,7 +35,7 @@ def definition(
             loss += w * (lse - z[y])
             total += w
             factor = w * (upstream[n] if upstream else 1.0)
-            gradient[n] += factor * torch.tensor([math.exp(logit - lse) for logit in z], dtype=torch.float64)
+            gradient[n] += factor * probabilities
             gradient[n, y] -= factor
         losses.append(loss)
     return losses, gradient, total
