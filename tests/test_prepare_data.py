@@ -12,7 +12,7 @@ import resource
 import shutil
 import signal
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -302,8 +302,18 @@ def test_splits_that_make_no_sense_are_refused(text: str):
 # Interruptions
 
 
-def _prepare_quietly(arguments: list) -> None:
+def _prepare_until_killed(arguments: list) -> None:
+    """Run the command, quietly, and die by SIGKILL when three of its parts are finished."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    parallel = local.parallel
+
+    def dying(*args: Any) -> Iterator[Any]:
+        for done, result in enumerate(parallel(*args), 1):
+            yield result
+            if done == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    local.parallel = dying
     prepare(*arguments)
 
 
@@ -315,21 +325,14 @@ def test_killed_and_run_again_it_ends_with_the_same_data_set(
     out = tmp_path / 'killed'
     arguments = [corpus, '--seq-len', L, '--tokenizer', tokenizer_dir, '--hashes', 'sha1', '--compression', 'zstd']
     staging = tmp_path / '.killed.partial'
-    finished: list[Path] = []
-    for _ in range(10):  # a busy machine may let it finish before it is killed: then again
-        process = multiprocessing.get_context('fork').Process(
-            target=_prepare_quietly, args=([*arguments, '--output', out],)
-        )
-        process.start()
-        while process.is_alive() and len(finished) < 3:
-            time.sleep(0.005)
-            finished = list(staging.glob('.parts/part.*.json'))
-        process.kill()
-        process.join()
-        if not out.exists():
-            break
-        shutil.rmtree(out)
-        finished = []
+    process = multiprocessing.get_context('fork').Process(
+        target=_prepare_until_killed, args=([*arguments, '--output', out],)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    finished = sorted(staging.glob('.parts/part.*.json'))
+    assert len(finished) >= 3
     assert not out.exists()
 
     # With other arguments it refuses, and leaves everything as it was.
@@ -341,7 +344,7 @@ def test_killed_and_run_again_it_ends_with_the_same_data_set(
     shutil.copytree(staging, renamed)
 
     before = {path.name: path.stat().st_ino for path in staging.glob('train/*.zstd')}
-    done = {json.loads(path.read_text())['shards']['train'][0]['zip_data']['basename'] for path in finished[:3]}
+    done = {json.loads(path.read_text())['shards']['train'][0]['zip_data']['basename'] for path in finished}
     succeed(*arguments, '--output', out)
     for name in done:
         assert (out / 'train' / name).stat().st_ino == before[name], 'a finished part was converted again'
