@@ -10,9 +10,10 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from composer_tst.attach import Superposition, check_model
-from composer_tst.folding import IGNORE_INDEX, check_fold_settings, fold_batch, rows_per_fold
+from composer_tst.folding import IGNORE_INDEX, check_fold_settings, fold_batch
 from composer_tst.loader import BagLoader
 from composer_tst.schedule import Plan, Schedule, parse_phases, plan_steps
+from composer_tst.stack import check_algorithms, check_loader, forget_losses, put_first
 from composer_tst.weighting import Weighting, target_weights
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ class TokenSuperposition(Algorithm):
     are absent while superposed: the multi-hot cross-entropy is logged as ``loss/train/total``.
 
     Logs every step ``superposition/bag_size`` (1 in recovery), and, cumulative over all ranks,
-    ``superposition/data_tokens`` and ``superposition/s_tokens`` (model positions, padding included).
+    ``superposition/data_tokens`` and ``superposition/s_tokens`` (model positions, padding included). A mixture of
+    experts also logs ``superposition/router_loss`` while superposed, the mean over this rank's microbatches.
 
     Args:
         bag_size: Tokens in a bag, ``s``, an integer of at least 2.
@@ -79,6 +81,7 @@ class TokenSuperposition(Algorithm):
         self._superposition: Superposition | None = None
         self._train_metrics: dict[str, Any] | None = None
         self._s_tokens = 0
+        self._positions = 0
         self._warned_of_tail = False
 
     def __repr__(self) -> str:
@@ -124,14 +127,14 @@ class TokenSuperposition(Algorithm):
             # Composer sets its own logger's level by the trainer's python_log_level: follow it.
             if level := logging.getLogger('composer').level:
                 logging.getLogger('composer_tst').setLevel(level)
+            check_algorithms(state.algorithms)
+            put_first(state, self)
             check_model(state.model)
         elif event == Event.FIT_START:
             self._start(state)
         elif event == Event.AFTER_DATALOADER:
             self._fold(state)
         elif event == Event.BATCH_END:
-            if self._superposition is not None:
-                self._superposition.forget()
             self._count(state, logger)
             self._advance(state)
         elif event == Event.EPOCH_END:
@@ -146,6 +149,7 @@ class TokenSuperposition(Algorithm):
         if self.schedule.began is None:
             self._s_tokens = int(state.timestamp.token)
         if not self.schedule.finished:
+            check_loader(state.train_dataloader)
             plan = self._plan(state)
             self.schedule.resolve(state.max_duration, plan)
             self._report_shares(state.max_duration, plan)
@@ -257,6 +261,7 @@ class TokenSuperposition(Algorithm):
     def _fold(self, state: State) -> None:
         if self.schedule.finished:
             self._restore_loader(state)
+            self._positions = state.batch['labels'].numel()
             return
         bag_size = self.schedule.bag_size
         rows, length = state.batch['input_ids'].shape if 'input_ids' in state.batch else (0, 0)
@@ -268,6 +273,7 @@ class TokenSuperposition(Algorithm):
             weights = target_weights(self.weighting, bag_size).to(valid)
             batch['loss_generating_tokens'] = (valid * weights).sum((1, 2)).tolist()
         state.batch = batch
+        self._positions = batch['labels'].shape[:2].numel()
         dropped = rows * (length % bag_size) if self.expand == 'batch' else 0
         if dropped and not self._warned_of_tail:
             self._warned_of_tail = True
@@ -279,18 +285,18 @@ class TokenSuperposition(Algorithm):
             )
 
     def _count(self, state: State, logger: Logger) -> None:
-        bag_size = self.schedule.bag_size
-        assert state.previous_timestamp is not None
-        samples = int(state.timestamp.sample) - int(state.previous_timestamp.sample)
-        joined = 1 if self.schedule.finished else rows_per_fold(bag_size, self.expand)
-        self._s_tokens += samples // joined * state.batch['labels'].shape[1]
-        logger.log_metrics(
-            {
-                'superposition/bag_size': bag_size,
-                'superposition/data_tokens': int(state.timestamp.token),
-                'superposition/s_tokens': self._s_tokens,
-            }
-        )
+        # All ranks draw equally many rows, in the last step of an epoch too.
+        self._s_tokens += self._positions * dist.get_world_size()
+        metrics: dict[str, Any] = {
+            'superposition/bag_size': self.schedule.bag_size,
+            'superposition/data_tokens': int(state.timestamp.token),
+            'superposition/s_tokens': self._s_tokens,
+        }
+        if self._superposition is not None:
+            if self._superposition.router_losses:
+                metrics['superposition/router_loss'] = torch.stack(self._superposition.router_losses).mean()
+            self._superposition.forget()
+        logger.log_metrics(metrics)
 
     def _advance(self, state: State) -> None:
         if self.schedule.finished:
@@ -303,6 +309,7 @@ class TokenSuperposition(Algorithm):
             self._restore_loader(state)
         else:
             self._set_weights()
+        forget_losses(state.callbacks)
         log.info(
             'Superposition: bag size goes from %d to %d%s at batch %d, after %s data tokens.',
             before,

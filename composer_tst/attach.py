@@ -7,7 +7,7 @@ Three things change while it is attached, none of them a parameter, a buffer or 
 - The input embedding's lookup returns the mean embedding of each bag instead. Whatever else the embedding does
   (Gemma's scale, MPT's tied output head) stays: only ``nn.Embedding``'s own lookup is replaced, beneath it.
 - ``ComposerModel.loss`` is the multi-hot cross-entropy of the logits, plus the router loss that a mixture of
-  experts reports beside them.
+  experts reports beside them. It stays one tensor, as llm-foundry's KillLossSpike needs it.
 
 A plain batch passes all three untouched, and so does every batch in evaluation mode.
 """
@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from composer.models import ComposerModel, HuggingFaceModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from composer_tst.embedding import bag_embedding
 from composer_tst.loss import multi_hot_cross_entropy
@@ -38,6 +39,12 @@ class BagLookup(nn.Embedding):
         if self.bags is None or not self.training:
             return super().forward(input)
         ids, mask = self.bags
+        if isinstance(self.weight, DTensor):
+            # FSDP has made the weight whole by now.
+            raise ValueError(
+                'The input embedding is divided by tensor parallelism, and superposition needs it whole: leave it out '
+                'of the layer plan.'
+            )
         return bag_embedding(self, ids, mask).view(*input.shape, -1)
 
 
@@ -130,11 +137,13 @@ class Superposition:
 
     Attributes:
         weights: Weights of a bag's targets, ``(s,)``, or None for uniform ones.
+        router_losses: The router loss of each microbatch since :meth:`forget`; empty without a mixture of experts.
     """
 
     weights: torch.Tensor | None = None
 
     def __init__(self, model: ComposerModel):
+        self.router_losses: list[torch.Tensor] = []
         self._model: Any = model
         embedding = find_embedding(model)
         self._embedding_class = type(embedding)
@@ -145,8 +154,9 @@ class Superposition:
         self._model.loss = self._loss
 
     def forget(self) -> None:
-        """Forget the bags of the last step, so that a forward pass that bypasses the hook looks up plain ids."""
+        """Forget the last step; a forward pass that bypasses the hook then looks up plain ids."""
         self._embedding.bags = None
+        self.router_losses = []
 
     def remove(self) -> None:
         """Leave the model as it was before."""
@@ -183,7 +193,8 @@ class Superposition:
         if aux_loss is None:
             return mce
         router = self._model.config.router_aux_loss_coef * aux_loss
-        return {'total': mce + router, 'mce': mce, 'router': router}
+        self.router_losses.append(router.detach())
+        return mce + router
 
 
 def _is_folded(batch: Any) -> bool:

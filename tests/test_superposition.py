@@ -97,6 +97,31 @@ def test_weighted_padded_microbatches_add_up_to_the_loss_of_the_whole_batch(
     )
 
 
+def test_uneven_microbatches_of_full_rows_add_up_without_counting_tokens():
+    model, grads, loader = llama(), Grads(), random_loader()
+    expected = first_step_by_definition(model, list(itertools.islice(loader, 3)))
+    algorithm = TokenSuperposition(bag_size=3, duration='1ba')
+    run = make_trainer(model, loader, algorithm, '2ba', callbacks=[grads], device_train_microbatch_size=3)
+    run[0].fit()
+    assert_first_step(run, grads, *expected)
+
+
+def test_a_compiled_model_trains_as_the_model_itself():
+    def losses(compile_config: dict[str, Any] | None) -> list[float]:
+        algorithm = TokenSuperposition(bag_size=3, duration='2ba')
+        model = llama(num_hidden_layers=1)
+        trainer, logger = make_trainer(model, random_loader(), algorithm, '4ba', compile_config=compile_config)
+        trainer.fit()
+        return logged(logger, 'loss/train/total')
+
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = losses({})
+    assert not counters['graph_break']
+    assert counters['stats']['unique_graphs'] == 2  # one for each bag size
+    assert compiled == pytest.approx(losses(None), rel=1e-4)
+
+
 @pytest.mark.parametrize('family', ['llama', 'mpt-tied'])
 @pytest.mark.parametrize('expand', ['sequence', 'batch'])
 def test_recovery_is_plain_training_from_the_switch_to_the_bit(

@@ -1,0 +1,78 @@
+"""What else is in the run: algorithms, callbacks and loaders that superposition must fit in with, or refuse."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from composer import algorithms
+from composer.core import Algorithm, Callback, State
+
+_IMAGES = 'it changes images, and superposition trains on tokens'
+_REFUSED = {
+    algorithms.AugMix: _IMAGES,
+    algorithms.ColOut: _IMAGES,
+    algorithms.CutMix: _IMAGES,
+    algorithms.CutOut: _IMAGES,
+    algorithms.GyroDropout: 'its masks are for activations (batch, features), and a language model has positions',
+    algorithms.LabelSmoothing: 'it smooths one label at each position, and a bag has several',
+    algorithms.MixUp: _IMAGES,
+    algorithms.NoOpModel: 'it leaves no model to train',
+    algorithms.ProgressiveResizing: _IMAGES,
+    algorithms.RandAugment: _IMAGES,
+    algorithms.SelectiveBackprop: 'it calls the model with the input alone, and a causal model takes the whole batch',
+}
+
+
+def check_algorithms(stack: Iterable[Algorithm]) -> None:
+    """Refuse algorithms that would make a superposed run fail or train on nonsense.
+
+    Raises:
+        ValueError: If one of them cannot be combined with superposition.
+    """
+    for algorithm in stack:
+        for refused, reason in _REFUSED.items():
+            if isinstance(algorithm, refused):
+                raise ValueError(
+                    f'{refused.__name__} cannot be combined with TokenSuperposition, because {reason}: remove one of '
+                    'them from algorithms.'
+                )
+
+
+def put_first(state: State, algorithm: Algorithm) -> None:
+    """Move an algorithm to the front, wherever the user listed it.
+
+    Composer runs the events named ``AFTER_`` from last to first. So the first algorithm folds the batch last, after
+    SeqLengthWarmup and Alibi have cut or reshaped its rows of plain tokens.
+    """
+    state.algorithms.remove(algorithm)
+    state.algorithms.insert(0, algorithm)
+
+
+def check_loader(loader: Any) -> None:
+    """Refuse llm-foundry's finetuning loader, which trains on the responses to prompts alone.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    collator = getattr(loader, 'collate_fn', None)
+    while collator is not None:
+        if _is_a(collator, 'llmfoundry.data.finetuning.collator', 'Seq2SeqFinetuningCollator'):
+            raise ValueError(
+                'The train loader is a finetuning loader: superposition is for pre-training, give train_loader '
+                'name: text, or remove token_superposition from algorithms.'
+            )
+        collator = getattr(collator, 'base_collator', None)
+
+
+def forget_losses(callbacks: Iterable[Callback]) -> None:
+    """Have llm-foundry's KillLossSpike begin a new window, so that it compares no losses of different bag sizes."""
+    for callback in callbacks:
+        if _is_a(callback, 'llmfoundry.callbacks.kill_loss_spike_callback', 'KillLossSpike'):
+            spike: Any = callback
+            spike.loss_window.clear()
+            spike.outlier_counter = 0
+
+
+def _is_a(thing: Any, module: str, name: str) -> bool:
+    """Whether a thing is of a class of llm-foundry, which a Composer run need not have imported."""
+    return module in sys.modules and isinstance(thing, getattr(sys.modules[module], name))

@@ -1,0 +1,110 @@
+"""The callbacks of a pre-training run, in both phases."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from composer.loggers import InMemoryLogger
+from conftest import REPO, SEQ_LEN, VOCAB_SIZE
+from llmfoundry.callbacks import KillLossSpike
+from llmfoundry.callbacks.async_eval_callback import get_eval_parameters
+from llmfoundry.command_utils.train import train_from_yaml
+from llmfoundry.utils.exceptions import LossSpikeError
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
+from trainers import llama, logged, make_trainer
+
+from composer_tst import TokenSuperposition
+
+TST = REPO / 'yamls' / 'quickstart' / 'tst.yaml'
+
+
+def test_the_callbacks_of_a_pretraining_run_work_in_both_phases(dataset: Path, tmp_path: Path):
+    trainer = train_from_yaml(
+        str(TST),
+        [
+            f'variables.data={dataset}',
+            f'max_seq_len={SEQ_LEN}',
+            f'model.vocab_size={VOCAB_SIZE}',
+            'model.d_model=16',
+            'global_train_batch_size=4',
+            'device_train_microbatch_size=2',
+            'device_eval_batch_size=4',
+            'eval_subset_num_batches=1',
+            'eval_interval=3ba',
+            'scheduler.t_warmup=1ba',
+            'max_duration=6ba',
+            f'save_folder={tmp_path}/checkpoints',
+            'save_interval=3ba',
+            'autoresume=false',
+            'algorithms.token_superposition.phases=[{bag_size: 2, until: 3ba}]',
+            'loggers={inmemory: {}}',
+            f'variables.folder={tmp_path}',
+            'callbacks.speed_monitor={window_size: 1}',
+            'callbacks.lr_monitor={}',
+            'callbacks.memory_monitor={}',
+            'callbacks.runtime_estimator={}',
+            'callbacks.optimizer_monitor={batch_log_interval: 1}',
+            'callbacks.nan_monitor={}',
+            'callbacks.scheduled_gc={batch_interval: 2}',
+            'callbacks.kill_loss_spike={log_only: false, window_size: 2}',
+            'callbacks.hf_checkpointer={save_interval: 3ba, precision: float32}',
+            f'callbacks.hf_checkpointer.save_folder={tmp_path}/hf',
+        ],
+    )
+    logger = next(d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger))
+    metrics = {key: logged(logger, key) for key in logger.data}
+    assert metrics['superposition/bag_size'] == [2, 2, 2, 1, 1, 1]
+    for key in ('lr-DecoupledAdamW/group0', 'l2_norm/grad/global', 'loss/train/total', 'time/token'):
+        assert len(metrics[key]) >= 6, key
+    assert len(metrics['throughput/tokens_per_sec']) == 5
+    assert len(metrics['time/remaining_estimate']) >= 3
+    assert all(value > 0 for value in metrics['l2_norm/grad/global'])
+
+    exported = sorted(config.parent.name for config in (tmp_path / 'hf').glob('**/config.json'))
+    assert exported == ['ba3', 'ba6']
+
+
+def test_async_evaluation_takes_over_the_yaml_without_superposition(tmp_path: Path):
+    parameters = OmegaConf.to_container(OmegaConf.load(TST), resolve=True)
+    assert isinstance(parameters, dict)
+    evaluation = get_eval_parameters(parameters | {'icl_tasks': []}, 'checkpoint', 'tst')
+    assert 'algorithms' not in evaluation
+    assert evaluation['models'][0]['load_path'] == 'checkpoint'
+    assert evaluation['eval_loader'] == parameters['eval_loader']
+
+
+class Counting(torch.utils.data.Dataset):
+    """Rows of four bags, each of one token thrice, that count upwards: learnt at once from bag to bag."""
+
+    def __len__(self) -> int:
+        return 1600
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = (torch.arange(4).repeat_interleave(3) + index) % 16
+        return {'input_ids': ids, 'labels': ids.clone()}
+
+
+def test_the_jump_at_the_switch_is_no_loss_spike():
+    killer = KillLossSpike(log_only=False, patience=0, outlier_multiplier=2)
+    algorithm = TokenSuperposition(bag_size=3, duration='120ba', expand='batch')
+    trainer, logger = make_trainer(
+        llama(), DataLoader(Counting(), batch_size=4), algorithm, '125ba', callbacks=[killer]
+    )
+    trainer.fit()
+    losses = logged(logger, 'loss/train/total')
+    assert losses[120] > 2 * max(losses[20:120])
+    assert len(losses) == 125
+
+
+def test_a_loss_spike_within_a_phase_still_kills_the_run():
+    class Spikes(Counting):
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            row = super().__getitem__(index)
+            return row if index < 1320 else {key: ids.flip(0) for key, ids in row.items()}
+
+    killer = KillLossSpike(log_only=False, patience=0, outlier_multiplier=2)
+    algorithm = TokenSuperposition(bag_size=3, duration='120ba', expand='batch')
+    trainer, _ = make_trainer(llama(), DataLoader(Spikes(), batch_size=4), algorithm, '125ba', callbacks=[killer])
+    with pytest.raises(LossSpikeError):
+        trainer.fit()

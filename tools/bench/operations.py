@@ -1,0 +1,115 @@
+"""The loss and the embedding, beside what they replace and the published listings."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from composer_tst.embedding import bag_embedding
+from composer_tst.loss import multi_hot_cross_entropy
+
+from .measure import Call, Case, Other
+
+BAG_SIZES = (2, 6, 16)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The plain step's loss, one target a row: (N, V) logits, upcast as autocast does, (N,) targets."""
+    return F.cross_entropy(logits.float(), targets)
+
+
+def loop_of_cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    """The published listing of TST: (N, V) logits, (N, s) targets, one cross-entropy a target."""
+    losses = [F.cross_entropy(logits.float(), targets[:, k]) for k in range(targets.shape[1])]
+    return sum(losses, start=logits.new_zeros((), dtype=torch.float32)) / len(losses)
+
+
+def one_log_softmax(logits: Tensor, targets: Tensor) -> Tensor:
+    """The published listing of patch-level training (arXiv 2407.12665): one log-softmax, one nll a target."""
+    log_probs = F.log_softmax(logits.float(), dim=-1)
+    losses = [F.nll_loss(log_probs, targets[:, k]) for k in range(targets.shape[1])]
+    return sum(losses, start=log_probs.new_zeros(())) / len(losses)
+
+
+def loss_cases(device: torch.device) -> Iterator[Case]:
+    """Forward and backward of the loss, down to the gradient of the logits."""
+    elements = 1 << (28 if device.type == 'cuda' else 23)
+    for dtype in (torch.float32, torch.bfloat16):
+        for vocabulary in (32768, 50257, 131072):
+            for bag_size in BAG_SIZES:
+                rows = elements // vocabulary
+                logits = torch.randn(rows, vocabulary, device=device).to(dtype).requires_grad_()
+                targets = torch.randint(vocabulary, (rows, bag_size), device=device)
+                copy = torch.empty_like(logits, requires_grad=False)
+
+                def gradient(loss: Callable[[Tensor, Tensor], Tensor], logits=logits, targets=targets) -> Call:
+                    return lambda: torch.autograd.grad(loss(logits, targets), logits)
+
+                yield Case(
+                    f'loss s={bag_size} V={vocabulary} N={rows} {_name(dtype)}',
+                    gradient(multi_hot_cross_entropy),
+                    (
+                        Other(
+                            'one cross-entropy',
+                            gradient(lambda logits, targets: cross_entropy(logits, targets[:, 0])),
+                            time_at_most=1.05,
+                            memory_at_most=1.0,
+                        ),
+                        Other(
+                            'TST listing: s cross-entropies',
+                            gradient(loop_of_cross_entropies),
+                            time_at_most={6: 1 / 7, 16: 1 / 20}.get(bag_size),
+                        ),
+                        Other('patch-level listing: one log-softmax, s nll', gradient(one_log_softmax)),
+                        # The loss must read the logits twice and write a gradient: at a copy's bandwidth, 1.5 of it.
+                        Other(
+                            'a copy of the logits',
+                            lambda logits=logits, copy=copy: copy.copy_(logits.detach()),
+                            time_at_most=1.5 / 0.8 if device.type == 'cuda' else None,
+                        ),
+                    ),
+                )
+
+
+def loop_of_lookups(weight: Tensor, input_ids: Tensor) -> Tensor:
+    """The published listing of TST: (T, s) ids, one float32 lookup a token of the bag."""
+    total = F.embedding(input_ids[:, 0], weight).float()
+    for k in range(1, input_ids.shape[1]):
+        total = total + F.embedding(input_ids[:, k], weight).float()
+    return (total / input_ids.shape[1]).to(weight.dtype)
+
+
+def mean_of_lookups(weight: Tensor, input_ids: Tensor) -> Tensor:
+    """The short way, through a (T, s, d) tensor."""
+    return F.embedding(input_ids, weight).mean(-2)
+
+
+def embedding_cases(device: torch.device) -> Iterator[Case]:
+    """Forward and backward of the bag embedding, down to the gradient of the weight."""
+    vocabulary, width, positions = (131072, 2048, 16384) if device.type == 'cuda' else (50257, 512, 4096)
+    # Tokens of text: the k-th most frequent comes 1/k as often as the first.
+    frequency = torch.arange(1.0, vocabulary + 1, device=device).reciprocal()
+    for dtype in (torch.float32, torch.bfloat16):
+        for bag_size in BAG_SIZES:
+            weight = torch.randn(vocabulary, width, device=device).to(dtype).requires_grad_()
+            input_ids = frequency.multinomial(positions * bag_size, replacement=True).view(positions, bag_size)
+            upstream = torch.randn(positions, width, device=device).to(dtype)
+
+            def gradient(
+                embed: Callable[[Tensor, Tensor], Tensor], weight=weight, input_ids=input_ids, upstream=upstream
+            ) -> Call:
+                return lambda: torch.autograd.grad(embed(weight, input_ids), weight, upstream)
+
+            yield Case(
+                f'embedding s={bag_size} V={vocabulary} d={width} T={positions} {_name(dtype)}',
+                gradient(bag_embedding),
+                (
+                    Other('TST listing: s lookups in float32', gradient(loop_of_lookups), time_at_most=1 / 5),
+                    Other('embedding(ids).mean(-2)', gradient(mean_of_lookups), time_at_most=1 / 1.5),
+                ),
+            )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix('torch.')
