@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from composer.loggers import InMemoryLogger
@@ -33,46 +33,42 @@ torch.cuda.current_device = lambda: torch.device('cpu')  # type: ignore
 to_empty = torch.nn.Module.to_empty
 torch.nn.Module.to_empty = lambda self, *, device, recurse=True: to_empty(self, device='cpu', recurse=recurse)
 
-# Overrides, and whether FSDP is FSDP2. llm-foundry leaves the parallelism out in a single process.
-CASES: dict[str, tuple[list[str], bool]] = {
-    'ddp': ([], False),
-    'ddp, packed, uneven microbatches': (
+FULL_SHARD = ['fsdp_config.sharding_strategy=FULL_SHARD']
+CHECKPOINTED = [*FULL_SHARD, 'fsdp_config.activation_checkpointing=true']
+SEQUENCE = ['algorithms.token_superposition.expand=sequence']
+
+
+class Case(NamedTuple):
+    """A run on two processes, and the run it must equal: the same on one process, or another one on two."""
+
+    overrides: list[str]
+    fsdp_version: int = 1
+    equals: str | None = None
+
+
+# llm-foundry leaves FSDP out on a single process, which also has no use for the meta device and draws other weights.
+CASES = {
+    'ddp': Case([]),
+    'ddp, packed, uneven microbatches': Case(
         [
             'device_train_microbatch_size=3',
             'train_loader.dataset.eos_token_id=0',
             'model.attn_config.attn_uses_sequence_id=true',
-        ],
-        False,
+        ]
     ),
-    'fsdp1 full_shard': (['fsdp_config.sharding_strategy=FULL_SHARD'], False),
-    'fsdp1 shard_grad_op': (['fsdp_config.sharding_strategy=SHARD_GRAD_OP'], False),
-    'fsdp2': (['fsdp_config.sharding_strategy=FULL_SHARD'], True),
-    'fsdp2, tied': (['fsdp_config.sharding_strategy=FULL_SHARD', 'model.tie_word_embeddings=true'], True),
-    'fsdp1, tied': (['fsdp_config.sharding_strategy=FULL_SHARD', 'model.tie_word_embeddings=true'], False),
-    'fsdp1, meta': (
-        [
-            'fsdp_config.sharding_strategy=FULL_SHARD',
-            'fsdp_config.activation_checkpointing=true',
-            'model.init_device=meta',
-        ],
-        False,
-    ),
-    'fsdp2, meta': (
-        [
-            'fsdp_config.sharding_strategy=FULL_SHARD',
-            'fsdp_config.activation_checkpointing=true',
-            'model.init_device=meta',
-        ],
-        True,
-    ),
-    'fsdp2, mixed': (
-        [
-            'fsdp_config.sharding_strategy=FULL_SHARD',
-            'fsdp_config.activation_checkpointing=true',
-            'model.init_device=mixed',
-        ],
-        True,
-    ),
+    'fsdp1': Case(FULL_SHARD),
+    'fsdp1, shard_grad_op': Case(['fsdp_config.sharding_strategy=SHARD_GRAD_OP']),
+    'fsdp1, tied': Case([*FULL_SHARD, 'model.tie_word_embeddings=true']),
+    'fsdp1, checkpointed, meta': Case([*CHECKPOINTED, 'model.init_device=meta'], equals='fsdp2, checkpointed, meta'),
+    'fsdp2': Case(FULL_SHARD, 2),
+    'fsdp2, tied': Case([*FULL_SHARD, 'model.tie_word_embeddings=true'], 2),
+    'fsdp2, checkpointed': Case(CHECKPOINTED, 2),
+    'fsdp2, checkpointed, meta': Case([*CHECKPOINTED, 'model.init_device=meta'], 2, 'fsdp1, checkpointed, meta'),
+    'fsdp2, checkpointed, mixed': Case([*CHECKPOINTED, 'model.init_device=mixed'], 2, 'fsdp2, checkpointed'),
+    # Which rows a process joins depends on the rows that it is dealt.
+    'ddp, sequence': Case(SEQUENCE, equals='fsdp1, sequence'),
+    'fsdp1, sequence': Case([*FULL_SHARD, *SEQUENCE], equals='fsdp2, sequence'),
+    'fsdp2, sequence': Case([*FULL_SHARD, *SEQUENCE], 2, 'ddp, sequence'),
 }
 
 
@@ -131,22 +127,24 @@ def tensor_parallel_embedding() -> str:
 def main() -> None:
     folder, yaml, plain_yaml, *overrides = sys.argv[1:]
     results: dict[str, Any] = {'runs': {}, 'collectives': {}}
-    for name, (case, fsdp2) in list(CASES.items())[int(os.environ.get('SKIP', 0)) :]:
-        os.environ['FSDP_VERSION'] = '2' if fsdp2 else '1'
-        results['runs'][name] = run(yaml, [*overrides, *case])
-        print('done', name, results['runs'][name]['losses'], flush=True)
-    if dist.get_world_size() > 1:
+    processes = dist.get_world_size()
+    for name, case in CASES.items():
+        if processes == 1 and case.equals is not None:
+            continue
+        os.environ['FSDP_VERSION'] = str(case.fsdp_version)
+        results['runs'][name] = run(yaml, [*overrides, *case.overrides])
+    if processes > 1:
         results['tensor parallel embedding'] = tensor_parallel_embedding()
-        for name in ('ddp', 'fsdp1 full_shard', 'fsdp2'):
-            case, fsdp2 = CASES[name]
-            os.environ['FSDP_VERSION'] = '2' if fsdp2 else '1'
-            for which in (yaml, plain_yaml):
+        plain = [override for override in overrides if not override.startswith('algorithms')]
+        for name in ('ddp', 'fsdp1', 'fsdp2'):
+            os.environ['FSDP_VERSION'] = str(CASES[name].fsdp_version)
+            results['collectives'][name] = []
+            for which, settings in ((yaml, overrides), (plain_yaml, plain)):
                 with Collectives() as collectives:
-                    run(which, [*(o for o in overrides if which == yaml or not o.startswith('algorithms')), *case])
-                results['collectives'].setdefault(name, []).append(collectives.counts)
-                print(name, collectives.counts, flush=True)
+                    run(which, [*settings, *CASES[name].overrides])
+                results['collectives'][name].append(collectives.counts)
     if dist.get_global_rank() == 0:
-        (Path(folder) / f'ranks{dist.get_world_size()}.json').write_text(json.dumps(results))
+        (Path(folder) / f'ranks{processes}.json').write_text(json.dumps(results))
 
 
 if __name__ == '__main__':

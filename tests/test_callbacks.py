@@ -1,6 +1,7 @@
 """The callbacks of a pre-training run, in both phases."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,9 +67,8 @@ def test_the_callbacks_of_a_pretraining_run_work_in_both_phases(dataset: Path, t
 
 
 def test_async_evaluation_takes_over_the_yaml_without_superposition(tmp_path: Path):
-    parameters = OmegaConf.to_container(OmegaConf.load(TST), resolve=True)
-    assert isinstance(parameters, dict)
-    evaluation = get_eval_parameters(parameters | {'icl_tasks': []}, 'checkpoint', 'tst')
+    parameters: Any = OmegaConf.to_container(OmegaConf.load(TST), resolve=True)
+    evaluation = get_eval_parameters({**parameters, 'icl_tasks': []}, 'checkpoint', 'tst')
     assert 'algorithms' not in evaluation
     assert evaluation['models'][0]['load_path'] == 'checkpoint'
     assert evaluation['eval_loader'] == parameters['eval_loader']

@@ -236,7 +236,7 @@ class Own(ComposerModel):
 
 @pytest.mark.parametrize('positions', [False, True])
 def test_a_model_of_ones_own(positions: bool):
-    model = Own(positions)
+    model: Any = Own(positions)
     loader = random_loader()
     rows = reference.fold(list(itertools.islice(loader, S)), S)
     logits = model.after_embedding(reference.mean_embeddings(model.tokens, rows))
@@ -250,7 +250,7 @@ def test_a_model_of_ones_own(positions: bool):
 
 def test_a_mixture_of_experts_logs_its_router_loss_while_superposed():
     model = hugging_face(transformers_model('mixtral'))
-    untouched = copy.deepcopy(model)
+    untouched: Any = copy.deepcopy(model)
     loader = random_loader()
     trainer, logger = make_trainer(model, loader, TokenSuperposition(bag_size=S, duration='2ba'), '4ba')
     trainer.fit()

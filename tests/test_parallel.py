@@ -27,6 +27,7 @@ RUN = [
     'scheduler.t_warmup=1ba',
     'max_duration=4ba',
     'algorithms.token_superposition.phases=[{bag_size: 2, until: 2ba}]',
+    'algorithms.token_superposition.expand=batch',
     'loggers={inmemory: {}}',
     'python_log_level=warn',
 ]
@@ -54,11 +55,11 @@ def results(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_two_processes_train_as_one(name: str, results: dict[int, dict[str, Any]]):
+def test_every_kind_of_parallelism_trains_as_a_single_process(name: str, results: dict[int, dict[str, Any]]):
     """The same samples in a step, so the same losses and weights, superposed and after the switch."""
     two = results[2]['runs'][name]
-    # A single process does not use the meta device, and draws other weights: there the two FSDPs are compared.
-    one = results[2]['runs']['fsdp1, meta'] if 'meta' in name else results[1]['runs'][name]
+    other = CASES[name].equals
+    one = results[1]['runs'][name] if other is None else results[2]['runs'][other]
     assert len(two['losses']) == 4
     assert two['losses'] == pytest.approx(one['losses'], rel=1e-4)
     assert two['eval'] == pytest.approx(one['eval'], rel=1e-4)

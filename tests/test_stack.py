@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +14,10 @@ from composer import algorithms
 from composer.algorithms.low_precision_groupnorm import apply_low_precision_groupnorm
 from composer.algorithms.low_precision_layernorm import apply_low_precision_layernorm
 from composer.core import Algorithm, Precision
+from llmfoundry.data.dataloader import build_dataloader
 from torch.utils.data import DataLoader, Subset
 from trainers import VOCAB_SIZE, Grads, hugging_face, logged, make_trainer, random_loader
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from composer_tst import PhaseCheckpointer, TokenSuperposition
 from composer_tst.attach import Superposition
@@ -27,7 +29,7 @@ L, S = 12, 3
 def gpt2() -> Any:
     """Without dropout: a probe of SeqLengthWarmup draws random numbers, and a resumed run probes again."""
     torch.manual_seed(1)
-    dropout = {'resid_pdrop': 0.0, 'embd_pdrop': 0.0, 'attn_pdrop': 0.0}
+    dropout: dict[str, Any] = {'resid_pdrop': 0.0, 'embd_pdrop': 0.0, 'attn_pdrop': 0.0}
     config = GPT2Config(vocab_size=VOCAB_SIZE, n_positions=64, n_embd=16, n_layer=2, n_head=2, **dropout)
     return hugging_face(GPT2LMHeadModel(config))
 
@@ -190,6 +192,29 @@ def test_gated_linear_units_are_for_bert_alone_and_composer_says_so():
     stack = [algorithms.GatedLinearUnits(), TokenSuperposition(bag_size=S, duration='2ba')]
     with pytest.raises(TypeError, match='only has a surgery policy defined for subclasses of transformers.Bert'):
         make_trainer(gpt2(), random_loader(), stack)
+
+
+def test_a_finetuning_loader_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
+    row = json.dumps({'prompt': 'import', 'response': ' json'})
+    (tmp_path / 'train.jsonl').write_text(f'{row}\n' * 40)
+    config = {
+        'name': 'finetuning',
+        'dataset': {
+            'hf_name': str(tmp_path),
+            'split': 'train',
+            'max_seq_len': 24,
+            'decoder_only_format': True,
+            'shuffle': False,
+        },
+        'drop_last': True,
+        'num_workers': 0,
+        'prefetch_factor': None,
+        'persistent_workers': False,
+    }
+    loader = build_dataloader(config, tokenizer, 4)
+    trainer, _ = make_trainer(gpt2(), loader, TokenSuperposition(bag_size=S, duration='2ba'))
+    with pytest.raises(ValueError, match='The train loader is a finetuning loader: superposition is for pre-training'):
+        trainer.fit()
 
 
 def test_every_algorithm_of_composer_has_its_row():

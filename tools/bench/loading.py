@@ -1,7 +1,7 @@
 """Grouping the loader batches of one step, beside drawing them one by one."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ def loader_cases(device: torch.device) -> Iterator[Case]:
         # Streaming wants a folder for each reader.
         loaders = [_text_loader(Path(folder, name)) for name in ('ours', 'plain')]
         for bag_size in BAG_SIZES:
-            ours = iter(BagLoader(loaders[0], lambda step, s=bag_size: s, lambda: 0, True, None))
-            plain = iter(loaders[1])
+            ours = _forever(BagLoader(loaders[0], lambda step, s=bag_size: s, lambda: 0, True, None))
+            plain = _forever(loaders[1])
             yield Case(
                 f'loader s={bag_size} B={BATCH_SIZE} L={LENGTH}',
                 lambda ours=ours: next(ours),
@@ -39,6 +39,11 @@ def loader_cases(device: torch.device) -> Iterator[Case]:
                     ),
                 ),
             )
+
+
+def _forever(loader: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        yield from loader
 
 
 def _text_loader(folder: Path) -> Any:

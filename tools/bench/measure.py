@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
 
-MIN_ROUNDS, MAX_ROUNDS = 3, 15
+MIN_ROUNDS, MAX_ROUNDS = 3, 100
 
 
 @dataclass(frozen=True)
