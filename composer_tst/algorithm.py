@@ -272,6 +272,9 @@ class TokenSuperposition(Algorithm):
             valid = (batch['labels'] != IGNORE_INDEX).double()
             weights = target_weights(self.weighting, bag_size).to(valid)
             batch['loss_generating_tokens'] = (valid * weights).sum((1, 2)).tolist()
+        if state.device.name == 'gpu' and getattr(state.train_dataloader, 'pin_memory', False):
+            # As the loader's own batches were: from other memory, each microbatch's copy to the GPU would wait for it.
+            batch = {key: value.pin_memory() if torch.is_tensor(value) else value for key, value in batch.items()}
         state.batch = batch
         self._positions = batch['labels'].shape[:2].numel()
         dropped = rows * (length % bag_size) if self.expand == 'batch' else 0

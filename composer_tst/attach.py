@@ -188,6 +188,9 @@ class Superposition:
                 f'{type(self._model).__name__} returns logits of shape {tuple(logits.shape)} for bags of shape '
                 f'{tuple(targets.shape)}: have its forward return logits (B, P, V), one for each position.'
             )
+        if self.weights is not None:
+            # Copied to a GPU once: at every loss, the copy would wait for it.
+            self.weights = self.weights.to(logits.device)
         mce = multi_hot_cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1), self.weights)
         aux_loss = outputs.get('aux_loss') if isinstance(outputs, Mapping) else None
         if aux_loss is None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from composer.models import ComposerModel
 from peft import LoraConfig
+from profiled import WAITING, operators
 from torch import nn
 from trainers import VOCAB_SIZE, hugging_face, llama, mpt
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from composer_tst.attach import Superposition, check_model, find_embedding
+from composer_tst.folding import fold_batch
 
 
 class Bare(ComposerModel):
@@ -120,3 +122,21 @@ def test_logits_that_are_not_one_for_each_bag_are_refused():
     batch = {'input_ids': torch.zeros(2, 3, 2, dtype=torch.long), 'labels': torch.zeros(2, 3, 2, dtype=torch.long)}
     with pytest.raises(ValueError, match=r'Bare returns logits of shape \(3, 2, 4\) for bags of shape \(2, 3, 2\)'):
         model.loss(model(batch).transpose(0, 1), batch)
+
+
+@pytest.mark.parametrize('weights', [None, torch.tensor([1.0, 0.5])])
+@pytest.mark.parametrize('make', [llama, mpt])
+def test_a_superposed_step_reads_no_value_that_a_plain_step_does_not(make: Any, weights: torch.Tensor | None):
+    """On a GPU each such reading would wait for it. Batches are folded before they are moved there."""
+    model = make().train()
+    ids = torch.randint(0, VOCAB_SIZE, (4, 12))
+    batch = {'input_ids': ids, 'labels': ids.clone(), 'attention_mask': torch.ones_like(ids)}
+    plain = operators(lambda: model.loss(model(batch), batch).backward())
+    superposition = Superposition(model)
+    superposition.weights = weights
+    folded = fold_batch(batch, 2)
+    superposed = operators(lambda: model.loss(model(folded), folded).backward())
+    assert any('embedding_bag' in name for name in superposed - plain)
+        name.replace('_embedding_bag_forward_only', 'embedding_bag') for name in superposed
+    }
+    assert superposed & WAITING <= plain & WAITING
