@@ -35,6 +35,9 @@ class TokenSuperposition(Algorithm):
     ``superposition/data_tokens`` and ``superposition/s_tokens`` (model positions, padding included). A mixture of
     experts also logs ``superposition/router_loss`` while superposed, the mean over this rank's microbatches.
 
+    ``device_train_microbatch_size`` keeps its meaning: where rows become shorter (``expand`` ``batch`` or ``none``), a
+    microbatch has ``bag_size`` times as many of them.
+
     Args:
         bag_size: Tokens in a bag, ``s``, an integer of at least 2.
         duration: When superposition ends, as any Composer Time. A share (``0.3dur``) is one of steps if
@@ -82,6 +85,7 @@ class TokenSuperposition(Algorithm):
         self._train_metrics: dict[str, Any] | None = None
         self._s_tokens = 0
         self._positions = 0
+        self._microbatch_scale = 1
         self._warned_of_tail = False
 
     def __repr__(self) -> str:
@@ -243,7 +247,7 @@ class TokenSuperposition(Algorithm):
         if isinstance(model, torch.nn.parallel.DistributedDataParallel):
             model = model.module
         self._superposition = Superposition(model)
-        self._set_weights()
+        self._enter_phase(state)
         # A next-token metric has nothing to measure in a superposed step.
         self._train_metrics, state.train_metrics = state.train_metrics, {}
 
@@ -251,12 +255,23 @@ class TokenSuperposition(Algorithm):
         if self._superposition is not None:
             self._superposition.remove()
             self._superposition = None
+            self._scale_microbatch(state, 1)
             state.train_metrics, self._train_metrics = self._train_metrics, None
 
-    def _set_weights(self) -> None:
+    def _enter_phase(self, state: State) -> None:
+        """Set what depends on the bag size."""
         assert self._superposition is not None
+        bag_size = self.schedule.bag_size
         uniform = self.weighting == 'uniform'
-        self._superposition.weights = None if uniform else target_weights(self.weighting, self.schedule.bag_size)
+        self._superposition.weights = None if uniform else target_weights(self.weighting, bag_size)
+        self._scale_microbatch(state, 1 if self.expand == 'sequence' or self.superpose == 'output' else bag_size)
+
+    def _scale_microbatch(self, state: State, scale: int) -> None:
+        """Let a microbatch have as many positions as in plain training, where rows have become shorter."""
+        if scale != self._microbatch_scale and state.device_train_microbatch_size is not None:
+            size = state.device_train_microbatch_size * scale / self._microbatch_scale
+            state.device_train_microbatch_size = max(1, int(size))
+            self._microbatch_scale = scale
 
     def _fold(self, state: State) -> None:
         if self.schedule.finished:
@@ -311,7 +326,7 @@ class TokenSuperposition(Algorithm):
             self._detach(state)
             self._restore_loader(state)
         else:
-            self._set_weights()
+            self._enter_phase(state)
         forget_losses(state.callbacks)
         log.info(
             'Superposition: bag size goes from %d to %d%s at batch %d, after %s data tokens.',

@@ -106,6 +106,34 @@ def test_uneven_microbatches_of_full_rows_add_up_without_counting_tokens():
     assert_first_step(run, grads, *expected)
 
 
+@pytest.mark.parametrize(
+    ('expand', 'superpose', 'rows'),
+    [
+        ('sequence', 'both', [2, 2, 2, 2, 2, 2]),
+        ('batch', 'both', [6, 6, 4, 4, 2, 2]),
+        ('none', 'input', [4, 4, 2]),
+        ('none', 'output', [2, 2, 2, 2, 2, 2]),
+    ],
+)
+def test_a_microbatch_has_as_many_positions_as_in_plain_training(expand: str, superpose: str, rows: list[int]):
+    """4 rows of 12 tokens in a loader batch, 2 rows in a microbatch; bags of 3 tokens, then of 2."""
+    seen = []
+
+    class Seen(Callback):
+        def before_forward(self, state: Any, logger: Any) -> None:
+            seen.append(len(state.batch['input_ids']))
+
+    phases = [{'bag_size': 3, 'until': '1ba'}, {'bag_size': 2, 'until': '2ba'}]
+    algorithm = TokenSuperposition(phases=phases, expand=expand, superpose=superpose)
+    trainer, _ = make_trainer(
+        llama(), random_loader(), algorithm, '3ba', callbacks=[Seen()], device_train_microbatch_size=2
+    )
+    trainer.fit()
+    assert seen[: len(rows)] == rows
+    assert seen[-1] == 2
+    assert trainer.state.device_train_microbatch_size == 2
+
+
 def test_a_compiled_model_trains_as_the_model_itself():
     def losses(compile_config: dict[str, Any] | None) -> list[float]:
         algorithm = TokenSuperposition(bag_size=3, duration='2ba')
