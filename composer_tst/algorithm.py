@@ -12,6 +12,7 @@ from composer.utils import dist
 from composer_tst.attach import Superposition, check_model
 from composer_tst.folding import IGNORE_INDEX, check_fold_settings, fold_batch
 from composer_tst.loader import BagLoader
+from composer_tst.resumption import check_resumed_settings
 from composer_tst.schedule import Plan, Schedule, parse_phases, plan_steps
 from composer_tst.stack import check_algorithms, check_loader, forget_losses, put_first
 from composer_tst.weighting import Weighting, target_weights
@@ -33,7 +34,12 @@ class TokenSuperposition(Algorithm):
 
     Logs every step ``superposition/bag_size`` (1 in recovery), and, cumulative over all ranks,
     ``superposition/data_tokens`` and ``superposition/s_tokens`` (model positions, padding included). A mixture of
-    experts also logs ``superposition/router_loss`` while superposed, the mean over this rank's microbatches.
+    experts also logs ``superposition/router_loss`` while superposed, the mean over this rank's microbatches. At the end
+    of each epoch it logs ``superposition/samples_left_out``, cumulative too: the tails that did not fill a step.
+
+    A resumed run goes on as if it had not stopped. Settings that concern only phases to come may differ from the
+    checkpoint's, and a share of the duration (``0.3dur``) is one of the duration as it now is; but a phase that has
+    ended never begins again.
 
     Args:
         bag_size: Tokens in a bag, ``s``, an integer of at least 2.
@@ -82,33 +88,49 @@ class TokenSuperposition(Algorithm):
         self._train_metrics: dict[str, Any] | None = None
         self._s_tokens = 0
         self._positions = 0
+        self._left_out = 0
+        self._saved_settings: Mapping[str, Any] | None = None
         self._warned_of_tail = False
 
     def __repr__(self) -> str:
         """The settings."""
-        phases = [{'bag_size': phase.bag_size, 'until': phase.until.to_timestring()} for phase in self.schedule.phases]
-        return (
-            f'{type(self).__name__}(phases={phases}, superpose={self.superpose!r}, expand={self.expand!r}, '
-            f'weighting={self.weighting!r})'
-        )
+        return f'{type(self).__name__}({", ".join(f"{name}={value!r}" for name, value in self._settings().items())})'
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings, in plain Python types."""
+        return {
+            'phases': [
+                {'bag_size': phase.bag_size, 'until': phase.until.to_timestring()} for phase in self.schedule.phases
+            ],
+            'superpose': self.superpose,
+            'expand': self.expand,
+            'weighting': self.weighting if isinstance(self.weighting, str) else [float(w) for w in self.weighting],
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know, in plain Python types."""
         return {
             **super().state_dict(),
+            'settings': self._settings(),
             'began': self.schedule.began,
             'ended': list(self.schedule.ended),
+            'ends': [end.to_timestring() for end in self.schedule.ends],
             's_tokens': self._s_tokens,
+            'left_out': self._left_out,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where a checkpoint left off."""
+        """Take up where a checkpoint left off; the settings are compared once all of it is loaded."""
         self.schedule.began = state['began']
         self.schedule.ended = list(state['ended'])
+        self.schedule.ends = [Time.from_timestring(end) for end in state.get('ends', [])]
         self._s_tokens = state['s_tokens']
+        self._left_out = state.get('left_out', 0)
+        self._saved_settings = state.get('settings')
 
     _EVENTS = (
         Event.INIT,
+        Event.AFTER_LOAD,
         Event.FIT_START,
         Event.AFTER_DATALOADER,
         Event.BATCH_END,
@@ -130,6 +152,8 @@ class TokenSuperposition(Algorithm):
             check_algorithms(state.algorithms)
             put_first(state, self)
             check_model(state.model)
+        elif event == Event.AFTER_LOAD:
+            self._check_resumed_settings(int(state.timestamp.batch))
         elif event == Event.FIT_START:
             self._start(state)
         elif event == Event.AFTER_DATALOADER:
@@ -138,9 +162,21 @@ class TokenSuperposition(Algorithm):
             self._count(state, logger)
             self._advance(state)
         elif event == Event.EPOCH_END:
+            logger.log_metrics({'superposition/samples_left_out': self._left_out})
             self._advance(state)
         elif event == Event.FIT_END:
             self._stop(state)
+
+    def _check_resumed_settings(self, batch: int) -> None:
+        if self._saved_settings is None:
+            return
+        begun = self.schedule.begun_at(batch)
+        under_way = begun > len(self.schedule.ended)
+        changes = check_resumed_settings(self._saved_settings, self._settings(), begun, under_way)
+        if changes:
+            log.info('Superposition resumes with other settings, where they change nothing of the past: %s.', changes)
+            self.schedule.ends = []
+        self._saved_settings = None
 
     def _start(self, state: State) -> None:
         assert state.max_duration is not None
@@ -151,7 +187,9 @@ class TokenSuperposition(Algorithm):
         if not self.schedule.finished:
             check_loader(state.train_dataloader)
             plan = self._plan(state)
+            before = self.schedule.ends
             self.schedule.resolve(state.max_duration, plan)
+            self._report_moved_ends(state.max_duration, before)
             self._report_shares(state.max_duration, plan)
             self.schedule.advance(state.timestamp)
         if not self.schedule.finished:
@@ -180,7 +218,19 @@ class TokenSuperposition(Algorithm):
             if row_length is not None:
                 per_batch[TimeUnit.TOKEN] = per_batch[TimeUnit.SAMPLE] * row_length
         draws = [self._draws(phase.bag_size) for phase in self.schedule.phases]
-        return plan_steps(self.schedule.phases, draws, state.max_duration, per_batch)
+        return plan_steps(self.schedule.known, draws, state.max_duration, per_batch)
+
+    def _report_moved_ends(self, max_duration: Time, before: Sequence[Time]) -> None:
+        for phase, old, new in zip(self.schedule.phases, before, self.schedule.ends, strict=False):
+            if old != new:
+                log.info(
+                    'The phase with bag_size %d now ends at %s, not %s: it lasts until %s of a max_duration of %s.',
+                    phase.bag_size,
+                    new.to_timestring(),
+                    old.to_timestring(),
+                    phase.until.to_timestring(),
+                    max_duration.to_timestring(),
+                )
 
     def _report_shares(self, max_duration: Time, plan: Plan | None) -> None:
         """Say what a share of the duration comes to where it is not plainly one of steps."""
@@ -229,8 +279,11 @@ class TokenSuperposition(Algorithm):
         def draws_at(step: int) -> int:
             return self._draws(self.schedule.bag_size_at(self._epoch_start(state) + step))
 
+        def leave_out(samples: int) -> None:
+            self._left_out += samples * dist.get_world_size()
+
         limit = None if state.dataloader_len is None else int(state.dataloader_len)
-        loader = BagLoader(state.train_dataloader, draws_at, first_step, self.expand == 'sequence', limit)
+        loader = BagLoader(state.train_dataloader, draws_at, first_step, self.expand == 'sequence', limit, leave_out)
         state.set_dataloader(loader, state.dataloader_label, -1 if limit is None else limit)
 
     def _restore_loader(self, state: State) -> None:

@@ -19,7 +19,8 @@ class BagLoader(wrapt.ObjectProxy):
 
     At the end of an epoch fewer batches than a step needs may be left. They make a smaller step, or none if the
     loader has ``drop_last``. Rows that cannot be joined to a whole row of bags are left out. Either way the
-    number of samples left out is logged.
+    number of samples left out is logged. They are not carried into the next epoch: a StreamingDataset's state in a
+    checkpoint counts samples within one epoch, so a run resumed there could not draw them again.
 
     Args:
         loader: The train loader.
@@ -28,6 +29,7 @@ class BagLoader(wrapt.ObjectProxy):
             the middle of an epoch by itself.
         joins_rows: Whether a step's rows are joined in groups of as many as it draws batches.
         limit: The batches to draw in an epoch, or None for all.
+        leave_out: Told the number of samples left out at the end of an epoch, where there are any.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class BagLoader(wrapt.ObjectProxy):
         first_step: Callable[[], int],
         joins_rows: bool,
         limit: int | None,
+        leave_out: Callable[[int], None],
     ):
         super().__init__(loader)
         self._self_draws_at = draws_at
         self._self_first_step = first_step
         self._self_joins_rows = joins_rows
         self._self_limit = limit
+        self._self_leave_out = leave_out
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batch of each step."""
@@ -65,6 +69,7 @@ class BagLoader(wrapt.ObjectProxy):
                     rows - used,
                     draws,
                 )
+                self._self_leave_out(rows - used)
             if used:
                 yield {key: value if _is_plain(value) else value[:used] for key, value in batch.items()}
 

@@ -1,0 +1,262 @@
+"""Real llm-foundry trainings, each in a process of its own that starts in a second and may be killed.
+
+The processes are forked off a server that has imported everything already. What they train on are rows that say which
+sample they are, and what they draw they write down.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from streaming import MDSWriter
+
+ROW_LENGTH = 12
+VOCAB_SIZE = 300
+_BASE = 256
+
+_processes = multiprocessing.get_context('forkserver')
+_processes.set_forkserver_preload(['llmfoundry.command_utils', 'composer_tst', 'runs'])
+
+
+def write_rows(folder: Path | str, count: int, size_limit: int = 1000, compression: str | None = 'zstd') -> None:
+    """MDS shards of ``count`` rows, in which the first two tokens of row ``i`` spell ``i``."""
+    generator = np.random.default_rng(5)
+    settings = {'compression': compression, 'hashes': ['sha1'], 'size_limit': size_limit}
+    with MDSWriter(out=str(folder), columns={'tokens': f'ndarray:int32:{ROW_LENGTH}'}, **settings) as out:
+        for i in range(count):
+            tokens = generator.integers(2, VOCAB_SIZE, ROW_LENGTH, dtype=np.int32)
+            tokens[:2] = i // _BASE, i % _BASE
+            out.write({'tokens': tokens})
+
+
+def config(data: Path, tokenizer: Path | str, folder: Path, **overrides: Any) -> dict[str, Any]:
+    """A tiny llm-foundry run over ``data/train`` that saves every step to ``folder/checkpoints``.
+
+    Args:
+        data: Holds the split ``train``.
+        tokenizer: Folder of a tokenizer.
+        folder: Where the run keeps everything.
+        **overrides: Dotted keys of the YAML, dots written as two underscores.
+    """
+    base = {
+        'run_name': 'run',
+        'seed': 5,
+        'max_seq_len': ROW_LENGTH,
+        'max_duration': '14ba',
+        'algorithms': {
+            'token_superposition': {'phases': [{'bag_size': 3, 'until': '3ba'}, {'bag_size': 2, 'until': '6ba'}]}
+        },
+        'model': {
+            'name': 'mpt_causal_lm',
+            'd_model': 16,
+            'n_heads': 2,
+            'n_layers': 1,
+            'expansion_ratio': 2,
+            'max_seq_len': ROW_LENGTH,
+            'vocab_size': VOCAB_SIZE,
+            'loss_fn': 'torch_crossentropy',
+            'attn_config': {'attn_impl': 'torch'},
+        },
+        'tokenizer': {'name': str(tokenizer), 'kwargs': {'model_max_length': ROW_LENGTH}},
+        'train_loader': {
+            'name': 'text',
+            'dataset': {
+                'remote': str(data),
+                'local': str(folder / 'cache'),
+                'split': 'train',
+                'shuffle': True,
+                'max_seq_len': ROW_LENGTH,
+                'num_canonical_nodes': 2,
+            },
+            'drop_last': True,
+            'num_workers': 0,
+            'prefetch_factor': None,
+            'persistent_workers': False,
+        },
+        'optimizer': {'name': 'decoupled_adamw', 'lr': 1e-2},
+        'scheduler': {'name': 'warmup_stable_decay', 't_warmup': '2ba', 't_decay': '0.25dur'},
+        'callbacks': {'record_rows': {'folder': str(folder)}},
+        'precision': 'fp32',
+        'global_train_batch_size': 4,
+        'device_train_microbatch_size': 4,
+        'eval_interval': 0,
+        'progress_bar': False,
+        'log_to_console': False,
+        'python_log_level': 'info',
+        'save_folder': str(folder / 'checkpoints'),
+        'save_interval': '1ba',
+    }
+    made = OmegaConf.create(base)
+    for key, value in overrides.items():
+        OmegaConf.update(made, key.replace('__', '.'), value, force_add=True)
+    plain = OmegaConf.to_container(made)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items() if value is not None}
+
+
+class Run:
+    """The processes of one training, one a rank.
+
+    Args:
+        config: What `llmfoundry train` would read.
+        log: Where the processes print.
+        ranks: How many processes there are in all.
+        here: Which of them to start.
+        environment: More of it.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        log: Path,
+        ranks: int = 1,
+        environment: dict[str, str] | None = None,
+    ):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        yaml = log.with_suffix('.yaml')
+        OmegaConf.save(OmegaConf.create(config), yaml)
+        self.log = log
+        self.processes: list[BaseProcess] = []
+        address = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()), 'WORLD_SIZE': str(ranks)}
+        for rank in range(ranks):
+            place = {'RANK': rank, 'LOCAL_RANK': rank, 'LOCAL_WORLD_SIZE': ranks, 'NODE_RANK': 0}
+            env = address | {key: str(value) for key, value in place.items()} | (environment or {})
+            # Non-daemonic, so that a rank may have loader workers.
+            process = _processes.Process(target=_train, args=(str(yaml), str(log), env))
+            process.start()
+            self.processes.append(process)
+
+    def wait(self, timeout: float = 300) -> 'Run':
+        """Wait for the run to succeed."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        if any(code is None for code in codes):
+            self.kill()
+        assert not any(codes) and None not in codes, f'{codes}\n{self.printed()[-4000:]}'
+        return self
+
+    def fails(self, timeout: float = 300) -> str:
+        """Wait for the run to fail by itself, and give what it printed."""
+        self.processes[0].join(timeout)
+        ended, code = not self.processes[0].is_alive(), self.processes[0].exitcode
+        self.kill()
+        assert ended, f'still running after {timeout} s\n{self.printed()[-4000:]}'
+        assert code, self.printed()[-4000:]
+        return self.printed()
+
+    def kill(self) -> None:
+        """SIGKILL to every process of the run and all that it started."""
+        for process in self.processes:
+            if process.pid is not None and process.is_alive():
+                try:
+                    os.killpg(process.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    process.kill()
+        for process in self.processes:
+            process.join()
+
+    def printed(self) -> str:
+        return self.log.read_text() if self.log.exists() else ''
+
+
+def _train(yaml: str, log: str, environment: dict[str, str]) -> None:
+    os.setpgid(0, 0)
+    os.environ.update(environment)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    torch.set_num_threads(1)
+
+    from composer import Callback, State
+    from composer.loggers import Logger
+    from composer.utils import dist
+    from llmfoundry import registry
+    from llmfoundry.command_utils import train_from_yaml
+
+    @registry.callbacks.register('record_rows')
+    class RecordRows(Callback):
+        def __init__(self, folder: str):
+            self.folder = folder
+
+        def after_dataloader(self, state: State, logger: Logger) -> None:
+            line = {
+                'batch': int(state.timestamp.batch),
+                'epoch': int(state.timestamp.epoch),
+                'ids': row_ids(state.batch['input_ids']),
+            }
+            with open(f'{self.folder}/rows-{dist.get_global_rank()}.jsonl', 'a') as file:
+                file.write(json.dumps(line) + '\n')
+
+    assert RecordRows
+    train_from_yaml(yaml).close()
+    sys.stdout.flush()
+
+
+def row_ids(input_ids: torch.Tensor) -> list[int]:
+    """Which rows a batch holds, plain ``(B, L)`` or of joined rows ``(B, L, s)``, in order."""
+    rows = input_ids.reshape(-1, ROW_LENGTH)
+    return (rows[:, 0] * _BASE + rows[:, 1]).tolist()
+
+
+def drawn(folder: Path, rank: int = 0) -> dict[tuple[int, int], list[int]]:
+    """The rows of each ``(epoch, batch)``; a step that a resumed run took again must have drawn the same ones."""
+    steps: dict[tuple[int, int], list[int]] = {}
+    for line in (folder / f'rows-{rank}.jsonl').read_text().splitlines(keepends=True):
+        if not line.endswith('}\n'):
+            continue  # killed while it wrote
+        step = json.loads(line)
+        at = (step['epoch'], step['batch'])
+        assert steps.setdefault(at, step['ids']) == step['ids'], f'step {at} drew other rows when it was taken again'
+    return steps
+
+
+def checkpoint(folder: Path, batch: int | None = None) -> Path:
+    """The checkpoint after ``batch`` steps, or the latest."""
+    if batch is None:
+        return (folder / 'checkpoints' / 'latest-rank0.pt').resolve()
+    (found,) = (folder / 'checkpoints').glob(f'ep*-ba{batch}-rank0.pt')
+    return found
+
+
+def assert_same_end(ours: Path, theirs: Path, ignore: Sequence[str] = ()) -> None:
+    """The last checkpoints of two runs hold the same, to the bit, but for the time they took."""
+    mine, other = (torch.load(checkpoint(folder), weights_only=False)['state'] for folder in (ours, theirs))
+    for key in ('model', 'optimizers', 'schedulers', 'timestamp', 'algorithms', 'dataset_state', 'rank_zero_seed'):
+        if key not in ignore:
+            assert_same(mine.get(key), other.get(key), key)
+
+
+def assert_same(mine: Any, other: Any, name: str) -> None:
+    assert type(mine) is type(other), name
+    if isinstance(mine, torch.Tensor):
+        assert torch.equal(mine, other), name
+    elif isinstance(mine, dict):
+        assert mine.keys() == other.keys(), name
+        for key in mine:
+            if not str(key).endswith('wct'):
+                assert_same(mine[key], other[key], f'{name}.{key}')
+    elif isinstance(mine, (list, tuple)):
+        assert len(mine) == len(other), name
+        for index, pair in enumerate(zip(mine, other, strict=True)):
+            assert_same(*pair, f'{name}.{index}')
+    else:
+        assert mine == other, f'{name}: {mine} != {other}'
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
