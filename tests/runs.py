@@ -12,36 +12,48 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from composer import Callback, DataSpec, State
+from composer.loggers import Logger
+from composer.utils import dist
+from llmfoundry import registry
+from llmfoundry.command_utils import train_from_yaml
 from omegaconf import OmegaConf
 from streaming import MDSWriter
+from torch.utils.data import DataLoader
 
 ROW_LENGTH = 12
 VOCAB_SIZE = 300
 _BASE = 256
 
 _processes = multiprocessing.get_context('forkserver')
-_processes.set_forkserver_preload(['llmfoundry.command_utils', 'composer_tst', 'runs'])
+_processes.set_forkserver_preload(['preloaded'])
 
 
 def write_rows(folder: Path | str, count: int, size_limit: int = 1000, compression: str | None = 'zstd') -> None:
     """MDS shards of ``count`` rows, in which the first two tokens of row ``i`` spell ``i``."""
-    generator = np.random.default_rng(5)
     settings = {'compression': compression, 'hashes': ['sha1'], 'size_limit': size_limit}
     with MDSWriter(out=str(folder), columns={'tokens': f'ndarray:int32:{ROW_LENGTH}'}, **settings) as out:
         for i in range(count):
-            tokens = generator.integers(2, VOCAB_SIZE, ROW_LENGTH, dtype=np.int32)
-            tokens[:2] = i // _BASE, i % _BASE
-            out.write({'tokens': tokens})
+            out.write({'tokens': row(i)})
+
+
+def row(i: int) -> np.ndarray:
+    """Row ``i``: tokens ``(ROW_LENGTH,)`` that are its own."""
+    tokens = np.random.default_rng(i).integers(2, VOCAB_SIZE, ROW_LENGTH, dtype=np.int32)
+    tokens[:2] = i // _BASE, i % _BASE
+    return tokens
 
 
 def config(data: Path, tokenizer: Path | str, folder: Path, **overrides: Any) -> dict[str, Any]:
-    """A tiny llm-foundry run over ``data/train`` that saves every step to ``folder/checkpoints``.
+    """A tiny llm-foundry run over ``data/train`` that saves every step to ``folder/checkpoints`` and resumes there.
 
     Args:
         data: Holds the split ``train``.
@@ -96,10 +108,12 @@ def config(data: Path, tokenizer: Path | str, folder: Path, **overrides: Any) ->
         'python_log_level': 'info',
         'save_folder': str(folder / 'checkpoints'),
         'save_interval': '1ba',
+        'save_overwrite': True,
+        'autoresume': True,
     }
     made = OmegaConf.create(base)
     for key, value in overrides.items():
-        OmegaConf.update(made, key.replace('__', '.'), value, force_add=True)
+        OmegaConf.update(made, key.replace('__', '.'), value, merge=False, force_add=True)
     plain = OmegaConf.to_container(made)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items() if value is not None}
@@ -112,7 +126,6 @@ class Run:
         config: What `llmfoundry train` would read.
         log: Where the processes print.
         ranks: How many processes there are in all.
-        here: Which of them to start.
         environment: More of it.
     """
 
@@ -123,6 +136,7 @@ class Run:
         ranks: int = 1,
         environment: dict[str, str] | None = None,
     ):
+        _start_server()
         log.parent.mkdir(parents=True, exist_ok=True)
         yaml = log.with_suffix('.yaml')
         OmegaConf.save(OmegaConf.create(config), yaml)
@@ -132,7 +146,6 @@ class Run:
         for rank in range(ranks):
             place = {'RANK': rank, 'LOCAL_RANK': rank, 'LOCAL_WORLD_SIZE': ranks, 'NODE_RANK': 0}
             env = address | {key: str(value) for key, value in place.items()} | (environment or {})
-            # Non-daemonic, so that a rank may have loader workers.
             process = _processes.Process(target=_train, args=(str(yaml), str(log), env))
             process.start()
             self.processes.append(process)
@@ -145,7 +158,8 @@ class Run:
         codes = [process.exitcode for process in self.processes]
         if any(code is None for code in codes):
             self.kill()
-        assert not any(codes) and None not in codes, f'{codes}\n{self.printed()[-4000:]}'
+        assert not any(codes), f'{codes}\n{self.printed()[-4000:]}'
+        assert None not in codes, f'still running after {timeout} s\n{self.printed()[-4000:]}'
         return self
 
     def fails(self, timeout: float = 300) -> str:
@@ -172,24 +186,37 @@ class Run:
         return self.log.read_text() if self.log.exists() else ''
 
 
+def _start_server() -> None:
+    """Start it, if it has not been, where it can import what it is to have imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
+
+
 def _train(yaml: str, log: str, environment: dict[str, str]) -> None:
     os.setpgid(0, 0)
+    multiprocessing.set_start_method('fork', force=True)  # as in any other process, for loader workers
     os.environ.update(environment)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
     torch.set_num_threads(1)
 
-    from composer import Callback, State
-    from composer.loggers import Logger
-    from composer.utils import dist
-    from llmfoundry import registry
-    from llmfoundry.command_utils import train_from_yaml
+    _register()
+    train_from_yaml(yaml).close()
+    sys.stdout.flush()
+
+
+def _register() -> None:
+    """Names for the YAML: the callback ``record_rows`` and the loader ``map_rows``."""
 
     @registry.callbacks.register('record_rows')
     class RecordRows(Callback):
-        def __init__(self, folder: str):
+        """Writes down the rows of each step, and may have the process killed before one."""
+
+        def __init__(self, folder: str, die_at: int | None = None):
             self.folder = folder
+            self.die_at = die_at
 
         def after_dataloader(self, state: State, logger: Logger) -> None:
             line = {
@@ -199,10 +226,19 @@ def _train(yaml: str, log: str, environment: dict[str, str]) -> None:
             }
             with open(f'{self.folder}/rows-{dist.get_global_rank()}.jsonl', 'a') as file:
                 file.write(json.dumps(line) + '\n')
+            if self.die_at == line['batch']:
+                os.killpg(0, signal.SIGKILL)
+
+    @registry.dataloaders.register('map_rows')
+    def build_map_rows(count: int, shuffle: bool, tokenizer: Any, device_batch_size: int, **loader: Any) -> DataSpec:
+        dataset: Any = [{'input_ids': torch.tensor(row(i)).long()} for i in range(count)]
+        for sample in dataset:
+            sample['labels'] = sample['input_ids'].clone()
+        sampler = dist.get_sampler(dataset, shuffle=shuffle, drop_last=True)
+        return DataSpec(DataLoader(dataset, device_batch_size, sampler=sampler, drop_last=True, **loader))
 
     assert RecordRows
-    train_from_yaml(yaml).close()
-    sys.stdout.flush()
+    assert build_map_rows
 
 
 def row_ids(input_ids: torch.Tensor) -> list[int]:
