@@ -9,4 +9,6 @@ import composer_tst
 
 list(MODEL_FOR_CAUSAL_LM_MAPPING.values())  # MPT asks whether it is among them, which imports them all
 composer.utils.get_composer_env_dict()
-assert (composer_tst, llmfoundry, runs)
+assert composer_tst
+assert llmfoundry
+assert runs

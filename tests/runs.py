@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from composer import Callback, DataSpec, State
+from composer import Callback, DataSpec, State, Trainer
 from composer.loggers import Logger
 from composer.utils import dist
 from llmfoundry import registry
@@ -127,6 +127,7 @@ class Run:
         log: Where the processes print.
         ranks: How many processes there are in all.
         environment: More of it.
+        train: What trains from the YAML; llm-foundry unless told otherwise.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Run:
         log: Path,
         ranks: int = 1,
         environment: dict[str, str] | None = None,
+        train: Callable[[str], Trainer] = train_from_yaml,
     ):
         _start_server()
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +148,7 @@ class Run:
         for rank in range(ranks):
             place = {'RANK': rank, 'LOCAL_RANK': rank, 'LOCAL_WORLD_SIZE': ranks, 'NODE_RANK': 0}
             env = address | {key: str(value) for key, value in place.items()} | (environment or {})
-            process = _processes.Process(target=_train, args=(str(yaml), str(log), env))
+            process = _processes.Process(target=_train, args=(train, str(yaml), str(log), env))
             process.start()
             self.processes.append(process)
 
@@ -193,7 +195,7 @@ def _start_server() -> None:
         forkserver.ensure_running()
 
 
-def _train(yaml: str, log: str, environment: dict[str, str]) -> None:
+def _train(train: Callable[[str], Trainer], yaml: str, log: str, environment: dict[str, str]) -> None:
     os.setpgid(0, 0)
     multiprocessing.set_start_method('fork', force=True)  # as in any other process, for loader workers
     os.environ.update(environment)
@@ -203,7 +205,7 @@ def _train(yaml: str, log: str, environment: dict[str, str]) -> None:
     torch.set_num_threads(1)
 
     _register()
-    train_from_yaml(yaml).close()
+    train(yaml).close()
     sys.stdout.flush()
 
 
@@ -290,6 +292,19 @@ def assert_same(mine: Any, other: Any, name: str) -> None:
             assert_same(*pair, f'{name}.{index}')
     else:
         assert mine == other, f'{name}: {mine} != {other}'
+
+
+def drawn_by_all(folder: Path, ranks: int, global_batch: int = 4) -> dict[tuple[int, int], list[int]]:
+    """The rows of each ``(epoch, batch)`` of a run on several ranks, in the order of the data set.
+
+    A StreamingDataset deals the samples of each loader batch out to the ranks one by one.
+    """
+    each = [drawn(folder, rank) for rank in range(ranks)]
+    steps = {}
+    for at in each[0]:
+        batches = [torch.tensor(rank[at]).view(-1, global_batch // ranks) for rank in each]
+        steps[at] = torch.stack(batches, -1).flatten().tolist()
+    return steps
 
 
 def free_port() -> int:
