@@ -27,7 +27,10 @@ from llmfoundry import registry
 from llmfoundry.command_utils import train_from_yaml
 from omegaconf import OmegaConf
 from streaming import MDSWriter
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
 
 ROW_LENGTH = 12
 VOCAB_SIZE = 300
@@ -37,27 +40,31 @@ _processes = multiprocessing.get_context('forkserver')
 _processes.set_forkserver_preload(['preloaded'])
 
 
-def write_rows(folder: Path | str, count: int, size_limit: int = 1000, compression: str | None = 'zstd') -> None:
-    """MDS shards of ``count`` rows, in which the first two tokens of row ``i`` spell ``i``."""
+def write_rows(data: Path, count: int, size_limit: int = 1000, compression: str | None = 'zstd') -> Path:
+    """MDS shards of ``count`` rows in ``data/train``, and a tokenizer for them in ``data/tokenizer``."""
+    tokenizer = Tokenizer(WordLevel({f't{i}': i for i in range(VOCAB_SIZE)}, unk_token='t1'))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='t1', pad_token='t1').save_pretrained(
+        data / 'tokenizer'
+    )
     settings = {'compression': compression, 'hashes': ['sha1'], 'size_limit': size_limit}
-    with MDSWriter(out=str(folder), columns={'tokens': f'ndarray:int32:{ROW_LENGTH}'}, **settings) as out:
+    with MDSWriter(out=str(data / 'train'), columns={'tokens': f'ndarray:int32:{ROW_LENGTH}'}, **settings) as out:
         for i in range(count):
             out.write({'tokens': row(i)})
+    return data
 
 
 def row(i: int) -> np.ndarray:
-    """Row ``i``: tokens ``(ROW_LENGTH,)`` that are its own."""
+    """Row ``i``, ``(ROW_LENGTH,)``: its first two tokens spell ``i``, the others are random."""
     tokens = np.random.default_rng(i).integers(2, VOCAB_SIZE, ROW_LENGTH, dtype=np.int32)
-    tokens[:2] = i // _BASE, i % _BASE
+    tokens[:2] = 2 + i // _BASE, 2 + i % _BASE
     return tokens
 
 
-def config(data: Path, tokenizer: Path | str, folder: Path, **overrides: Any) -> dict[str, Any]:
+def config(data: Path, folder: Path, **overrides: Any) -> dict[str, Any]:
     """A tiny llm-foundry run over ``data/train`` that saves every step to ``folder/checkpoints`` and resumes there.
 
     Args:
-        data: Holds the split ``train``.
-        tokenizer: Folder of a tokenizer.
+        data: What ``write_rows`` wrote.
         folder: Where the run keeps everything.
         **overrides: Dotted keys of the YAML, dots written as two underscores.
     """
@@ -80,7 +87,7 @@ def config(data: Path, tokenizer: Path | str, folder: Path, **overrides: Any) ->
             'loss_fn': 'torch_crossentropy',
             'attn_config': {'attn_impl': 'torch'},
         },
-        'tokenizer': {'name': str(tokenizer), 'kwargs': {'model_max_length': ROW_LENGTH}},
+        'tokenizer': {'name': str(data / 'tokenizer'), 'kwargs': {'model_max_length': ROW_LENGTH}},
         'train_loader': {
             'name': 'text',
             'dataset': {
@@ -246,7 +253,7 @@ def _register() -> None:
 def row_ids(input_ids: torch.Tensor) -> list[int]:
     """Which rows a batch holds, plain ``(B, L)`` or of joined rows ``(B, L, s)``, in order."""
     rows = input_ids.reshape(-1, ROW_LENGTH)
-    return (rows[:, 0] * _BASE + rows[:, 1]).tolist()
+    return ((rows[:, 0] - 2) * _BASE + rows[:, 1] - 2).tolist()
 
 
 def drawn(folder: Path, rank: int = 0) -> dict[tuple[int, int], list[int]]:

@@ -36,9 +36,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_checkpoints_and_exports_need_no_package(dataset: Path, llama: Path, tmp_path: Path):
+def test_checkpoints_and_exports_need_no_package(llama: Path, tmp_path: Path):
     """A run whose bags end at batch 2; one whose bags go on, saved at batch 2; plain runs from both of these."""
-    write_rows(tmp_path / 'data' / 'train', 58)
+    write_rows(tmp_path / 'data', 58)
     (tmp_path / 'plain').mkdir()
     (tmp_path / 'packages').mkdir()
 
@@ -53,7 +53,7 @@ def test_checkpoints_and_exports_need_no_package(dataset: Path, llama: Path, tmp
             'max_duration': '8ba',
             'scheduler': {'name': 'constant_with_warmup', 't_warmup': '2ba'},
         }
-        return config(tmp_path / 'data', dataset / 'tokenizer', tmp_path / name, **(base | overrides))
+        return config(tmp_path / 'data', tmp_path / name, **(base | overrides))
 
     def superposed(name: str, until: str) -> Path:
         algorithm = {'token_superposition': {'bag_size': 3, 'duration': until, 'weighting': [1, 0.5, 0.25]}}

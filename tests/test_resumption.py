@@ -26,19 +26,19 @@ LOADERS = {'streaming': STREAMING, 'workers': WORKERS, 'map-style': MAP_STYLE}
 @pytest.fixture(scope='module')
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('rows')
-    write_rows(folder / 'train', ROWS)
+    write_rows(folder, ROWS)
     return folder
 
 
 @pytest.fixture(scope='module')
-def whole(data: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Uninterrupted runs, by loader, made once."""
     made: dict[str, Path] = {}
 
     def run(loader: str) -> Path:
         if loader not in made:
             folder = made[loader] = tmp_path_factory.mktemp(loader)
-            Run(config(data, dataset / 'tokenizer', folder, **LOADERS[loader]), folder / 'log').wait()
+            Run(config(data, folder, **LOADERS[loader]), folder / 'log').wait()
         return made[loader]
 
     return run
@@ -53,11 +53,11 @@ def whole(data: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -
     ],
 )
 def test_a_run_resumed_after_any_batch_is_the_run_that_did_not_stop(
-    loader: str, batch: int, whole: Any, data: Path, dataset: Path, tmp_path: Path
+    loader: str, batch: int, whole: Any, data: Path, tmp_path: Path
 ):
     before = whole(loader)
     load = {'load_path': str(checkpoint(before, batch))}
-    Run(config(data, dataset / 'tokenizer', tmp_path, **LOADERS[loader], **load), tmp_path / 'log').wait()
+    Run(config(data, tmp_path, **LOADERS[loader], **load), tmp_path / 'log').wait()
     assert_same_end(tmp_path, before)
     assert drawn(tmp_path) == {at: ids for at, ids in drawn(before).items() if at[1] >= batch}
 
@@ -75,15 +75,13 @@ def test_every_sample_is_drawn_once_an_epoch_but_for_a_tail_that_is_counted(load
 
 
 def test_a_run_killed_and_autoresumed_again_and_again_ends_with_the_same_weights(
-    whole: Any, data: Path, dataset: Path, tmp_path: Path
+    whole: Any, data: Path, tmp_path: Path
 ):
     for batch in (1, 3, 5, 6, 9):
-        run = Run(
-            config(data, dataset / 'tokenizer', tmp_path, callbacks__record_rows__die_at=batch), tmp_path / 'log'
-        )
+        run = Run(config(data, tmp_path, callbacks__record_rows__die_at=batch), tmp_path / 'log')
         run.processes[0].join()
         assert run.processes[0].exitcode == -9, run.printed()[-4000:]
         assert checkpoint(tmp_path).name.split('-')[1] == f'ba{batch}'
-    Run(config(data, dataset / 'tokenizer', tmp_path), tmp_path / 'log').wait()
+    Run(config(data, tmp_path), tmp_path / 'log').wait()
     assert_same_end(tmp_path, whole('streaming'))
     assert drawn(tmp_path) == drawn(whole('streaming'))
