@@ -85,3 +85,14 @@ def test_a_run_killed_and_autoresumed_again_and_again_ends_with_the_same_weights
     Run(config(data, tmp_path), tmp_path / 'log').wait()
     assert_same_end(tmp_path, whole('streaming'))
     assert drawn(tmp_path) == drawn(whole('streaming'))
+
+
+def test_a_checkpoint_left_half_written_is_not_resumed_from(whole: Any, data: Path, tmp_path: Path):
+    """It is in the way, as Composer says, unless save_overwrite lets it be written again."""
+    Run(config(data, tmp_path, callbacks__record_rows__die_at=4), tmp_path / 'log').processes[0].join()
+    half = tmp_path / 'checkpoints' / 'ep0-ba5-rank0.pt'
+    half.write_bytes(checkpoint(tmp_path).read_bytes()[:3000])
+    refused = Run(config(data, tmp_path, save_overwrite=False), tmp_path / 'refused.log').fails()
+    assert 'may conflict with a future checkpoint' in refused
+    Run(config(data, tmp_path), tmp_path / 'log').wait()
+    assert_same_end(tmp_path, whole('streaming'))
