@@ -8,6 +8,7 @@ import torch
 from composer.core import Algorithm, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
+from streaming import StreamingDataset
 
 from composer_tst.attach import Superposition, check_model
 from composer_tst.folding import IGNORE_INDEX, check_fold_settings, fold_batch
@@ -89,6 +90,7 @@ class TokenSuperposition(Algorithm):
         self._s_tokens = 0
         self._positions = 0
         self._left_out = 0
+        self._left_out_of_epoch = 0
         self._saved_settings: Mapping[str, Any] | None = None
         self._warned_of_tail = False
 
@@ -162,6 +164,7 @@ class TokenSuperposition(Algorithm):
             self._count(state, logger)
             self._advance(state)
         elif event == Event.EPOCH_END:
+            self._check_epoch_is_whole(state)
             logger.log_metrics({'superposition/samples_left_out': self._left_out})
             self._advance(state)
         elif event == Event.FIT_END:
@@ -280,7 +283,9 @@ class TokenSuperposition(Algorithm):
             return self._draws(self.schedule.bag_size_at(self._epoch_start(state) + step))
 
         def leave_out(samples: int) -> None:
-            self._left_out += samples * dist.get_world_size()
+            samples *= dist.get_world_size()
+            self._left_out += samples
+            self._left_out_of_epoch += samples
 
         limit = None if state.dataloader_len is None else int(state.dataloader_len)
         loader = BagLoader(state.train_dataloader, draws_at, first_step, self.expand == 'sequence', limit, leave_out)
@@ -374,6 +379,26 @@ class TokenSuperposition(Algorithm):
             int(state.timestamp.batch),
             f'{int(state.timestamp.token):,}',
         )
+
+    def _check_epoch_is_whole(self, state: State) -> None:
+        """Refuse an epoch cut short: a StreamingDataset that fails to read a shard ends the epoch with no error.
+
+        Raises:
+            RuntimeError: If the loader has yielded fewer batches than its length, by more than one a worker.
+        """
+        left_out, self._left_out_of_epoch = self._left_out_of_epoch, 0
+        loader: Any = state.train_dataloader
+        dataset = getattr(loader, 'dataset', None)
+        if not isinstance(dataset, StreamingDataset) or dataset.replication or state.dataloader_len is None:
+            return
+        assert state.previous_timestamp is not None
+        samples = int(state.previous_timestamp.sample_in_epoch) + left_out
+        batches = -(-samples // (loader.batch_size * dist.get_world_size()))
+        if batches < int(state.dataloader_len) - max(1, loader.num_workers):
+            raise RuntimeError(
+                f'The epoch ended after {batches} of {int(state.dataloader_len)} loader batches: if data could not be '
+                'read, the reason is above; resume once it can be.'
+            )
 
     def _stop(self, state: State) -> None:
         if not self.schedule.finished:

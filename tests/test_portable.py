@@ -66,7 +66,7 @@ def test_checkpoints_and_exports_need_no_package(llama: Path, tmp_path: Path):
     for name, start in [('from-superposed', checkpoint(long, 2)), ('from-recovery', checkpoint(short, 5))]:
         made = settings(name, algorithms=None, callbacks=None, load_path=str(start))
         OmegaConf.save(OmegaConf.create(made), tmp_path / 'plain' / f'{name}.yaml')
-    exports = long / 'hf'
+    exports = long / 'hf' / 'huggingface'
     torch.save(torch.randint(2, VOCAB_SIZE, (2, ROW_LENGTH)), exports / 'ids.pt')
 
     run = subprocess.run(
