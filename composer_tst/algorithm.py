@@ -389,7 +389,9 @@ class TokenSuperposition(Algorithm):
         left_out, self._left_out_of_epoch = self._left_out_of_epoch, 0
         loader: Any = state.train_dataloader
         dataset = getattr(loader, 'dataset', None)
-        if not isinstance(dataset, StreamingDataset) or dataset.replication or state.dataloader_len is None:
+        if not isinstance(dataset, StreamingDataset) or state.dataloader_len is None:
+            return
+        if (dataset.replication or 1) > 1:  # ranks share samples: their number says nothing of the batches
             return
         assert state.previous_timestamp is not None
         samples = int(state.previous_timestamp.sample_in_epoch) + left_out
