@@ -35,7 +35,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def resume(saved: Path, batch: int, max_duration: str = '8ba', **settings: Any) -> list[float]:
     """Resume after ``batch`` steps with other settings; give the bag sizes from there."""
     load = {'load_path': str(saved / f'ep0-ba{batch}-rank0.pt'), 'load_ignore_keys': settings.pop('ignore', None)}
-    algorithm = TokenSuperposition(**({'phases': TWO_PHASES} | settings))
+    chosen: dict[str, Any] = {'phases': TWO_PHASES} | settings
+    algorithm = TokenSuperposition(**chosen)
     trainer, logger = make_trainer(llama(), random_loader(96), algorithm, max_duration, **load)
     trainer.fit()
     trainer.close()

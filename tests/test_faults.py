@@ -85,9 +85,10 @@ class Nodes:
             folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(OmegaConf.create(settings), yaml)
             place = ['-n', '2', '--world_size', '4', '--node_rank', str(node)]
-            command = [str(Path(sys.executable).parent / 'composer'), *place]
+            scripts = Path(sys.executable).parent
+            command = [str(scripts / 'composer'), *place]
             command += ['--master_addr', '127.0.0.1', '--master_port', port]
-            command += ['-c', 'llmfoundry', 'train', str(yaml)]
+            command += ['-c', str(scripts / 'llmfoundry'), 'train', str(yaml)]
             log = (folder / f'node{node}.log').open('a')
             env = os.environ | environment | {'OMP_NUM_THREADS': '1', 'COLUMNS': '500'}
             self.launchers.append(
