@@ -154,7 +154,7 @@ class Run:
         address = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()), 'WORLD_SIZE': str(ranks)}
         for rank in range(ranks):
             place = {'RANK': rank, 'LOCAL_RANK': rank, 'LOCAL_WORLD_SIZE': ranks, 'NODE_RANK': 0}
-            env = address | {key: str(value) for key, value in place.items()} | (environment or {})
+            env = dict(os.environ) | address | {key: str(value) for key, value in place.items()} | (environment or {})
             process = _processes.Process(target=_train, args=(train, str(yaml), str(log), env))
             process.start()
             self.processes.append(process)

@@ -29,7 +29,12 @@ def without_package(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope='module')
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('llama')
-    settings: dict[str, Any] = {'hidden_size': 16, 'intermediate_size': 32, 'num_hidden_layers': 1, 'num_attention_heads': 2}
+    settings: dict[str, Any] = {
+        'hidden_size': 16,
+        'intermediate_size': 32,
+        'num_hidden_layers': 1,
+        'num_attention_heads': 2,
+    }
     LlamaConfig(vocab_size=VOCAB_SIZE, num_key_value_heads=1, max_position_embeddings=64, **settings).save_pretrained(
         folder
     )
