@@ -4,6 +4,7 @@ The processes are forked off a server that has imported everything already. What
 sample they are, and what they draw they write down.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -36,6 +37,9 @@ ROW_LENGTH = 12
 VOCAB_SIZE = 300
 _BASE = 256
 
+# Each start has a streaming cache of its own, as in a new container: a process killed while it starts leaves shared
+# memory behind that claims its cache.
+_starts = itertools.count()
 _processes = multiprocessing.get_context('forkserver')
 _processes.set_forkserver_preload(['preloaded'])
 
@@ -92,7 +96,7 @@ def config(data: Path, folder: Path, **overrides: Any) -> dict[str, Any]:
             'name': 'text',
             'dataset': {
                 'remote': str(data),
-                'local': str(folder / 'cache'),
+                'local': str(folder / 'cache' / str(next(_starts))),
                 'split': 'train',
                 'shuffle': True,
                 'max_seq_len': ROW_LENGTH,

@@ -1,7 +1,6 @@
 """Kills at random moments, and two nodes of which one is killed: `make test-faults`."""
 
 import contextlib
-import itertools
 import os
 import random
 import signal
@@ -33,11 +32,7 @@ LONG = {
 @pytest.mark.faults
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(workers: int, tmp_path: Path):
-    """20 kills, each at some moment of starting, drawing, training or saving.
-
-    A start has a streaming cache of its own, as in a new container: a process killed while it starts leaves shared
-    memory behind that claims its cache.
-    """
+    """20 kills, each at some moment of starting, drawing, training or saving."""
     write_rows(tmp_path / 'data', 203)
     loader = {
         'train_loader__num_workers': workers,
@@ -45,11 +40,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(workers: int,
         'train_loader__persistent_workers': bool(workers),
     }
 
-    starts = itertools.count()
-
     def start(name: str) -> Run:
-        cache = {'train_loader__dataset__local': str(tmp_path / f'cache{next(starts)}')}
-        made = config(tmp_path / 'data', tmp_path / name, **LONG, **loader, **cache)
+        made = config(tmp_path / 'data', tmp_path / name, **LONG, **loader)
         return Run(made, tmp_path / name / 'log')
 
     start('whole').wait()

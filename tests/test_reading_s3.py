@@ -1,5 +1,6 @@
 """Training that streams its shards from S3, through both phases, and what becomes of it when reading fails."""
 
+import re
 import signal
 import subprocess
 import time
@@ -108,7 +109,7 @@ def test_a_shard_that_cannot_be_read_ends_the_run(
         loader = {'train_loader__num_workers': 2, 'train_loader__prefetch_factor': 2, 'train_loader__timeout': 5}
     printed = reading(tmp_path, data, remote, **loader).fails()
     if fault == 'corrupted':
-        assert f'Checksum failure: {tmp_path}/cache/train/{name}' in printed
+        assert re.search(f'Checksum failure: .*/{name}', printed)
     else:
         assert f'{remote}/train/{name}' in printed
     if workers:
