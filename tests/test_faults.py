@@ -74,7 +74,8 @@ class Nodes:
         port = str(free_port())
         for node, settings in enumerate(made):
             yaml = folder / f'node{node}.yaml'
-            folder.mkdir(parents=True, exist_ok=True)
+            place_of_its_own = folder / f'node{node}'  # where Composer's nodes leave signals that all name alike
+            place_of_its_own.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(OmegaConf.create(settings), yaml)
             place = ['-n', '2', '--world_size', '4', '--node_rank', str(node)]
             scripts = Path(sys.executable).parent
@@ -84,7 +85,9 @@ class Nodes:
             log = (folder / f'node{node}.log').open('a')
             env = os.environ | environment | {'OMP_NUM_THREADS': '1', 'COLUMNS': '500'}
             self.launchers.append(
-                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+                subprocess.Popen(
+                    command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=place_of_its_own, start_new_session=True
+                )
             )
 
     def wait(self, timeout: float) -> list[int]:
