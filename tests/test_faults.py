@@ -19,7 +19,7 @@ from s3_server import BUCKET, s3_server  # noqa: F401
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 LONG = {
-    'max_duration': '400ba',
+    'max_duration': '2000ba',
     'save_interval': '7ba',
     'save_num_checkpoints_to_keep': 2,
     'algorithms__token_superposition__phases': [
