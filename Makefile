@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test test-faults lint clean
 
 install: $(VENV)/.installed
 
@@ -45,6 +45,10 @@ $(RUNS)/%.done: yamls/quickstart/%.yaml $(DATA)/stats.json
 
 test: install
 	$(PYTHON) -m pytest
+
+# Random kills, two nodes, a lost S3 server: what takes too long for `make test`.
+test-faults: install
+	$(PYTHON) -m pytest -m faults -rP
 
 lint: install
 	$(VENV)/bin/ruff format --check .

@@ -8,10 +8,12 @@ import torch
 from composer.core import Algorithm, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
+from streaming import StreamingDataset
 
 from composer_tst.attach import Superposition, check_model
 from composer_tst.folding import IGNORE_INDEX, check_fold_settings, fold_batch
 from composer_tst.loader import BagLoader
+from composer_tst.resumption import check_resumed_settings
 from composer_tst.schedule import Plan, Schedule, parse_phases, plan_steps
 from composer_tst.stack import check_algorithms, check_loader, forget_losses, put_first
 from composer_tst.weighting import Weighting, target_weights
@@ -33,7 +35,12 @@ class TokenSuperposition(Algorithm):
 
     Logs every step ``superposition/bag_size`` (1 in recovery), and, cumulative over all ranks,
     ``superposition/data_tokens`` and ``superposition/s_tokens`` (model positions, padding included). A mixture of
-    experts also logs ``superposition/router_loss`` while superposed, the mean over this rank's microbatches.
+    experts also logs ``superposition/router_loss`` while superposed, the mean over this rank's microbatches. At the end
+    of each epoch it logs ``superposition/samples_left_out``, cumulative too: the tails that did not fill a step.
+
+    A resumed run goes on as if it had not stopped. Settings that concern only phases to come may differ from the
+    checkpoint's, and a share of the duration (``0.3dur``) is one of the duration as it now is; but a phase that has
+    ended never begins again.
 
     ``device_train_microbatch_size`` keeps its meaning: where rows become shorter (``expand`` ``batch`` or ``none``), a
     microbatch has ``bag_size`` times as many of them.
@@ -86,33 +93,50 @@ class TokenSuperposition(Algorithm):
         self._s_tokens = 0
         self._positions = 0
         self._microbatch_scale = 1
+        self._left_out = 0
+        self._left_out_of_epoch = 0
+        self._saved_settings: Mapping[str, Any] | None = None
         self._warned_of_tail = False
 
     def __repr__(self) -> str:
         """The settings."""
-        phases = [{'bag_size': phase.bag_size, 'until': phase.until.to_timestring()} for phase in self.schedule.phases]
-        return (
-            f'{type(self).__name__}(phases={phases}, superpose={self.superpose!r}, expand={self.expand!r}, '
-            f'weighting={self.weighting!r})'
-        )
+        return f'{type(self).__name__}({", ".join(f"{name}={value!r}" for name, value in self._settings().items())})'
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings, in plain Python types."""
+        return {
+            'phases': [
+                {'bag_size': phase.bag_size, 'until': phase.until.to_timestring()} for phase in self.schedule.phases
+            ],
+            'superpose': self.superpose,
+            'expand': self.expand,
+            'weighting': self.weighting if isinstance(self.weighting, str) else [float(w) for w in self.weighting],
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know, in plain Python types."""
         return {
             **super().state_dict(),
+            'settings': self._settings(),
             'began': self.schedule.began,
             'ended': list(self.schedule.ended),
+            'ends': [end.to_timestring() for end in self.schedule.ends],
             's_tokens': self._s_tokens,
+            'left_out': self._left_out,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where a checkpoint left off."""
+        """Take up where a checkpoint left off; the settings are compared once all of it is loaded."""
         self.schedule.began = state['began']
         self.schedule.ended = list(state['ended'])
+        self.schedule.ends = [Time.from_timestring(end) for end in state.get('ends', [])]
         self._s_tokens = state['s_tokens']
+        self._left_out = state.get('left_out', 0)
+        self._saved_settings = state.get('settings')
 
     _EVENTS = (
         Event.INIT,
+        Event.AFTER_LOAD,
         Event.FIT_START,
         Event.AFTER_DATALOADER,
         Event.BATCH_END,
@@ -134,6 +158,8 @@ class TokenSuperposition(Algorithm):
             check_algorithms(state.algorithms)
             put_first(state, self)
             check_model(state.model)
+        elif event == Event.AFTER_LOAD:
+            self._check_resumed_settings(int(state.timestamp.batch))
         elif event == Event.FIT_START:
             self._start(state)
         elif event == Event.AFTER_DATALOADER:
@@ -142,9 +168,22 @@ class TokenSuperposition(Algorithm):
             self._count(state, logger)
             self._advance(state)
         elif event == Event.EPOCH_END:
+            self._check_epoch_is_whole(state)
+            logger.log_metrics({'superposition/samples_left_out': self._left_out})
             self._advance(state)
         elif event == Event.FIT_END:
             self._stop(state)
+
+    def _check_resumed_settings(self, batch: int) -> None:
+        if self._saved_settings is None:
+            return
+        begun = self.schedule.begun_at(batch)
+        under_way = begun > len(self.schedule.ended)
+        changes = check_resumed_settings(self._saved_settings, self._settings(), begun, under_way)
+        if changes:
+            log.info('Superposition resumes with other settings, where they change nothing of the past: %s.', changes)
+            self.schedule.ends = []
+        self._saved_settings = None
 
     def _start(self, state: State) -> None:
         assert state.max_duration is not None
@@ -155,12 +194,15 @@ class TokenSuperposition(Algorithm):
         if not self.schedule.finished:
             check_loader(state.train_dataloader)
             plan = self._plan(state)
+            before = self.schedule.ends
             self.schedule.resolve(state.max_duration, plan)
+            self._report_moved_ends(state.max_duration, before)
             self._report_shares(state.max_duration, plan)
             self.schedule.advance(state.timestamp)
         if not self.schedule.finished:
             self._attach(state)
-        if not self.schedule.finished or self._replays_superposed_steps(state):
+        superposed_in_epoch = not self.schedule.finished or self._epoch_start(state) < self.schedule.ended[-1]
+        if (superposed_in_epoch and self.expand != 'none') or self._resumes_within_epoch(state):
             self._install_loader(state)
 
     def _plan(self, state: State) -> Plan | None:
@@ -184,7 +226,19 @@ class TokenSuperposition(Algorithm):
             if row_length is not None:
                 per_batch[TimeUnit.TOKEN] = per_batch[TimeUnit.SAMPLE] * row_length
         draws = [self._draws(phase.bag_size) for phase in self.schedule.phases]
-        return plan_steps(self.schedule.phases, draws, state.max_duration, per_batch)
+        return plan_steps(self.schedule.known, draws, state.max_duration, per_batch)
+
+    def _report_moved_ends(self, max_duration: Time, before: Sequence[Time]) -> None:
+        for phase, old, new in zip(self.schedule.phases, before, self.schedule.ends, strict=False):
+            if old != new:
+                log.info(
+                    'The phase with bag_size %d now ends at %s, not %s: it lasts until %s of a max_duration of %s.',
+                    phase.bag_size,
+                    new.to_timestring(),
+                    old.to_timestring(),
+                    phase.until.to_timestring(),
+                    max_duration.to_timestring(),
+                )
 
     def _report_shares(self, max_duration: Time, plan: Plan | None) -> None:
         """Say what a share of the duration comes to where it is not plainly one of steps."""
@@ -212,29 +266,34 @@ class TokenSuperposition(Algorithm):
     def _draws(self, bag_size: int) -> int:
         return 1 if self.expand == 'none' else bag_size
 
-    def _replays_superposed_steps(self, state: State) -> bool:
-        """Whether the trainer is about to redraw steps of this epoch that were superposed."""
-        if 'train' in state.dataset_resumption:
-            return False
-        return self._epoch_start(state) < self.schedule.ended[-1]
+    @staticmethod
+    def _resumes_within_epoch(state: State) -> bool:
+        """Whether the dataset goes on in the middle of an epoch by itself, as a StreamingDataset does."""
+        return 'train' in state.dataset_resumption and int(state.timestamp.batch_in_epoch) > 0
 
     @staticmethod
     def _epoch_start(state: State) -> int:
         return int(state.timestamp.batch) - int(state.timestamp.batch_in_epoch)
 
     def _install_loader(self, state: State) -> None:
-        if self.expand == 'none':
-            return
         assert state.train_dataloader is not None
 
-        def first_step() -> int:
-            return int(state.timestamp.batch_in_epoch) if 'train' in state.dataset_resumption else 0
+        def begins_at() -> tuple[int, int]:
+            if not self._resumes_within_epoch(state):
+                return 0, 0
+            batch_size = state.train_dataloader.batch_size * dist.get_world_size()
+            return int(state.timestamp.batch_in_epoch), int(state.timestamp.sample_in_epoch) // batch_size
 
         def draws_at(step: int) -> int:
             return self._draws(self.schedule.bag_size_at(self._epoch_start(state) + step))
 
+        def leave_out(samples: int) -> None:
+            samples *= dist.get_world_size()
+            self._left_out += samples
+            self._left_out_of_epoch += samples
+
         limit = None if state.dataloader_len is None else int(state.dataloader_len)
-        loader = BagLoader(state.train_dataloader, draws_at, first_step, self.expand == 'sequence', limit)
+        loader = BagLoader(state.train_dataloader, draws_at, begins_at, self.expand == 'sequence', limit, leave_out)
         state.set_dataloader(loader, state.dataloader_label, -1 if limit is None else limit)
 
     def _restore_loader(self, state: State) -> None:
@@ -336,6 +395,28 @@ class TokenSuperposition(Algorithm):
             int(state.timestamp.batch),
             f'{int(state.timestamp.token):,}',
         )
+
+    def _check_epoch_is_whole(self, state: State) -> None:
+        """Refuse an epoch cut short: a StreamingDataset that fails to read a shard ends the epoch with no error.
+
+        Raises:
+            RuntimeError: If the loader has yielded fewer batches than its length, by more than one a worker.
+        """
+        left_out, self._left_out_of_epoch = self._left_out_of_epoch, 0
+        loader: Any = state.train_dataloader
+        dataset = getattr(loader, 'dataset', None)
+        if not isinstance(dataset, StreamingDataset) or state.dataloader_len is None:
+            return
+        if (dataset.replication or 1) > 1:  # ranks share samples: their number says nothing of the batches
+            return
+        assert state.previous_timestamp is not None
+        samples = int(state.previous_timestamp.sample_in_epoch) + left_out
+        batches = -(-samples // (loader.batch_size * dist.get_world_size()))
+        if batches < int(state.dataloader_len) - max(1, loader.num_workers):
+            raise RuntimeError(
+                f'The epoch ended after {batches} of {int(state.dataloader_len)} loader batches: if data could not be '
+                'read, the reason is above; resume once it can be.'
+            )
 
     def _stop(self, state: State) -> None:
         if not self.schedule.finished:

@@ -19,35 +19,42 @@ class BagLoader(wrapt.ObjectProxy):
 
     At the end of an epoch fewer batches than a step needs may be left. They make a smaller step, or none if the
     loader has ``drop_last``. Rows that cannot be joined to a whole row of bags are left out. Either way the
-    number of samples left out is logged.
+    number of samples left out is logged. They are not carried into the next epoch: a StreamingDataset's state in a
+    checkpoint counts samples within one epoch, so a run resumed there could not draw them again.
 
     Args:
         loader: The train loader.
         draws_at: Given the index of a step in the epoch, how many batches it draws.
-        first_step: The index of the first step the next iteration will draw: not 0 where a dataset resumes in
-            the middle of an epoch by itself.
+        begins_at: The step and the loader batch of the epoch with which the next iteration begins: not 0 where a
+            dataset resumes in the middle of an epoch by itself.
         joins_rows: Whether a step's rows are joined in groups of as many as it draws batches.
         limit: The batches to draw in an epoch, or None for all.
+        leave_out: Told the number of samples left out at the end of an epoch, where there are any.
     """
 
     def __init__(
         self,
         loader: Iterable[Any],
         draws_at: Callable[[int], int],
-        first_step: Callable[[], int],
+        begins_at: Callable[[], tuple[int, int]],
         joins_rows: bool,
         limit: int | None,
+        leave_out: Callable[[int], None],
     ):
         super().__init__(loader)
         self._self_draws_at = draws_at
-        self._self_first_step = first_step
+        self._self_begins_at = begins_at
         self._self_joins_rows = joins_rows
         self._self_limit = limit
+        self._self_leave_out = leave_out
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batch of each step."""
-        batches = itertools.islice(self.__wrapped__, self._self_limit)
-        for step in itertools.count(self._self_first_step()):
+        first_step, drawn = self._self_begins_at()
+        # A StreamingDataset may have a batch more than its loader's length, which no epoch draws: not even a resumed one.
+        limit = None if self._self_limit is None else self._self_limit - drawn
+        batches = itertools.islice(self.__wrapped__, limit)
+        for step in itertools.count(first_step):
             draws = self._self_draws_at(step)
             group = list(itertools.islice(batches, draws))
             if not group:
@@ -65,6 +72,7 @@ class BagLoader(wrapt.ObjectProxy):
                     rows - used,
                     draws,
                 )
+                self._self_leave_out(rows - used)
             if used:
                 yield {key: value if _is_plain(value) else value[:used] for key, value in batch.items()}
 

@@ -73,8 +73,9 @@ class PhaseCheckpointer(Callback):
         self._saver.fit_end(state, logger)
 
     def post_close(self) -> None:
-        """Close the uploader."""
-        self._saver.post_close()
+        """Close the uploader, if the run came as far as having one."""
+        if hasattr(self, '_saver'):
+            self._saver.post_close()
 
     def _save_if_changed(self, event: Event, state: State, logger: Logger) -> None:
         before, self._bag_size = self._bag_size, self._schedule.bag_size

@@ -162,18 +162,34 @@ class Schedule:
         phases: The phases, from coarse to fine.
         began: The batch at which superposition began: 0 unless it was added to a run already under way.
         ended: For each phase that has ended, the batch at which it did.
+        ends: The moment each phase ends, once the length of training is known.
     """
 
     def __init__(self, phases: Sequence[Phase]):
         self.phases = list(phases)
         self.began: int | None = None
         self.ended: list[int] = []
-        self._ends: list[Time] = []
+        self.ends: list[Time] = []
 
     @property
     def finished(self) -> bool:
         """Whether the last phase has ended."""
-        return len(self.ended) == len(self.phases)
+        return len(self.ended) >= len(self.phases)
+
+    @property
+    def known(self) -> list[Phase]:
+        """The phases, with those that have ended placed where they did, whatever the length of training is now."""
+        ended = [
+            Phase(phase.bag_size, Time(end, TimeUnit.BATCH))
+            for phase, end in zip(self.phases, self.ended, strict=False)
+        ]
+        return ended + self.phases[len(ended) :]
+
+    def begun_at(self, batch: int) -> int:
+        """How many phases have taken a step once ``batch`` steps are done; recovery counts as one."""
+        if self.began is None:
+            return 0
+        return len(self.ended) + (batch > [self.began, *self.ended][-1])
 
     @property
     def bag_size(self) -> int:
@@ -199,8 +215,8 @@ class Schedule:
         Raises:
             ValueError: If a phase has no steps, or the last one ends at or past the end of training.
         """
-        self._ends = []
-        for index, phase in enumerate(self.phases):
+        self.ends = []
+        for index, phase in enumerate(self.known):
             end = phase.until
             if end.unit == TimeUnit.DURATION:
                 if max_duration.unit == TimeUnit.EPOCH:
@@ -212,7 +228,7 @@ class Schedule:
                     end = Time(plan.ends[index], TimeUnit.BATCH)
                 else:
                     end = Time(int(end.value * max_duration.value), max_duration.unit)
-            self._ends.append(end)
+            self.ends.append(end)
         self._check(max_duration, plan)
 
     def _check(self, max_duration: Time, plan: Plan | None) -> None:
@@ -222,13 +238,13 @@ class Schedule:
             'be no recovery phase: end it earlier or train longer.'
         )
         if plan is None:
-            if self._ends[-1].unit == max_duration.unit and self._ends[-1] >= max_duration:
+            if self.ends[-1].unit == max_duration.unit and self.ends[-1] >= max_duration:
                 raise ValueError(past_end)
             return
         if plan.ends[-1] >= plan.total:
             raise ValueError(past_end)
-        for phase, start, end in zip(self.phases, [0, *plan.ends], plan.ends, strict=False):
-            if end <= start:
+        for index, (phase, start, end) in enumerate(zip(self.phases, [0, *plan.ends], plan.ends, strict=False)):
+            if index >= len(self.ended) and end <= start:
                 raise ValueError(
                     f'The phase with bag_size {phase.bag_size} until {phase.until.to_timestring()} has no steps: '
                     f'it begins at step {start} and ends at step {end} of {plan.total}.'
@@ -248,7 +264,7 @@ class Schedule:
             self.began = batch
         before = len(self.ended)
         while not self.finished:
-            end = self._ends[len(self.ended)]
+            end = self.ends[len(self.ended)]
             if timestamp.get(end.unit) < end:
                 break
             self.ended.append(batch)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import boto3
 import pytest
@@ -21,7 +22,14 @@ BUCKET = 'corpus'
 
 @pytest.fixture(scope='module')
 def s3_server() -> Iterator[str]:
-    """Start a server with an empty bucket, point the environment at it, and give its address."""
+    """A server with an empty bucket, to which the environment points; gives its address."""
+    with serve() as (url, _):
+        yield url
+
+
+@contextmanager
+def serve() -> Iterator[tuple[str, subprocess.Popen]]:
+    """Start a server with an empty bucket, point the environment at it, and give its address and its process."""
     pytest.importorskip('moto', reason='moto[server] is not installed')
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
@@ -38,9 +46,9 @@ def s3_server() -> Iterator[str]:
         os.environ.update(environment)
         _wait(port, server)
         boto3.client('s3', endpoint_url=url).create_bucket(Bucket=BUCKET)
-        yield url
+        yield url, server
     finally:
-        server.terminate()
+        server.kill()
         server.wait()
         for name, value in before.items():
             if value is None:

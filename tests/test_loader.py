@@ -1,7 +1,7 @@
 """Joining the loader batches of one step."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -22,10 +22,14 @@ def numbers(count: int, **settings: Any) -> DataLoader:
 
 
 def bag_loader(
-    loader: Iterable, draws: int | dict[int, int], joins: bool = True, limit: int | None = None
+    loader: Iterable,
+    draws: int | dict[int, int],
+    joins: bool = True,
+    limit: int | None = None,
+    leave_out: Callable[[int], None] = lambda samples: None,
 ) -> BagLoader:
     draws_at = (lambda step: draws) if isinstance(draws, int) else (lambda step: draws.get(step, 1))
-    return BagLoader(loader, draws_at, lambda: 0, joins, limit)
+    return BagLoader(loader, draws_at, lambda: (0, 0), joins, limit, leave_out)
 
 
 def drawn(loader: Iterable) -> list[list[int]]:
@@ -54,8 +58,10 @@ def test_the_tail_of_an_epoch_is_used_or_counted(
     samples: int, drop_last: bool, joins: bool, expected: list, left_out: int, caplog: pytest.LogCaptureFixture
 ):
     loader = numbers(samples, drop_last=drop_last)
+    counted: list[int] = []
     with caplog.at_level(logging.WARNING):
-        assert drawn(bag_loader(loader, 3, joins)) == expected
+        assert drawn(bag_loader(loader, 3, joins, leave_out=counted.append)) == expected
+    assert sum(counted) == left_out
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == (left_out > 0)
     if left_out:

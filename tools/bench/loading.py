@@ -26,7 +26,7 @@ def loader_cases(device: torch.device) -> Iterator[Case]:
         # Streaming wants a folder for each reader.
         loaders = [_text_loader(Path(folder, name)) for name in ('ours', 'plain')]
         for bag_size in BAG_SIZES:
-            ours = _forever(BagLoader(loaders[0], lambda step, s=bag_size: s, lambda: 0, True, None))
+            ours = _forever(BagLoader(loaders[0], lambda step, s=bag_size: s, lambda: (0, 0), True, None, print))
             plain = _forever(loaders[1])
             yield Case(
                 f'loader s={bag_size} B={BATCH_SIZE} L={LENGTH}',

@@ -1,0 +1,98 @@
+"""A run that stops anywhere goes on as if it had not, to the bit: weights, optimizer, timestamps, and what is drawn."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Run, assert_same_end, checkpoint, config, drawn, write_rows
+
+ROWS = 59
+STREAMING: dict[str, Any] = {}
+WORKERS = {
+    'train_loader__num_workers': 2,
+    'train_loader__prefetch_factor': 2,
+    'train_loader__persistent_workers': True,
+}
+MAP_STYLE = {
+    'train_loader': {'name': 'map_rows', 'count': ROWS, 'shuffle': True, 'num_workers': 0},
+}
+# 14 loader batches an epoch: 3 + 3 + 3 and 2 + 2, which leaves one that does not fill a step of 2; the next epoch goes
+# on with 2 and then plain ones, 13 steps more. So batch 5 is the epoch's last and batch 6 the first of recovery.
+LOADERS = {'streaming': STREAMING, 'workers': WORKERS, 'map-style': MAP_STYLE}
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('rows')
+    write_rows(folder, ROWS)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Uninterrupted runs, by loader, made once."""
+    made: dict[str, Path] = {}
+
+    def run(loader: str) -> Path:
+        if loader not in made:
+            folder = made[loader] = tmp_path_factory.mktemp(loader)
+            Run(config(data, folder, **LOADERS[loader]), folder / 'log').wait()
+        return made[loader]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ('loader', 'batch'),
+    [
+        *(('streaming', batch) for batch in (1, 3, 4, 5, 6, 13)),
+        *(('workers', batch) for batch in (2, 5, 9)),
+        *(('map-style', batch) for batch in (2, 5, 8)),
+    ],
+)
+def test_a_run_resumed_after_any_batch_is_the_run_that_did_not_stop(
+    loader: str, batch: int, whole: Any, data: Path, tmp_path: Path
+):
+    before = whole(loader)
+    load = {'load_path': str(checkpoint(before, batch))}
+    Run(config(data, tmp_path, **LOADERS[loader], **load), tmp_path / 'log').wait()
+    assert_same_end(tmp_path, before)
+    assert drawn(tmp_path) == {at: ids for at, ids in drawn(before).items() if at[1] >= batch}
+
+
+@pytest.mark.parametrize('loader', LOADERS)
+def test_every_sample_is_drawn_once_an_epoch_but_for_a_tail_that_is_counted(loader: str, whole: Any):
+    folder = whole(loader)
+    steps = drawn(folder)
+    assert [len(ids) for ids in steps.values()] == [12] * 3 + [8] * 3 + [4] * 8
+    first = list(itertools.chain(*(ids for (epoch, _), ids in steps.items() if epoch == 0)))
+    assert len(first) == len(set(first)) == 52
+    assert 'The last 4 samples of the epoch on this rank are left out' in (folder / 'log').read_text()
+    algorithms = torch.load(checkpoint(folder), weights_only=False)['state']['algorithms']
+    assert dict(algorithms)['TokenSuperposition']['left_out'] == 4
+
+
+def test_a_run_killed_and_autoresumed_again_and_again_ends_with_the_same_weights(
+    whole: Any, data: Path, tmp_path: Path
+):
+    for batch in (1, 3, 5, 6, 9):
+        run = Run(config(data, tmp_path, callbacks__record_rows__die_at=batch), tmp_path / 'log')
+        run.processes[0].join()
+        assert run.processes[0].exitcode == -9, run.printed()[-4000:]
+        assert checkpoint(tmp_path).name.split('-')[1] == f'ba{batch}'
+    Run(config(data, tmp_path), tmp_path / 'log').wait()
+    assert_same_end(tmp_path, whole('streaming'))
+    assert drawn(tmp_path) == drawn(whole('streaming'))
+
+
+def test_a_checkpoint_left_half_written_is_not_resumed_from(whole: Any, data: Path, tmp_path: Path):
+    """It is in the way, as Composer says, unless save_overwrite lets it be written again."""
+    Run(config(data, tmp_path, callbacks__record_rows__die_at=4), tmp_path / 'log').processes[0].join()
+    half = tmp_path / 'checkpoints' / 'ep0-ba5-rank0.pt'
+    half.write_bytes(checkpoint(tmp_path).read_bytes()[:3000])
+    refused = Run(config(data, tmp_path, save_overwrite=False), tmp_path / 'refused.log').fails()
+    assert 'may conflict with a future checkpoint' in refused
+    Run(config(data, tmp_path), tmp_path / 'log').wait()
+    assert_same_end(tmp_path, whole('streaming'))
