@@ -19,7 +19,7 @@ from s3_server import BUCKET, s3_server  # noqa: F401
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 LONG = {
-    'max_duration': '2000ba',
+    'max_duration': '400ba',
     'save_interval': '7ba',
     'save_num_checkpoints_to_keep': 2,
     'algorithms__token_superposition__phases': [
@@ -66,7 +66,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(workers: int,
 
 
 class Nodes:
-    """Two `composer` launchers of two ranks each on loopback, each with a streaming cache of its own."""
+    """Two `composer` launchers of two ranks each on loopback, each with a cache and a /dev/shm of its own."""
 
     def __init__(self, made: list[dict[str, Any]], folder: Path, environment: dict[str, str]):
         self.launchers: list[subprocess.Popen] = []
@@ -82,6 +82,8 @@ class Nodes:
             command = [str(scripts / 'composer'), *place]
             command += ['--master_addr', '127.0.0.1', '--master_port', port]
             command += ['-c', str(scripts / 'llmfoundry'), 'train', str(yaml)]
+            mount = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
+            command = ['unshare', '--map-root-user', '--mount', 'sh', '-c', mount, 'sh', *command]
             log = (folder / f'node{node}.log').open('a')
             env = os.environ | environment | {'OMP_NUM_THREADS': '1', 'COLUMNS': '500'}
             self.launchers.append(
