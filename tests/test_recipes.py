@@ -106,6 +106,7 @@ def test_a_recipe_trains_on_a_cpu_with_its_sizes_overridden(name: str, kind: str
         f'variables.tokenizer={dataset / "tokenizer"}',
         f'variables.vocab_size={VOCAB_SIZE}',
         f'variables.save={tmp_path}',
+        f'variables.logs={tmp_path / "logs"}',
         f'max_seq_len={SEQ_LEN}',
         'max_duration=4ba',
         'scheduler.t_warmup=1ba',

@@ -92,6 +92,8 @@ def _session(job: Job) -> SparkSession:
         session = builder.appName('prepare_data').getOrCreate()
     except PySparkException as error:
         raise PrepareError('--engine spark: Spark did not start, perhaps for want of Java 8, 11 or 17') from error
+    # Tasks are what runs in parallel.
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     rows = max(1, ARROW_BYTES // (4 * job.settings.seq_len))
     session.conf.set('spark.sql.execution.arrow.maxRecordsPerBatch', str(rows))
     return session
