@@ -10,6 +10,7 @@ from conftest import REPO, SEQ_LEN, VOCAB_SIZE
 from llmfoundry.command_utils import train
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import no_init_weights
 
 RECIPES = REPO / 'yamls' / 'pretrain'
 MODELS = ('270m', '600m', '3b', '10b_a1b')
@@ -38,7 +39,7 @@ def parameters(name: str) -> dict[str, int]:
     hf = AutoConfig.from_pretrained(folder)
     assert all(hasattr(hf, name) for name in settings)
     hf.update(settings)
-    with torch.device('meta'):
+    with torch.device('meta'), no_init_weights():
         model = AutoModelForCausalLM.from_config(hf)
     return {name: weight.numel() for name, weight in model.named_parameters()}
 

@@ -156,10 +156,11 @@ def build(config: DictConfig) -> Model:
         if name == 'hf_causal_lm':
             from llmfoundry.utils.config_utils import set_config_overrides
             from transformers import AutoConfig, AutoModelForCausalLM
+            from transformers.modeling_utils import no_init_weights
 
             hf = AutoConfig.from_pretrained(settings['pretrained_model_name_or_path'])
             set_config_overrides(hf, settings.get('config_overrides') or {})
-            with torch.device('meta'):
+            with torch.device('meta'), no_init_weights():
                 model: Any = AutoModelForCausalLM.from_config(hf)
         elif name == 'mpt_causal_lm':
             from llmfoundry.models.mpt import ComposerMPTCausalLM
