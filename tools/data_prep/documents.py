@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -105,15 +106,20 @@ def _list_local(text: str) -> list[Source]:
         raise FileNotFoundError(text)
     sources = []
     for name in names:
+        if os.path.isdir(name):
+            # Without this, what is in a folder that we may not read would be left out without a word.
+            with explained('read', name):
+                os.scandir(name).close()
+            continue
         try:
-            stat = os.stat(name)
-            stamp = str(stat.st_mtime_ns)
-            size = stat.st_size
+            found = os.stat(name)
+            if not stat.S_ISREG(found.st_mode):
+                raise PrepareError(f'cannot read {name}: it is a pipe or a device, not a file')
+            size, stamp = found.st_size, str(found.st_mtime_ns)
         except FileNotFoundError:
             # A dangling link: reading it will report it as a bad document.
             size, stamp = 0, 'missing'
-        if not os.path.isdir(name):
-            sources.append(Source(os.path.abspath(name), size, stamp))
+        sources.append(Source(os.path.abspath(name), size, stamp))
     return sources
 
 
@@ -294,9 +300,12 @@ def _parquet_documents(piece: Piece, text_key: str) -> Iterator[Document | BadDo
         number = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
         # Few rows at a time, since a row may be a book.
         for batch in file.iter_batches(64, row_groups=range(piece.start, end), columns=[text_key]):
-            for value in batch.column(0).to_pylist():
+            for cell in batch.column(0):
                 number += 1
-                document = _from_field(value, text_key)
+                try:
+                    document = _from_field(cell.as_py(), text_key)
+                except UnicodeDecodeError:
+                    document = 'invalid UTF-8'
                 if isinstance(document, str):
                     document = BadDocument(f'{source.path}, row {number}', document)
                 yield document

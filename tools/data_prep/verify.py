@@ -94,8 +94,6 @@ def _verify_shard(
     split, entry = item
     stored = entry['zip_data'] or entry['raw_data']
     path = output.at(split, stored['basename'])
-    with explained('verify', path):
-        data = filesystem(path).cat_file(path)
 
     def check(holds: bool, problem: str) -> None:
         if not holds:
@@ -106,12 +104,14 @@ def _verify_shard(
         for algorithm, value in info['hashes'].items():
             check(get_hash(algorithm, data) == value, f'does not have the {algorithm} hash of the index')
 
+    with explained('verify', path):
+        data = filesystem(path).cat_file(path)
     check_file(data, stored)
     if entry['zip_data']:
         data = decompress(entry['compression'], data)
         check_file(data, entry['raw_data'])
     ends = 0
-    with tempfile.TemporaryDirectory() as folder:
+    with explained('verify', path), tempfile.TemporaryDirectory() as folder:
         # Spark's shards lie in folders of their own.
         name = os.path.basename(entry['raw_data']['basename'])
         with open(os.path.join(folder, name), 'wb') as file:

@@ -1,0 +1,193 @@
+# pyright: reportMissingImports=false
+"""tools/plan.py against sums written out by hand."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPO
+from omegaconf import OmegaConf
+from typer.testing import CliRunner, Result
+
+sys.path.insert(0, str(REPO / 'tools'))
+
+import plan
+
+QUICKSTART = REPO / 'yamls' / 'quickstart'
+# The quickstart's model: width 128, 2 layers, vocabulary 2048, untied, no biases, RMS norms; rows of 64, 16 a step.
+EMBEDDING = 2048 * 128
+LAYER = 128 * 3 * 128 + 128 * 128 + 2 * 128 * 512 + 2 * 128
+PARAMETERS = 2 * EMBEDDING + 2 * LAYER + 128
+
+
+def flops(positions: int, length: int) -> int:
+    """6 for every parameter that multiplies, and attention's 12 * layers * width * length, each per position."""
+    return positions * (6 * (PARAMETERS - EMBEDDING) + 12 * 2 * 128 * length)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(plan.app, [str(argument) for argument in arguments])
+
+
+def planned(*arguments: object) -> dict[str, Any]:
+    result = run(*arguments, '--json')
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_a_run_of_several_phases():
+    made = planned(QUICKSTART / 'tst.yaml', '--gpu', 'h100', '--gpus', 2, '--mfu', 0.5)
+    assert made['parameters'] == made['active_parameters'] == PARAMETERS
+    expected = [(8, 300), (4, 300), (2, 300), (1, 2100)]
+    assert made['phases'] == [
+        {
+            'bag_size': bag,
+            'steps': steps,
+            'data_tokens': steps * bag * 16 * 64,
+            'positions': steps * 16 * 64,
+            'flops_per_step': flops(16 * 64, 64),
+        }
+        for bag, steps in expected
+    ]
+    assert made['steps'] == 3000
+    assert made['superposed_share_of_steps'] == 0.3
+    assert made['data_tokens'] == (300 * (8 + 4 + 2) + 2100) * 16 * 64
+    assert made['equivalent_tokens'] == pytest.approx(3000 * 16 * 64)
+    assert made['shard_bytes'] == 4 * made['data_tokens']
+    assert made['hours'] == pytest.approx(3000 * flops(16 * 64, 64) / (2 * 989e12 * 0.5) / 3600)
+    assert 'one phase' in made['expected']['extrapolation']
+
+
+def test_a_share_of_tokens_is_a_smaller_share_of_steps():
+    made = planned(
+        QUICKSTART / 'baseline.yaml', f'max_duration={1000 * 16 * 64}tok', '--bag-size', 4, '--duration', '0.5dur'
+    )
+    # Half of the tokens in steps of 4 batches, the other half in steps of one.
+    assert [phase['steps'] for phase in made['phases']] == [125, 500]
+    assert made['superposed_share_of_steps'] == 0.2
+    assert made['data_tokens'] == 1000 * 16 * 64
+
+
+@pytest.mark.parametrize(
+    ('settings', 'drawn', 'positions', 'length'),
+    [
+        ({'expand': 'batch'}, 4, 4 * 16 * 16, 16),
+        ({'expand': 'none'}, 1, 16 * 16, 16),
+        ({'expand': 'none', 'superpose': 'output'}, 1, 16 * 64, 64),
+        ({'superpose': 'input'}, 4, 16 * 64, 64),
+    ],
+)
+def test_what_a_superposed_step_costs(settings: dict[str, str], drawn: int, positions: int, length: int):
+    given = [f'algorithms.token_superposition.{key}={value}' for key, value in settings.items()]
+    made = planned(QUICKSTART / 'baseline.yaml', *given, '--bag-size', 4, '--duration', '1000ba')
+    superposed, plain = made['phases']
+    assert superposed['data_tokens'] == 1000 * drawn * 16 * 64
+    assert superposed['positions'] == 1000 * positions
+    assert superposed['flops_per_step'] == flops(positions, length)
+    total = 1000 * flops(positions, length) + 2000 * flops(16 * 64, 64)
+    assert made['flops'] == pytest.approx(total)
+    assert made['equivalent_tokens'] == pytest.approx(16 * 64 * total / flops(16 * 64, 64))
+    assert plain['steps'] == 2000
+
+
+def test_shards_are_counted_against_the_data_there_is(tmp_path: Path):
+    stats = {'seq_len': 64, 'splits': {'train': {'rows': 16000, 'tokens': 1_024_000, 'bytes': 2_048_000}}}
+    path = tmp_path / 'stats.json'
+    path.write_text(json.dumps(stats))
+    made = planned(QUICKSTART / 'baseline.yaml', '--stats', path)
+    assert made['passes_over_data'] == 3
+    assert made['shard_bytes'] == 3000 * 16 * 64 * 2
+    assert 'data repeats' in run(QUICKSTART / 'baseline.yaml', '--stats', path).stdout
+    assert planned(QUICKSTART / 'baseline.yaml', '--stats', path, 'max_duration=2ep')['steps'] == 2000
+    path.write_text(json.dumps(stats | {'seq_len': 128}))
+    result = run(QUICKSTART / 'baseline.yaml', '--stats', path)
+    assert 'its rows have 128 tokens and max_seq_len is 64' in result.stderr
+
+
+MODEL = plan.Model(267_000_000, 267_000_000, 193_000_000, 30 * 576)
+BATCH = plan.Run(1024, 2048, plan.Time.from_batch(20000), (), 'both', 'sequence', 'uniform')
+
+
+def test_expected_loss_is_read_off_the_published_grid_of_the_nearest_scale():
+    found = plan.expect(BATCH, MODEL, 42e9, 0.3, 6)
+    assert found is not None
+    # 270M, 20k steps: 3.1423 against 3.2124; the other grids with uniform weights span the range.
+    assert found.change == pytest.approx(3.1423 - 3.2124)
+    assert found.source == 'final_loss_270m_20k'
+    assert found.low <= found.change <= found.high
+    assert found.extrapolation == ''
+    between = plan.expect(BATCH, MODEL, 42e9, 0.3, 6.5)
+    assert between is not None
+    assert between.change == pytest.approx((3.1423 + 3.1392) / 2 - 3.2124)
+    # At no superposed step at all there is no change, and half way to the first share half of its change.
+    half = plan.expect(BATCH, MODEL, 42e9, 0.05, 2)
+    assert half is not None
+    assert half.change == pytest.approx((3.1847 - 3.2124) / 2)
+
+
+def test_expected_loss_elsewhere_is_called_an_extrapolation():
+    large = plan.Model(3_000_000_000, 3_000_000_000, 2_700_000_000, 36 * 2048)
+    found = plan.expect(BATCH, large, 42e9, 0.3, 6)
+    assert found is not None
+    assert found.source == 'final_loss_600m_20k'
+    assert 'the nearest published model has 600M' in found.extrapolation
+    assert plan.expect(BATCH, MODEL, 42e9, 0.3, 40) is None
+
+
+def test_the_sweep_has_every_point():
+    points: Any = planned(QUICKSTART / 'baseline.yaml', '--sweep')
+    assert len(points) == len(plan.SWEEP_BAGS) * len(plan.SWEEP_SHARES)
+    point = next(point for point in points if (point['bag_size'], point['share']) == (6, 0.2))
+    assert point['data_tokens'] == (600 * 6 + 2400) * 16 * 64
+    assert 'extrapolations' in run(QUICKSTART / 'baseline.yaml', '--sweep').stdout
+
+
+def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path):
+    path = tmp_path / 'new.yaml'
+    result = run(
+        QUICKSTART / 'baseline.yaml', f'max_duration={1000 * 16 * 64}tok', 'scheduler.name=constant_with_warmup',
+        '--bag-size', 6, '--duration', '0.3dur', '--write', path,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    made: Any = OmegaConf.load(path)
+    assert made.algorithms.token_superposition == {'bag_size': 6, 'duration': '0.3dur'}
+    assert made.max_duration == '1000ba'
+    assert made.scheduler == {'name': 'warmup_stable_decay', 't_warmup': '100ba', 't_decay': '0.1dur', 'alpha_f': 0.0}
+    assert OmegaConf.to_container(made)['train_loader']['dataset']['local'] == '${variables.data}'  # pyright: ignore
+    assert [phase['steps'] for phase in planned(path)['phases']] == [300, 700]
+    assert 'it exists' in run(path, '--write', path).stderr
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['max_seq_len=null'], 'max_seq_len is missing: give the tokens of a row'),
+        (['global_train_batch_size=many'], "global_train_batch_size is 'many': give the rows"),
+        (['max_duration=3000steps'], "max_duration is '3000steps': give a Composer Time"),
+        (['max_duration=2ep'], 'needs --stats'),
+        (['model.name=gpt'], "model.name is 'gpt': this reads"),
+        (['model.n_layers=two'], 'model: mpt_causal_lm refuses these settings'),
+        (['max_seq_len=${nothing}'], 'nothing'),
+        (['--bag-size', '1', '--duration', '0.3dur'], 'bag_size is 1: give an integer of at least 2'),
+        (['--bag-size', '4'], 'needs bag_size and duration'),
+        (['algorithms.token_superposition.bags=4'], 'token_superposition.bags is no setting'),
+        (['algorithms.token_superposition.expand=rows', '--bag-size', '4', '--duration', '0.3dur'], "expand is 'rows'"),
+        (['--bag-size', '4', '--duration', '3000ba'], 'leave some for recovery'),
+        (['--gpu', 'abacus'], '--gpu abacus: give one of'),
+        (['--mfu', '40'], '--mfu 40'),
+        (['--stats', 'nowhere.json'], '--stats nowhere.json: cannot be read'),
+        (['--write', 'new.yaml'], '--write needs a superposition'),
+    ],
+)
+def test_what_is_wrong_gets_one_sentence(arguments: list[str], message: str):
+    result = run(QUICKSTART / 'baseline.yaml', *arguments)
+    assert result.exit_code == 1, result.output
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith('error: ')
+    assert message in line
+
+
+def test_a_file_that_is_not_there_gets_one_sentence():
+    assert 'cannot read nowhere.yaml: No such file' in run('nowhere.yaml').stderr
