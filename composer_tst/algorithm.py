@@ -276,12 +276,12 @@ class TokenSuperposition(Algorithm):
         return int(state.timestamp.batch) - int(state.timestamp.batch_in_epoch)
 
     def _install_loader(self, state: State) -> None:
-        assert state.train_dataloader is not None
+        source: Any = state.train_dataloader
 
         def begins_at() -> tuple[int, int]:
             if not self._resumes_within_epoch(state):
                 return 0, 0
-            batch_size = state.train_dataloader.batch_size * dist.get_world_size()
+            batch_size = source.batch_size * dist.get_world_size()
             return int(state.timestamp.batch_in_epoch), int(state.timestamp.sample_in_epoch) // batch_size
 
         def draws_at(step: int) -> int:
@@ -293,7 +293,7 @@ class TokenSuperposition(Algorithm):
             self._left_out_of_epoch += samples
 
         limit = None if state.dataloader_len is None else int(state.dataloader_len)
-        loader = BagLoader(state.train_dataloader, draws_at, begins_at, self.expand == 'sequence', limit, leave_out)
+        loader = BagLoader(source, draws_at, begins_at, self.expand == 'sequence', limit, leave_out)
         state.set_dataloader(loader, state.dataloader_label, -1 if limit is None else limit)
 
     def _restore_loader(self, state: State) -> None:

@@ -51,7 +51,7 @@ class BagLoader(wrapt.ObjectProxy):
     def __iter__(self) -> Iterator[Any]:
         """Yield the batch of each step."""
         first_step, drawn = self._self_begins_at()
-        # A StreamingDataset may have a batch more than its loader's length, which no epoch draws: not even a resumed one.
+        # A StreamingDataset may have a batch more than its loader's length: no epoch draws it, nor does a resumed one.
         limit = None if self._self_limit is None else self._self_limit - drawn
         batches = itertools.islice(self.__wrapped__, limit)
         for step in itertools.count(first_step):

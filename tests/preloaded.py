@@ -1,8 +1,7 @@
-"""What every training process would spend seconds on, done once by the server that `runs` forks them off."""
+"""What every training process would spend seconds on, done once by the server that `trainings` forks them off."""
 
 import composer.utils
 import llmfoundry.command_utils
-import runs
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import composer_tst
@@ -11,4 +10,4 @@ list(MODEL_FOR_CAUSAL_LM_MAPPING.values())  # MPT asks whether it is among them,
 composer.utils.get_composer_env_dict()
 assert composer_tst
 assert llmfoundry
-assert runs
+assert trainings

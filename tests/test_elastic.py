@@ -15,8 +15,8 @@ from llmfoundry.utils.builders import (
     build_tokenizer,
 )
 from omegaconf import OmegaConf
-from runs import Run, assert_same, checkpoint, config, drawn_by_all, write_rows
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from trainings import Run, assert_same, checkpoint, config, drawn_by_all, write_rows
 
 # A bias of the keys has no gradient but rounding, which Adam makes a step of.
 NO_BIAS = {'model__no_bias': True}

@@ -14,9 +14,9 @@ import boto3
 import pytest
 import torch
 from omegaconf import OmegaConf
-from runs import Run, assert_same, assert_same_end, config, drawn, free_port, write_rows
 from s3_server import BUCKET, s3_server  # noqa: F401
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from trainings import Run, assert_same, assert_same_end, config, drawn, free_port, write_rows
 
 LONG = {
     'max_duration': '400ba',

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from runs import ROW_LENGTH, VOCAB_SIZE, Run, assert_same_end, checkpoint, config, drawn, write_rows
+from trainings import ROW_LENGTH, VOCAB_SIZE, Run, assert_same_end, checkpoint, config, drawn, write_rows
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 HERE = Path(__file__).parent

@@ -11,8 +11,8 @@ from typing import Any
 import boto3
 import pytest
 import torch
-from runs import Run, assert_same_end, config, drawn, write_rows
 from s3_server import BUCKET, serve
+from trainings import Run, assert_same_end, config, drawn, write_rows
 
 ROWS = 503
 CACHE_LIMIT = 20_000  # bytes: StreamingDataset wants four shards of 4,000 and the index at the least

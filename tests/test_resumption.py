@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Run, assert_same_end, checkpoint, config, drawn, write_rows
+from trainings import Run, assert_same_end, checkpoint, config, drawn, write_rows
 
 ROWS = 59
 STREAMING: dict[str, Any] = {}
