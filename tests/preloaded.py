@@ -2,6 +2,7 @@
 
 import composer.utils
 import llmfoundry.command_utils
+import trainings
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import composer_tst
