@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
-.PHONY: install quickstart test test-faults lint clean
+.PHONY: install quickstart test test-faults test-slow lint clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +51,10 @@ test: install
 # Random kills, two nodes, a lost S3 server: what takes too long for `make test`.
 test-faults: install
 	$(PYTHON) -m pytest -m faults -rP
+
+# torch.compile with its own compiler.
+test-slow: install
+	$(PYTHON) -m pytest -m slow
 
 lint: install
 	$(VENV)/bin/ruff format --check .

@@ -1,7 +1,7 @@
 """Runs of one llm-foundry YAML under every kind of parallelism, in the processes it is launched in.
 
-Started by test_parallel.py through the composer launcher: `composer -n N parallel_runs.py FOLDER OVERRIDE...`.
-Rank 0 writes FOLDER/ranksN.json: for each run its losses, its last weights, and the collectives it called.
+Started by test_parallel.py: `composer -n 2 parallel_runs.py OUTPUT TST_YAML BASELINE_YAML OVERRIDE...`. Rank 0 writes
+what the runs came to, as JSON.
 """
 
 import json
@@ -26,48 +26,40 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from composer_tst.attach import Superposition
 from composer_tst.folding import fold_batch
 
-torch.set_num_threads(1)
-# FSDP1 asks CUDA for the device, and Composer makes parameters there that were on the meta device: on a CPU,
-# that is all that stands in the way of both.
-torch.cuda.current_device = lambda: torch.device('cpu')  # type: ignore
-to_empty = torch.nn.Module.to_empty
-torch.nn.Module.to_empty = lambda self, *, device, recurse=True: to_empty(self, device='cpu', recurse=recurse)
-
 FULL_SHARD = ['fsdp_config.sharding_strategy=FULL_SHARD']
 CHECKPOINTED = [*FULL_SHARD, 'fsdp_config.activation_checkpointing=true']
 SEQUENCE = ['algorithms.token_superposition.expand=sequence']
 
 
 class Case(NamedTuple):
-    """A run on two processes, and the run it must equal: the same on one process, or another one on two."""
+    """A run on two processes, and the run on two that it must equal; if none, the same on one process."""
 
     overrides: list[str]
     fsdp_version: int = 1
     equals: str | None = None
 
 
-# llm-foundry leaves FSDP out on a single process, which also has no use for the meta device and draws other weights.
 CASES = {
     'ddp': Case([]),
     'ddp, packed, uneven microbatches': Case(
         [
             'device_train_microbatch_size=3',
-            'train_loader.dataset.eos_token_id=0',
+            'train_loader.dataset.eos_token_id=222',  # a space: many short sequences in a row
             'model.attn_config.attn_uses_sequence_id=true',
         ]
     ),
-    'fsdp1': Case(FULL_SHARD),
-    'fsdp1, shard_grad_op': Case(['fsdp_config.sharding_strategy=SHARD_GRAD_OP']),
-    'fsdp1, tied': Case([*FULL_SHARD, 'model.tie_word_embeddings=true']),
-    'fsdp1, checkpointed, meta': Case([*CHECKPOINTED, 'model.init_device=meta'], equals='fsdp2, checkpointed, meta'),
-    'fsdp2': Case(FULL_SHARD, 2),
-    'fsdp2, tied': Case([*FULL_SHARD, 'model.tie_word_embeddings=true'], 2),
-    'fsdp2, checkpointed': Case(CHECKPOINTED, 2),
+    'ddp, tied': Case(['model.tie_word_embeddings=true']),
+    'fsdp1': Case(FULL_SHARD, 1, 'ddp'),
+    'fsdp1, shard_grad_op': Case(['fsdp_config.sharding_strategy=SHARD_GRAD_OP'], 1, 'ddp'),
+    'fsdp1, tied': Case([*FULL_SHARD, 'model.tie_word_embeddings=true'], 1, 'ddp, tied'),
+    'fsdp2': Case(FULL_SHARD, 2, 'ddp'),
+    'fsdp2, tied': Case([*FULL_SHARD, 'model.tie_word_embeddings=true'], 2, 'ddp, tied'),
+    'fsdp2, checkpointed, mixed': Case([*CHECKPOINTED, 'model.init_device=mixed'], 2, 'ddp'),
+    # Weights made on the meta device are drawn otherwise than on a single process.
+    'fsdp1, checkpointed, meta': Case([*CHECKPOINTED, 'model.init_device=meta'], 1, 'fsdp2, checkpointed, meta'),
     'fsdp2, checkpointed, meta': Case([*CHECKPOINTED, 'model.init_device=meta'], 2, 'fsdp1, checkpointed, meta'),
-    'fsdp2, checkpointed, mixed': Case([*CHECKPOINTED, 'model.init_device=mixed'], 2, 'fsdp2, checkpointed'),
     # Which rows a process joins depends on the rows that it is dealt.
-    'ddp, sequence': Case(SEQUENCE, equals='fsdp1, sequence'),
-    'fsdp1, sequence': Case([*FULL_SHARD, *SEQUENCE], equals='fsdp2, sequence'),
+    'ddp, sequence': Case(SEQUENCE, 1, 'fsdp2, sequence'),
     'fsdp2, sequence': Case([*FULL_SHARD, *SEQUENCE], 2, 'ddp, sequence'),
 }
 
@@ -125,26 +117,27 @@ def tensor_parallel_embedding() -> str:
 
 
 def main() -> None:
-    folder, yaml, plain_yaml, *overrides = sys.argv[1:]
+    torch.set_num_threads(1)
+    # FSDP1 asks CUDA for the device, and Composer makes parameters there that were on the meta device: on a CPU,
+    # that is all that stands in the way of both.
+    torch.cuda.current_device = lambda: torch.device('cpu')  # type: ignore
+    to_empty = torch.nn.Module.to_empty
+    torch.nn.Module.to_empty = lambda self, *, device, recurse=True: to_empty(self, device='cpu', recurse=recurse)
+
+    output, yaml, plain_yaml, *overrides = sys.argv[1:]
     results: dict[str, Any] = {'runs': {}, 'collectives': {}}
-    processes = dist.get_world_size()
     for name, case in CASES.items():
-        if processes == 1 and case.equals is not None:
-            continue
         os.environ['FSDP_VERSION'] = str(case.fsdp_version)
-        results['runs'][name] = run(yaml, [*overrides, *case.overrides])
-    if processes > 1:
-        results['tensor parallel embedding'] = tensor_parallel_embedding()
-        plain = [override for override in overrides if not override.startswith('algorithms')]
-        for name in ('ddp', 'fsdp1', 'fsdp2'):
-            os.environ['FSDP_VERSION'] = str(CASES[name].fsdp_version)
-            results['collectives'][name] = []
-            for which, settings in ((yaml, overrides), (plain_yaml, plain)):
-                with Collectives() as collectives:
-                    run(which, [*settings, *CASES[name].overrides])
-                results['collectives'][name].append(collectives.counts)
+        with Collectives() as collectives:
+            results['runs'][name] = run(yaml, [*overrides, *case.overrides])
+        if name in ('ddp', 'fsdp1', 'fsdp2'):
+            plain = [override for override in overrides if not override.startswith('algorithms')]
+            with Collectives() as of_plain_run:
+                run(plain_yaml, [*plain, *case.overrides])
+            results['collectives'][name] = collectives.counts, of_plain_run.counts
+    results['tensor parallel embedding'] = tensor_parallel_embedding()
     if dist.get_global_rank() == 0:
-        (Path(folder) / f'ranks{processes}.json').write_text(json.dumps(results))
+        Path(output).write_text(json.dumps(results))
 
 
 if __name__ == '__main__':

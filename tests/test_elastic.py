@@ -69,6 +69,7 @@ def weights(saved: dict[str, Any]) -> dict[str, torch.Tensor]:
     return saved['state']['model']
 
 
+@pytest.mark.faults
 def test_a_sharded_checkpoint_is_loaded_by_other_ranks(data: Path, tmp_path: Path):
     def run(name: str, ranks: int, load: Path | None = None) -> tuple[Path, dict[str, Any]]:
         folder = tmp_path / name

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import REPO, SEQ_LEN, VOCAB_SIZE
 from llmfoundry import registry
+from llmfoundry.command_utils.train import train_from_yaml
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -92,11 +93,13 @@ def test_a_run_from_yaml_superposes_resumes_and_recovers(overrides: list[str], t
 
 
 def test_a_bad_setting_stops_the_run_with_one_sentence(overrides: list[str], tmp_path: Path):
-    with pytest.raises(AssertionError, match='there would be no recovery phase'):
-        train(
-            QUICKSTART / 'tst.yaml',
-            *overrides,
-            f'variables.folder={tmp_path}',
-            'max_duration=6ba',
-            'algorithms.token_superposition.phases=[{bag_size: 4, until: 6ba}]',
+    with pytest.raises(ValueError, match='there would be no recovery phase'):
+        train_from_yaml(
+            str(QUICKSTART / 'tst.yaml'),
+            [
+                *overrides,
+                f'variables.folder={tmp_path}',
+                'max_duration=6ba',
+                'algorithms.token_superposition.phases=[{bag_size: 4, until: 6ba}]',
+            ],
         )

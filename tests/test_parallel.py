@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import REPO, SEQ_LEN, VOCAB_SIZE
-from parallel_runs import CASES
+from parallel_runs import CASES, run
 
 RUN = [
     f'max_seq_len={SEQ_LEN}',
@@ -18,7 +18,6 @@ RUN = [
     'model.n_heads=2',
     'global_train_batch_size=8',
     'device_train_microbatch_size=2',
-    'device_eval_batch_size=4',
     'eval_subset_num_batches=2',
     'eval_interval=2ba',
     'save_folder=null',
@@ -33,33 +32,39 @@ RUN = [
 ]
 
 
-def launch(processes: int, folder: Path, dataset: Path) -> dict[str, Any]:
-    yamls = [str(REPO / 'yamls' / 'quickstart' / name) for name in ('tst.yaml', 'baseline.yaml')]
-    script = [str(Path(__file__).parent / 'parallel_runs.py'), str(folder), *yamls]
-    composer = [str(Path(sys.executable).parent / 'composer'), '-n', str(processes)]
-    run = subprocess.run(
-        [*composer, *script, *RUN, f'variables.data={dataset}'],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=os.environ | {'OMP_NUM_THREADS': '1', 'COLUMNS': '500'},
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    return json.loads((folder / f'ranks{processes}.json').read_text())
+YAMLS = [str(REPO / 'yamls' / 'quickstart' / name) for name in ('tst.yaml', 'baseline.yaml')]
+EVAL_ROWS = 8
 
 
 @pytest.fixture(scope='module')
-def results(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp('parallel')
-    return {processes: launch(processes, folder, dataset) for processes in (1, 2)}
+def on_two(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What all runs came to on two processes."""
+    output = tmp_path_factory.mktemp('parallel') / 'results.json'
+    composer = [str(Path(sys.executable).parent / 'composer'), '-n', '2']
+    script = [str(Path(__file__).parent / 'parallel_runs.py'), str(output), *YAMLS]
+    launched = subprocess.run(
+        [*composer, *script, *RUN, f'variables.data={dataset}', f'device_eval_batch_size={EVAL_ROWS // 2}'],
+        capture_output=True,
+        text=True,
+        cwd=output.parent,
+        env=os.environ | {'OMP_NUM_THREADS': '1', 'COLUMNS': '500'},
+    )
+    assert launched.returncode == 0, launched.stdout[-3000:] + launched.stderr[-3000:]
+    return json.loads(output.read_text())
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_every_kind_of_parallelism_trains_as_a_single_process(name: str, results: dict[int, dict[str, Any]]):
+def test_every_kind_of_parallelism_trains_as_a_single_process(
+    name: str, on_two: dict[str, Any], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """The same samples in a step, so the same losses and weights, superposed and after the switch."""
-    two = results[2]['runs'][name]
-    other = CASES[name].equals
-    one = results[1]['runs'][name] if other is None else results[2]['runs'][other]
+    two, other = on_two['runs'][name], CASES[name].equals
+    if other is not None:
+        one = on_two['runs'][other]
+    else:
+        monkeypatch.chdir(tmp_path)
+        place = [f'variables.data={dataset}', f'device_eval_batch_size={EVAL_ROWS}']
+        one = run(YAMLS[0], [*RUN, *place, *CASES[name].overrides])
     assert len(two['losses']) == 4
     assert two['losses'] == pytest.approx(one['losses'], rel=1e-4)
     assert two['eval'] == pytest.approx(one['eval'], rel=1e-4)
@@ -68,13 +73,19 @@ def test_every_kind_of_parallelism_trains_as_a_single_process(name: str, results
         assert two['weights'][key] == pytest.approx(value, rel=1e-3), key
 
 
-def test_a_step_calls_no_collective_that_a_plain_step_does_not(results: dict[int, dict[str, Any]]):
-    collectives = results[2]['collectives']
+def test_packed_sequences_are_kept_apart(on_two: dict[str, Any]):
+    runs = on_two['runs']
+    for packed, plain in zip(runs['ddp, packed, uneven microbatches']['losses'], runs['ddp']['losses'], strict=True):
+        assert packed != pytest.approx(plain, rel=1e-5)
+
+
+def test_a_step_calls_no_collective_that_a_plain_step_does_not(on_two: dict[str, Any]):
+    collectives = on_two['collectives']
     assert len(collectives) == 3
     for name, (superposed, plain) in collectives.items():
         assert superposed == plain, name
         assert sum(plain.values()) > 8, name
 
 
-def test_an_embedding_that_tensor_parallelism_has_divided_is_refused(results: dict[int, dict[str, Any]]):
-    assert 'is divided by tensor parallelism' in results[2]['tensor parallel embedding']
+def test_an_embedding_that_tensor_parallelism_has_divided_is_refused(on_two: dict[str, Any]):
+    assert 'is divided by tensor parallelism' in on_two['tensor parallel embedding']

@@ -136,6 +136,7 @@ def test_a_server_that_is_gone_ends_the_run(data: Path, whole: Path, tmp_path: P
     assert steps == {at: expected[at] for at in steps}
 
 
+@pytest.mark.faults
 def test_phase_checkpoints_go_to_s3_and_a_recovery_run_forks_from_one(
     server: tuple[str, Any], data: Path, tmp_path: Path
 ):

@@ -134,7 +134,8 @@ def test_a_microbatch_has_as_many_positions_as_in_plain_training(expand: str, su
     assert trainer.state.device_train_microbatch_size == 2
 
 
-def test_a_compiled_model_trains_as_the_model_itself():
+@pytest.mark.parametrize('config', [pytest.param({}, marks=pytest.mark.slow), {'backend': 'aot_eager'}])
+def test_a_compiled_model_trains_as_the_model_itself(config: dict[str, Any]):
     def losses(compile_config: dict[str, Any] | None) -> list[float]:
         algorithm = TokenSuperposition(bag_size=3, duration='2ba')
         model = llama(num_hidden_layers=1)
@@ -144,7 +145,8 @@ def test_a_compiled_model_trains_as_the_model_itself():
 
     counters = torch._dynamo.utils.counters
     counters.clear()
-    compiled = losses({})
+    torch._dynamo.reset()
+    compiled = losses(config)
     assert not counters['graph_break']
     assert counters['stats']['unique_graphs'] == 2  # one for each bag size
     assert compiled == pytest.approx(losses(None), rel=1e-4)
