@@ -45,6 +45,7 @@ CASES = {
         [
             'device_train_microbatch_size=3',
             'train_loader.dataset.eos_token_id=222',  # a space: many short sequences in a row
+            'train_loader.dataset.override_eos_token_id_mismatch_error=true',
             'model.attn_config.attn_uses_sequence_id=true',
         ]
     ),

@@ -72,6 +72,7 @@ def test_a_cache_smaller_than_the_data_trains_on_the_same_samples(
     assert sum(path.stat().st_size for path in (tmp_path / 'cache').rglob('*.mds')) <= CACHE_LIMIT
 
 
+@pytest.mark.faults
 def test_a_server_that_does_not_answer_for_a_while_is_waited_for(
     server: tuple[str, subprocess.Popen], data: Path, whole: Path, tmp_path: Path
 ):
