@@ -150,6 +150,7 @@ def test_no_index_is_in_the_bucket_before_everything_else_is(
     assert 'late-data exists' in result.stderr
 
 
+@pytest.mark.faults
 def test_killed_while_it_writes_to_a_bucket_it_goes_on_from_finished_parts(
     client: Any, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

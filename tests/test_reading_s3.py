@@ -15,7 +15,8 @@ from s3_server import BUCKET, serve
 from trainings import Run, assert_same_end, config, drawn, write_rows
 
 ROWS = 503
-CACHE_LIMIT = 20_000  # bytes: StreamingDataset wants four shards of 4,000 and the index at the least
+# Bytes, some of eight shards of 4,000: with room for four and the index alone StreamingDataset may wait for ever.
+CACHE_LIMIT = 26_000
 
 
 @pytest.fixture(scope='module')
@@ -61,6 +62,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.faults
 def test_a_cache_smaller_than_the_data_trains_on_the_same_samples(
     server: tuple[str, Any], data: Path, whole: Path, tmp_path: Path
 ):
