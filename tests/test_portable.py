@@ -41,6 +41,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.faults
 def test_checkpoints_and_exports_need_no_package(llama: Path, tmp_path: Path):
     """A run whose bags end at batch 2; one whose bags go on, saved at batch 2; plain runs from both of these."""
     write_rows(tmp_path / 'data', 58)
