@@ -20,6 +20,12 @@ VOCAB_SIZE = 300
 torch.set_num_threads(1)
 
 
+def pytest_collection_finish():
+    """Start the server that trainings are forked off, before data preparation starts one that has imported less."""
+    if 'trainings' in sys.modules:
+        sys.modules['trainings'].start_server()
+
+
 @pytest.fixture(scope='session')
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MDS shards of the standard library's `json` and `email` sources: OUT/train, OUT/val, OUT/tokenizer."""

@@ -28,6 +28,7 @@ from composer_tst.folding import fold_batch
 
 FULL_SHARD = ['fsdp_config.sharding_strategy=FULL_SHARD']
 CHECKPOINTED = [*FULL_SHARD, 'fsdp_config.activation_checkpointing=true']
+TIED = ['model.tie_word_embeddings=true']
 SEQUENCE = ['algorithms.token_superposition.expand=sequence']
 
 
@@ -49,13 +50,11 @@ CASES = {
             'model.attn_config.attn_uses_sequence_id=true',
         ]
     ),
-    'ddp, tied': Case(['model.tie_word_embeddings=true']),
+    'ddp, tied': Case(TIED),
     'fsdp1': Case(FULL_SHARD, 1, 'ddp'),
-    'fsdp1, shard_grad_op': Case(['fsdp_config.sharding_strategy=SHARD_GRAD_OP'], 1, 'ddp'),
-    'fsdp1, tied': Case([*FULL_SHARD, 'model.tie_word_embeddings=true'], 1, 'ddp, tied'),
+    'fsdp1, tied, shard_grad_op': Case([*TIED, 'fsdp_config.sharding_strategy=SHARD_GRAD_OP'], 1, 'ddp, tied'),
     'fsdp2': Case(FULL_SHARD, 2, 'ddp'),
-    'fsdp2, tied': Case([*FULL_SHARD, 'model.tie_word_embeddings=true'], 2, 'ddp, tied'),
-    'fsdp2, checkpointed, mixed': Case([*CHECKPOINTED, 'model.init_device=mixed'], 2, 'ddp'),
+    'fsdp2, tied, checkpointed, mixed': Case([*TIED, *CHECKPOINTED, 'model.init_device=mixed'], 2, 'ddp, tied'),
     # Weights made on the meta device are drawn otherwise than on a single process.
     'fsdp1, checkpointed, meta': Case([*CHECKPOINTED, 'model.init_device=meta'], 1, 'fsdp2, checkpointed, meta'),
     'fsdp2, checkpointed, meta': Case([*CHECKPOINTED, 'model.init_device=meta'], 2, 'fsdp1, checkpointed, meta'),

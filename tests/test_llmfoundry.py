@@ -68,7 +68,9 @@ def overrides(dataset: Path) -> list[str]:
     ]
 
 
-def test_a_run_from_yaml_superposes_resumes_and_recovers(overrides: list[str], tmp_path: Path):
+def test_a_run_from_yaml_superposes_resumes_and_recovers(
+    overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     settings = [
         *overrides,
         f'variables.folder={tmp_path}',
@@ -87,7 +89,10 @@ def test_a_run_from_yaml_superposes_resumes_and_recovers(overrides: list[str], t
         checkpoint = torch.load(tmp_path / 'tst' / 'checkpoints' / name, weights_only=False)
         assert set(checkpoint['state']['model'])
 
-    printed = train(QUICKSTART / 'tst.yaml', *settings, 'max_duration=60ba')
+    capsys.readouterr()
+    train_from_yaml(str(QUICKSTART / 'tst.yaml'), [*settings, 'max_duration=60ba'])
+    printed = ''.join(capsys.readouterr())
+    assert 'Autoresuming training from checkpoint' in printed
     assert 'bag size goes' not in printed
     assert scalars(tmp_path / 'tst', 'superposition/bag_size')[6:] == [1] * 54
 

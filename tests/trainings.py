@@ -149,7 +149,7 @@ class Run:
         environment: dict[str, str] | None = None,
         train: Callable[[str], Trainer] = train_from_yaml,
     ):
-        _start_server()
+        start_server()
         log.parent.mkdir(parents=True, exist_ok=True)
         yaml = log.with_suffix('.yaml')
         OmegaConf.save(OmegaConf.create(config), yaml)
@@ -199,7 +199,7 @@ class Run:
         return self.log.read_text() if self.log.exists() else ''
 
 
-def _start_server() -> None:
+def start_server() -> None:
     """Start it, if it has not been, where it can import what it is to have imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', str(Path(__file__).parent), prepend=os.pathsep)
