@@ -4,6 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 SEED ?= 17
 DATA := data/quickstart
+SCALE ?= cpu
 RUNS := runs/quickstart/seed$(SEED)
 
 export OMP_NUM_THREADS ?= 1
@@ -15,7 +16,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
-.PHONY: install quickstart test test-faults test-slow lint clean
+.PHONY: install quickstart evidence test test-faults test-slow lint clean
 
 install: $(VENV)/.installed
 
@@ -44,6 +45,10 @@ $(RUNS)/%.done: yamls/quickstart/%.yaml $(DATA)/stats.json
 	@$(VENV)/bin/llmfoundry train $< variables.folder=$(RUNS) seed=$(SEED) >> $(RUNS)/$*.log 2>&1 \
 		|| { tail -n 20 $(RUNS)/$*.log; exit 1; }
 	@touch $@
+
+# Everything docs/evidence.md reports. What is finished is kept: run it again to go on.
+evidence: $(DATA)/stats.json
+	$(PYTHON) tools/evidence.py --data $(DATA) --scale $(SCALE)
 
 test: install
 	$(PYTHON) -m pytest

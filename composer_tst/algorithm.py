@@ -8,11 +8,11 @@ import torch
 from composer.core import Algorithm, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
-from streaming import StreamingDataset
 
 from composer_tst.attach import Superposition, check_model
 from composer_tst.folding import IGNORE_INDEX, check_fold_settings, fold_batch
-from composer_tst.loader import BagLoader
+from composer_tst.loader import BagLoader, check_epoch_is_whole
+from composer_tst.reporting import report_change, report_moved_ends, report_no_recovery, report_shares
 from composer_tst.resumption import check_resumed_settings
 from composer_tst.schedule import Plan, Schedule, parse_phases, plan_steps
 from composer_tst.stack import check_algorithms, check_loader, forget_losses, put_first
@@ -196,8 +196,8 @@ class TokenSuperposition(Algorithm):
             plan = self._plan(state)
             before = self.schedule.ends
             self.schedule.resolve(state.max_duration, plan)
-            self._report_moved_ends(state.max_duration, before)
-            self._report_shares(state.max_duration, plan)
+            report_moved_ends(self.schedule, before, state.max_duration)
+            report_shares(self.schedule, state.max_duration, plan, draws_more=self.expand != 'none')
             self.schedule.advance(state.timestamp)
         if not self.schedule.finished:
             self._attach(state)
@@ -227,41 +227,6 @@ class TokenSuperposition(Algorithm):
                 per_batch[TimeUnit.TOKEN] = per_batch[TimeUnit.SAMPLE] * row_length
         draws = [self._draws(phase.bag_size) for phase in self.schedule.phases]
         return plan_steps(self.schedule.known, draws, state.max_duration, per_batch)
-
-    def _report_moved_ends(self, max_duration: Time, before: Sequence[Time]) -> None:
-        for phase, old, new in zip(self.schedule.phases, before, self.schedule.ends, strict=False):
-            if old != new:
-                log.info(
-                    'The phase with bag_size %d now ends at %s, not %s: it lasts until %s of a max_duration of %s.',
-                    phase.bag_size,
-                    new.to_timestring(),
-                    old.to_timestring(),
-                    phase.until.to_timestring(),
-                    max_duration.to_timestring(),
-                )
-
-    def _report_shares(self, max_duration: Time, plan: Plan | None) -> None:
-        """Say what a share of the duration comes to where it is not plainly one of steps."""
-        until = self.schedule.phases[-1].until
-        if max_duration.unit in (TimeUnit.TOKEN, TimeUnit.SAMPLE) and until.unit == TimeUnit.DURATION:
-            steps = 'an unknown share of the steps'
-            if plan is not None:
-                steps = f'{plan.ends[-1]} of about {plan.total} steps ({plan.ends[-1] / plan.total:.0%})'
-            log.warning(
-                '%s of %s is a share of %ss, not of steps: superposition lasts %s.',
-                until.to_timestring(),
-                max_duration.to_timestring(),
-                max_duration.unit.name.lower(),
-                steps,
-            )
-        if max_duration.unit == TimeUnit.EPOCH and self.expand != 'none' and plan is not None:
-            log.warning(
-                'Superposition reads %s in about %d steps, fewer than plain training, but a scheduler in dur counts '
-                'the steps of plain training: give max_duration as %dba for a schedule that ends with training.',
-                max_duration.to_timestring(),
-                plan.total,
-                plan.total,
-            )
 
     def _draws(self, bag_size: int) -> int:
         return 1 if self.expand == 'none' else bag_size
@@ -387,43 +352,17 @@ class TokenSuperposition(Algorithm):
         else:
             self._enter_phase(state)
         forget_losses(state.callbacks)
-        log.info(
-            'Superposition: bag size goes from %d to %d%s at batch %d, after %s data tokens.',
-            before,
-            self.schedule.bag_size,
-            ' (the recovery phase begins)' if self.schedule.finished else '',
-            int(state.timestamp.batch),
-            f'{int(state.timestamp.token):,}',
-        )
+        report_change(before, self.schedule.bag_size, state.timestamp)
 
     def _check_epoch_is_whole(self, state: State) -> None:
-        """Refuse an epoch cut short: a StreamingDataset that fails to read a shard ends the epoch with no error.
-
-        Raises:
-            RuntimeError: If the loader has yielded fewer batches than its length, by more than one a worker.
-        """
         left_out, self._left_out_of_epoch = self._left_out_of_epoch, 0
-        loader: Any = state.train_dataloader
-        dataset = getattr(loader, 'dataset', None)
-        if not isinstance(dataset, StreamingDataset) or state.dataloader_len is None:
-            return
-        if (dataset.replication or 1) > 1:  # ranks share samples: their number says nothing of the batches
-            return
-        assert state.previous_timestamp is not None
-        samples = int(state.previous_timestamp.sample_in_epoch) + left_out
-        batches = -(-samples // (loader.batch_size * dist.get_world_size()))
-        if batches < int(state.dataloader_len) - max(1, loader.num_workers):
-            raise RuntimeError(
-                f'The epoch ended after {batches} of {int(state.dataloader_len)} loader batches: if data could not be '
-                'read, the reason is above; resume once it can be.'
-            )
+        if state.dataloader_len is not None:
+            assert state.previous_timestamp is not None
+            samples = int(state.previous_timestamp.sample_in_epoch) + left_out
+            check_epoch_is_whole(state.train_dataloader, int(state.dataloader_len), samples)
 
     def _stop(self, state: State) -> None:
         if not self.schedule.finished:
-            log.warning(
-                'Training stops at %s, before superposition ends at %s: the model has had no recovery phase.',
-                state.timestamp.batch.to_timestring(),
-                self.schedule.phases[-1].until.to_timestring(),
-            )
+            report_no_recovery(self.schedule, state.timestamp)
         self._detach(state)
         self._restore_loader(state)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import wrapt
+from composer.utils import dist
+from streaming import StreamingDataset
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +116,29 @@ def merge_batches(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         else:
             raise ValueError(f'{key} differs between the batches of one step ({values}): leave it out of the batch.')
     return merged
+
+
+def check_epoch_is_whole(loader: Any, length: int, samples: int) -> None:
+    """Refuse an epoch cut short: a StreamingDataset that fails to read a shard ends the epoch with no error.
+
+    Args:
+        loader: The train loader.
+        length: The batches it has in an epoch.
+        samples: The samples it gave in this one, over all ranks.
+
+    Raises:
+        RuntimeError: If the loader has yielded fewer batches than its length, by more than one a worker.
+    """
+    dataset = getattr(loader, 'dataset', None)
+    # Where ranks share samples, their number says nothing of the batches.
+    if not isinstance(dataset, StreamingDataset) or (dataset.replication or 1) > 1:
+        return
+    batches = -(-samples // (loader.batch_size * dist.get_world_size()))
+    if batches < length - max(1, loader.num_workers):
+        raise RuntimeError(
+            f'The epoch ended after {batches} of {length} loader batches: if data could not be read, the reason is '
+            'above; resume once it can be.'
+        )
 
 
 def _is_plain(value: Any) -> bool:

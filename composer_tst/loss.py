@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+try:
+    from composer_tst import loss_triton
+except ImportError:  # no Triton, so no GPU that it supports
+    loss_triton = None
+
 # Logits upcast at a time. 8 MiB of float32 stay in a CPU's cache and are enough work for its threads.
 _CHUNK_ELEMENTS = 1 << 21
 
@@ -83,25 +88,33 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        nats = torch.empty_like(weights)
-        for rows in _chunks(logits):
-            log_probs = logits[rows].to(weights.dtype).log_softmax(-1)
-            nats[rows] = -log_probs.gather(1, targets[rows])
-        ctx.save_for_backward(logits, targets, weights, nats)
+        if loss_triton and loss_triton.runs_on(logits):
+            lse = loss_triton.log_sum_exp(logits)
+            nats = lse[:, None] - logits.gather(1, targets)
+        else:
+            lse = None
+            nats = torch.empty_like(weights)
+            for rows in _chunks(logits):
+                log_probs = logits[rows].to(weights.dtype).log_softmax(-1)
+                nats[rows] = -log_probs.gather(1, targets[rows])
+        ctx.save_for_backward(logits, lse, targets, weights, nats)
         # A token that is masked out, with a logit of -inf, costs nothing where its weight is 0: not 0 * inf.
         return (weights * nats.masked_fill(weights == 0, 0)).sum(-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, weights, nats = ctx.saved_tensors
+        logits, lse, targets, weights, nats = ctx.saved_tensors
         scale = grad_output * weights.sum(-1)
-        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        for rows in _chunks(logits):
-            if grad.dtype == weights.dtype:
-                torch.softmax(logits[rows], -1, out=grad[rows]).mul_(scale[rows, None])
-            else:
-                grad[rows] = logits[rows].to(weights.dtype).softmax(-1).mul_(scale[rows, None])
+        if loss_triton and lse is not None:
+            grad = loss_triton.scaled_softmax(logits, lse, scale)
+        else:
+            grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            for rows in _chunks(logits):
+                if grad.dtype == weights.dtype:
+                    torch.softmax(logits[rows], -1, out=grad[rows]).mul_(scale[rows, None])
+                else:
+                    grad[rows] = logits[rows].to(weights.dtype).softmax(-1).mul_(scale[rows, None])
         # The columns of the targets get their whole value at once, in float32: the probability less the weights
         # of all targets of the row that are this one. So a token that occurs twice in a bag is written twice,
         # with one value, and so is column 0, which stands in for the ignored targets.

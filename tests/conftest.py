@@ -44,5 +44,22 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope='session')
+def tiny_quickstart(dataset: Path) -> list[str]:
+    """What makes the quickstart's YAMLs a tiny run on the session's data set, as the command line takes it."""
+    return [
+        f'variables.data={dataset}',
+        f'max_seq_len={SEQ_LEN}',
+        f'model.vocab_size={VOCAB_SIZE}',
+        'model.d_model=16',
+        'global_train_batch_size=4',
+        'device_train_microbatch_size=2',
+        'device_eval_batch_size=4',
+        'eval_subset_num_batches=2',
+        'eval_interval=2ba',
+        'scheduler.t_warmup=2ba',
+    ]
+
+
+@pytest.fixture(scope='session')
 def tokenizer(dataset: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(dataset / 'tokenizer', model_max_length=SEQ_LEN)

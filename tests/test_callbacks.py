@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from composer.loggers import InMemoryLogger
-from conftest import REPO, SEQ_LEN, VOCAB_SIZE
+from conftest import REPO
 from llmfoundry.callbacks import KillLossSpike
 from llmfoundry.callbacks.async_eval_callback import get_eval_parameters
 from llmfoundry.command_utils.train import train_from_yaml
@@ -20,20 +20,11 @@ from composer_tst import TokenSuperposition
 TST = REPO / 'yamls' / 'quickstart' / 'tst.yaml'
 
 
-def test_the_callbacks_of_a_pretraining_run_work_in_both_phases(dataset: Path, tmp_path: Path):
+def test_the_callbacks_of_a_pretraining_run_work_in_both_phases(tiny_quickstart: list[str], tmp_path: Path):
     trainer = train_from_yaml(
         str(TST),
         [
-            f'variables.data={dataset}',
-            f'max_seq_len={SEQ_LEN}',
-            f'model.vocab_size={VOCAB_SIZE}',
-            'model.d_model=16',
-            'global_train_batch_size=4',
-            'device_train_microbatch_size=2',
-            'device_eval_batch_size=4',
-            'eval_subset_num_batches=1',
-            'eval_interval=3ba',
-            'scheduler.t_warmup=1ba',
+            *tiny_quickstart,
             'max_duration=6ba',
             f'save_folder={tmp_path}/checkpoints',
             'save_interval=3ba',

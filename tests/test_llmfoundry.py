@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, SEQ_LEN, VOCAB_SIZE
+from conftest import REPO, SEQ_LEN
 from llmfoundry import registry
 from llmfoundry.command_utils.train import train_from_yaml
 from omegaconf import OmegaConf
@@ -50,30 +50,13 @@ def test_the_quickstart_runs_differ_in_the_algorithm_alone():
     assert baseline == tst
 
 
-@pytest.fixture(scope='module')
-def overrides(dataset: Path) -> list[str]:
-    """The quickstart's YAML on the session's data, tiny."""
-    return [
-        f'variables.data={dataset}',
-        f'max_seq_len={SEQ_LEN}',
-        f'model.vocab_size={VOCAB_SIZE}',
-        'model.d_model=16',
-        'global_train_batch_size=4',
-        'device_train_microbatch_size=2',
-        'device_eval_batch_size=4',
-        'eval_subset_num_batches=2',
-        'eval_interval=2ba',
-        'save_interval=2ba',
-        'scheduler.t_warmup=2ba',
-    ]
-
-
 def test_a_run_from_yaml_superposes_resumes_and_recovers(
-    overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_quickstart: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     settings = [
-        *overrides,
+        *tiny_quickstart,
         f'variables.folder={tmp_path}',
+        'save_interval=2ba',
         'callbacks.phase_checkpointer={}',
         'algorithms.token_superposition.phases=[{bag_size: 4, until: 2ba}, {bag_size: 2, until: 3ba}]',
     ]
@@ -97,12 +80,12 @@ def test_a_run_from_yaml_superposes_resumes_and_recovers(
     assert scalars(tmp_path / 'tst', 'superposition/bag_size')[6:] == [1] * 54
 
 
-def test_a_bad_setting_stops_the_run_with_one_sentence(overrides: list[str], tmp_path: Path):
+def test_a_bad_setting_stops_the_run_with_one_sentence(tiny_quickstart: list[str], tmp_path: Path):
     with pytest.raises(ValueError, match='there would be no recovery phase'):
         train_from_yaml(
             str(QUICKSTART / 'tst.yaml'),
             [
-                *overrides,
+                *tiny_quickstart,
                 f'variables.folder={tmp_path}',
                 'max_duration=6ba',
                 'algorithms.token_superposition.phases=[{bag_size: 4, until: 6ba}]',

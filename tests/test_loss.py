@@ -1,6 +1,7 @@
 """Multi-hot cross-entropy against its definition, in value and gradient."""
 
 import math
+import os
 from collections.abc import Sequence
 
 import pytest
@@ -12,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from composer_tst.loss import multi_hot_cross_entropy
 
 IGNORED = -100
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 
 
 def definition(
@@ -61,7 +63,8 @@ def check(logits: Tensor, targets: Tensor, weights: Sequence[float] | None) -> N
     tolerance = {
         torch.float64: 1e-12,
         torch.float32: 1e-5,
-        torch.bfloat16: 2**-8 + 1e-5,
+        # Triton's interpreter cuts off what a GPU rounds.
+        torch.bfloat16: 2 ** (-7 if INTERPRETED else -8) + 1e-5,
         torch.float16: 2**-11 + 1e-5,
     }[logits.dtype]
 
@@ -85,7 +88,9 @@ def check(logits: Tensor, targets: Tensor, weights: Sequence[float] | None) -> N
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize(('rows', 'vocabulary', 'bag_size'), [(1, 7, 2), (1, 1, 3), (5, 7, 16), (6, 33, 3), (9, 64, 6)])
+@pytest.mark.parametrize(
+    ('rows', 'vocabulary', 'bag_size'), [(1, 7, 2), (1, 1, 3), (5, 7, 16), (6, 33, 3), (9, 64, 6), (2, 90, 32)]
+)
 def test_equals_the_definition(rows: int, vocabulary: int, bag_size: int, dtype: torch.dtype):
     logits, targets = problem(rows, vocabulary, bag_size, dtype)
     check(logits, targets, None)

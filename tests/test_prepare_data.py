@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -562,8 +563,10 @@ def spark(s3_server: str) -> Iterator[Any]:  # noqa: F811
     engine = pytest.importorskip('data_prep.spark', reason='pyspark is not installed')
     try:
         engine.find_java()
-    except PrepareError as error:
-        pytest.skip(str(error))
+    except PrepareError:
+        if platform.machine() == 'x86_64':
+            raise  # the packages for development bring one
+        pytest.skip('there is no Java here, and no wheel of one for this machine')
     context = importlib.import_module('pyspark').SparkContext
     stop, add, added = engine.SparkSession.stop, context.addPyFile, []
     with pytest.MonkeyPatch.context() as patch:

@@ -17,6 +17,11 @@ from trainings import Run, assert_same_end, config, drawn, write_rows
 ROWS = 503
 # Bytes, some of eight shards of 4,000: with room for four and the index alone StreamingDataset may wait for ever.
 CACHE_LIMIT = 26_000
+WORKERS: dict[str, Any] = {
+    'train_loader__num_workers': 2,
+    'train_loader__prefetch_factor': 2,
+    'train_loader__timeout': 5,
+}
 
 
 @pytest.fixture(scope='module')
@@ -107,10 +112,7 @@ def test_a_shard_that_cannot_be_read_ends_the_run(
     body = bytearray((data / 'train' / name).read_bytes())
     body[-5] ^= 1
     remote = upload(data, f'{fault}{workers}', server[0], {name: bytes(body) if fault == 'corrupted' else None})
-    loader: dict[str, Any] = {}
-    if workers:
-        loader = {'train_loader__num_workers': 2, 'train_loader__prefetch_factor': 2, 'train_loader__timeout': 5}
-    printed = reading(tmp_path, data, remote, **loader).fails()
+    printed = reading(tmp_path, data, remote, **(WORKERS if workers else {})).fails()
     if fault == 'corrupted':
         assert re.search(f'Checksum failure: .*/{name}', printed)
     else:
@@ -127,14 +129,16 @@ def test_a_shard_that_cannot_be_read_ends_the_run(
 
 @pytest.mark.faults
 def test_a_server_that_is_gone_ends_the_run(data: Path, whole: Path, tmp_path: Path):
+    """With workers: without, a StreamingDataset may wait for ever for a shard whose download has failed."""
     with serve() as (url, process):
-        run = reading(tmp_path, data, upload(data, 'gone', url), train_loader__dataset__cache_limit=CACHE_LIMIT)
+        run = reading(tmp_path, data, upload(data, 'gone', url), train_loader__dataset__predownload=1, **WORKERS)
         while not (tmp_path / 'rows-0.jsonl').exists():
             assert run.processes[0].is_alive(), run.printed()[-3000:]
             time.sleep(0.01)
         process.kill()
         printed = run.fails()
     assert 'Could not connect to the endpoint' in printed or 'Connection was closed' in printed
+    assert 'DataLoader timed out' in printed
     steps, expected = drawn(tmp_path), drawn(whole)
     assert steps == {at: expected[at] for at in steps}
 

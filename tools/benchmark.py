@@ -8,8 +8,6 @@ Memory is the peak of one call over what stood before it: torch's counters on a 
 """
 
 import json
-import os
-import platform
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Annotated
 import torch
 import typer
 from bench.loading import loader_cases
+from bench.machine import machine
 from bench.measure import Result, compare
 from bench.operations import embedding_cases, loss_cases
 from bench.stepping import step_cases
@@ -63,19 +62,6 @@ def _verdict(ratio: float, at_most: float | None) -> str:
     if at_most is None:
         return ''
     return f'<= {at_most:.3g}: {"met" if ratio <= at_most else "MISSED"}'
-
-
-def machine(device: torch.device) -> str:
-    """The hardware and the versions in one line."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path('/proc/cpuinfo')
-    if cpuinfo.exists():
-        names = [line.split(':')[1].strip() for line in cpuinfo.read_text().splitlines() if 'model name' in line]
-        processor = names[0] if names else processor
-    parts = [f'{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads', f'torch {torch.__version__}']
-    if device.type == 'cuda':
-        parts.insert(0, torch.cuda.get_device_name(device))
-    return ', '.join(parts)
 
 
 def main(

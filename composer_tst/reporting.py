@@ -1,0 +1,76 @@
+"""What a run says of its phases in the log."""
+
+import logging
+from collections.abc import Sequence
+
+from composer.core import Time, Timestamp, TimeUnit
+
+from composer_tst.schedule import Plan, Schedule
+
+log = logging.getLogger(__name__)
+
+
+def report_moved_ends(schedule: Schedule, before: Sequence[Time], max_duration: Time) -> None:
+    """Say which phases end elsewhere than at the moments ``before``, which a resumed run had of its checkpoint."""
+    for phase, old, new in zip(schedule.phases, before, schedule.ends, strict=False):
+        if old != new:
+            log.info(
+                'The phase with bag_size %d now ends at %s, not %s: it lasts until %s of a max_duration of %s.',
+                phase.bag_size,
+                new.to_timestring(),
+                old.to_timestring(),
+                phase.until.to_timestring(),
+                max_duration.to_timestring(),
+            )
+
+
+def report_shares(schedule: Schedule, max_duration: Time, plan: Plan | None, draws_more: bool) -> None:
+    """Say what a share of the duration comes to where it is not plainly one of steps.
+
+    Args:
+        schedule: The phases, resolved.
+        max_duration: That of the run.
+        plan: The expected steps, or None if they are not known.
+        draws_more: Whether a superposed step draws more loader batches than a plain one.
+    """
+    until = schedule.phases[-1].until
+    if max_duration.unit in (TimeUnit.TOKEN, TimeUnit.SAMPLE) and until.unit == TimeUnit.DURATION:
+        steps = 'an unknown share of the steps'
+        if plan is not None:
+            steps = f'{plan.ends[-1]} of about {plan.total} steps ({plan.ends[-1] / plan.total:.0%})'
+        log.warning(
+            '%s of %s is a share of %ss, not of steps: superposition lasts %s.',
+            until.to_timestring(),
+            max_duration.to_timestring(),
+            max_duration.unit.name.lower(),
+            steps,
+        )
+    if max_duration.unit == TimeUnit.EPOCH and draws_more and plan is not None:
+        log.warning(
+            'Superposition reads %s in about %d steps, fewer than plain training, but a scheduler in dur counts '
+            'the steps of plain training: give max_duration as %dba for a schedule that ends with training.',
+            max_duration.to_timestring(),
+            plan.total,
+            plan.total,
+        )
+
+
+def report_change(before: int, now: int, timestamp: Timestamp) -> None:
+    """Say that the bag size has changed, when, and after how much data."""
+    log.info(
+        'Superposition: bag size goes from %d to %d%s at batch %d, after %s data tokens.',
+        before,
+        now,
+        ' (the recovery phase begins)' if now == 1 else '',
+        int(timestamp.batch),
+        f'{int(timestamp.token):,}',
+    )
+
+
+def report_no_recovery(schedule: Schedule, timestamp: Timestamp) -> None:
+    """Say that training stops while superposed."""
+    log.warning(
+        'Training stops at %s, before superposition ends at %s: the model has had no recovery phase.',
+        timestamp.batch.to_timestring(),
+        schedule.phases[-1].until.to_timestring(),
+    )

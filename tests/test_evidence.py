@@ -1,0 +1,88 @@
+# pyright: reportMissingImports=false
+"""tools/evidence.py: its sums against sums by hand, and a real run of it, tiny."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trainings
+from conftest import REPO, SEQ_LEN, VOCAB_SIZE
+
+sys.path.insert(0, str(REPO / 'tools'))
+
+import evidence
+from experiments import report
+from experiments.settings import BASELINE, BASELINES, CPU, PUBLISHED, experiments, phases
+from experiments.training import Job, Result
+
+assert trainings  # its server has imported what a run needs
+
+
+def runs_of(losses: dict) -> report.Runs:
+    """Runs at seeds 17, 18, ... with these final losses, by setting."""
+    results = {
+        Job(setting, 17 + i, 0.001, CPU): Result([], loss, 100, 1000, 10, 1.0)
+        for setting, each in losses.items()
+        for i, loss in enumerate(each)
+    }
+    return report.Runs(results, 0.001, CPU)
+
+
+def test_the_speed_up_is_read_between_baselines_with_schedules_of_their_own():
+    one, more, twice = BASELINES
+    runs = runs_of({one: [3.0, 3.0, 3.0], more: [2.9, 2.9, 2.9], twice: [2.8, 2.8, 2.8], PUBLISHED: [2.9, 2.95, 2.7]})
+    # At the second baseline; half way to it in the logarithm, so that x / 1 = 1.5 / x; below all of them.
+    (first, second, third) = report.speedups(runs, PUBLISHED)
+    assert first == (pytest.approx(1.5), True)
+    assert second == (pytest.approx(1.5**0.5), True)
+    assert third == (2, False)
+    assert 'beyond the lengths tried in 1 of 3' in report.iso_loss(runs, PUBLISHED)
+
+
+def test_a_setting_wins_by_more_than_two_deviations_or_does_not():
+    sure, unsure = phases((8, 0.1), (4, 0.2)), phases((4, 0.1), (2, 0.2))
+    runs = runs_of({PUBLISHED: [3.0, 3.1, 3.2], sure: [2.9, 3.0, 3.08], unsure: [2.8, 3.1, 3.3]})
+    # Differences -0.1, -0.1, -0.12: mean -0.1067, deviation 0.0115; and -0.2, 0, 0.1: mean -0.033, deviation 0.153.
+    says = report.verdict(runs, [sure, unsure])
+    assert f'{sure.name} ends 0.107 below the published recipe, by more than two' in says
+    assert f'{unsure.name} ends 0.033 below the published recipe, which is within two' in says
+
+
+def test_every_run_has_a_name_of_its_own():
+    jobs = {Job(s, seed, 0.001, CPU) for e in experiments(CPU) for s in e.settings for seed in CPU.seeds}
+    assert len({job.name for job in jobs}) == len(jobs)
+
+
+def test_what_is_finished_is_kept_and_what_changed_is_trained_again(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tiny = replace(
+        CPU,
+        overrides=(
+            *(f'max_seq_len={SEQ_LEN}', f'model.vocab_size={VOCAB_SIZE}', 'model.d_model=16'),
+            *('global_train_batch_size=4', 'device_train_microbatch_size=4', 'eval_subset_num_batches=1'),
+        ),
+        steps=10,
+        warmup=2,
+        seeds=(17, 18),
+        learning_rates=(1e-3,),
+        whole=False,
+    )
+    monkeypatch.setitem(evidence.SCALES, 'cpu', tiny)
+    page, results = tmp_path / 'docs' / 'evidence.md', tmp_path / 'runs' / 'cpu'
+    evidence.main(dataset, 'cpu', tmp_path / 'runs', page)
+    files = sorted(results.glob('*.json'))
+    assert len(files) == 6
+    times = [file.stat().st_mtime_ns for file in files]
+    # A row of s = 4 reads 3 * 4 + 7 steps of 4 rows.
+    assert json.loads((results / 's-4-r-0.3-lr-0.001-seed-17.json').read_text())['data_tokens'] == 19 * 4 * SEQ_LEN
+    assert '| s = 4, r = 0.3 | 2 |' in page.read_text()
+    assert (page.parent / 'evidence_settings.png').stat().st_size > 1000
+
+    monkeypatch.setitem(evidence.SCALES, 'cpu', replace(tiny, warmup=3, seeds=(17,)))
+    evidence.main(dataset, 'cpu', tmp_path / 'runs', page)
+    again = [file.stat().st_mtime_ns != time for file, time in zip(files, times, strict=True)]
+    assert again == ['seed-17' in file.name for file in files]
+    assert Job(BASELINE, 17, 0.001, tiny).name in files[0].name

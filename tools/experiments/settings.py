@@ -1,0 +1,190 @@
+"""What the evidence is made of: every setting that is trained, by experiment."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A size at which everything is trained.
+
+    Args:
+        name: How the command line calls it.
+        about: The model and the data, in a sentence.
+        overrides: What differs from the YAML, as llm-foundry's command line takes it.
+        steps: Training steps of every run, but for longer baselines.
+        warmup: Steps of linear warmup.
+        seeds: Seeds of the runs with statistics; the first alone where an experiment is a map.
+        learning_rates: The baseline's candidates; the best of them is used everywhere.
+        workers: Runs that train at the same time.
+        device: Where they train, `cpu` or `cuda`.
+        whole: Whether all experiments are run, or those on equal steps alone.
+    """
+
+    name: str
+    about: str
+    overrides: tuple[str, ...]
+    steps: int
+    warmup: int
+    seeds: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    workers: int
+    device: str
+    whole: bool = True
+
+
+CPU = Scale(
+    name='cpu',
+    about='the model and the data of `make quickstart` (Python source), rows of 64, 1,024 s-tokens a step.',
+    overrides=(),
+    steps=1500,
+    warmup=100,
+    seeds=(17, 18, 19),
+    learning_rates=(1e-3, 2e-3, 4e-3, 8e-3),
+    workers=2,
+    device='cpu',
+)
+GPU = Scale(
+    name='gpu',
+    about='the data of `make quickstart` (Python source), rows of 64, 16,384 s-tokens a step.',
+    overrides=(
+        *('model.d_model=768', 'model.n_heads=12', 'model.n_layers=8'),
+        *('global_train_batch_size=256', 'device_train_microbatch_size=256', 'precision=amp_bf16'),
+    ),
+    steps=3000,
+    warmup=200,
+    seeds=(17,),
+    learning_rates=(1e-3,),
+    workers=1,
+    device='cuda',
+    whole=False,
+)
+SCALES = {scale.name: scale for scale in (CPU, GPU)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train.
+
+    Args:
+        name: How tables call it.
+        algorithm: `token_superposition`'s settings, as llm-foundry's command line takes them; none for a baseline.
+        length: Steps, as a multiple of the scale's.
+        warmup: Steps of warmup, as a share of all steps; the scale's own if None.
+    """
+
+    name: str
+    algorithm: tuple[str, ...] = ()
+    length: float = 1.0
+    warmup: float | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Settings that answer one question, each at ``seeds``."""
+
+    title: str
+    question: str
+    settings: Sequence[Setting]
+    seeds: Sequence[int]
+
+
+def superposed(name: str, **algorithm: object) -> Setting:
+    """A setting with superposition."""
+    return Setting(
+        name, tuple(f'algorithms.token_superposition.{key}={json.dumps(algorithm[key])}' for key in algorithm)
+    )
+
+
+def phases(*steps: tuple[int, float], **others: object) -> Setting:
+    """A setting of several phases, ``(bag size, share of steps at which it ends)`` each."""
+    listed = [{'bag_size': bag_size, 'until': f'{until:g}dur'} for bag_size, until in steps]
+    name = f'phases {", ".join(str(s) for s, _ in steps)} until {", ".join(f"{until:g}" for _, until in steps)}'
+    extra = ''.join(f', {value}' for value in others.values())
+    return superposed(name + extra, phases=listed, **others)
+
+
+BASELINE = Setting('baseline')
+BASELINES = (BASELINE, *(Setting(f'baseline, {length:g} times the steps', length=length) for length in (1.5, 2)))
+# Of the bag sizes published, the one that small models do best with.
+PUBLISHED = superposed('s = 4, r = 0.3', bag_size=4, duration='0.3dur')
+COARSE_TO_FINE = phases((8, 0.1), (4, 0.2), (2, 0.3))
+GRID_BAGS = (2, 3, 4, 6, 8)
+GRID_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+def experiments(scale: Scale) -> list[Experiment]:
+    """All experiments at a scale, the most telling first."""
+    seeds, first = scale.seeds, scale.seeds[:1]
+    equal_steps = Experiment(
+        'Equal steps',
+        'Does TST end lower than the baseline after the same number of steps?',
+        [BASELINE, PUBLISHED, COARSE_TO_FINE],
+        seeds,
+    )
+    if not scale.whole:
+        return [equal_steps]
+    grid = [grid_cell(bag_size, share) for share in GRID_SHARES for bag_size in GRID_BAGS]
+    sides = [
+        superposed('s = 4, r = 0.3, input only', bag_size=4, duration='0.3dur', superpose='input'),
+        superposed('s = 4, r = 0.3, output only', bag_size=4, duration='0.3dur', superpose='output', expand='none'),
+    ]
+    weightings = [
+        superposed(f's = {s}, r = 0.3, {weighting}', bag_size=s, duration='0.3dur', weighting=weighting)
+        for s in (4, 12)
+        for weighting in ('power_law', 'exponential', 'first')
+    ]
+    return [
+        equal_steps,
+        Experiment(
+            'Equal loss',
+            'How many more steps does a baseline need, each length with a schedule of its own?',
+            [*BASELINES, PUBLISHED, COARSE_TO_FINE],
+            seeds,
+        ),
+        Experiment('Beyond the paper', 'What beats one bag size, uniform weights, a hard switch?', beyond(), first),
+        Experiment('Grid', 'Is the loss U-shaped in s and in r?', grid, first),
+        Experiment('Sides', 'Bags in, bags out, or both?', [BASELINE, PUBLISHED, *sides], seeds),
+        Experiment(
+            'Weightings',
+            "Which weights of a bag's targets, for small and for large bags?",
+            [
+                PUBLISHED,
+                *weightings[:3],
+                superposed('s = 12, r = 0.3', bag_size=12, duration='0.3dur'),
+                *weightings[3:],
+            ],
+            first,
+        ),
+        Experiment(
+            'Sequence or batch',
+            'Where does the s-fold data go?',
+            [PUBLISHED, superposed('s = 4, r = 0.3, batch', bag_size=4, duration='0.3dur', expand='batch')],
+            seeds,
+        ),
+    ]
+
+
+def grid_cell(bag_size: int, share: float) -> Setting:
+    """One cell of the grid, equal to `PUBLISHED` where it is that one."""
+    return superposed(f's = {bag_size}, r = {share:g}', bag_size=bag_size, duration=f'{share:g}dur')
+
+
+def beyond() -> list[Setting]:
+    """What the paper did not try, at the cost of the published recipe."""
+    return [
+        COARSE_TO_FINE,
+        phases((4, 0.2), (2, 0.3)),
+        phases((16, 0.1), (8, 0.2), (4, 0.3), (2, 0.4)),
+        phases((16, 0.075), (8, 0.15), (4, 0.225), (2, 0.3)),
+        phases((8, 0.2), (4, 0.3), (2, 0.35)),  # geometric shares, most of the data first
+        phases((8, 0.05), (4, 0.15), (2, 0.35)),  # geometric shares, most of the steps last
+        phases((8, 0.067), (4, 0.133), (2, 0.2)),
+        phases((8, 0.133), (4, 0.267), (2, 0.4)),
+        phases((8, 0.167), (4, 0.333), (2, 0.5)),
+        phases((8, 0.1), (4, 0.2), (2, 0.3), weighting='power_law'),
+        phases((8, 0.1), (4, 0.2), (2, 0.3), expand='batch'),
+        Setting(COARSE_TO_FINE.name + ', warm-up until 0.3', COARSE_TO_FINE.algorithm, warmup=0.3),
+        Setting('baseline, warm-up until 0.3', warmup=0.3),
+    ]
