@@ -7,10 +7,14 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from .settings import Scale, Setting
+
+if TYPE_CHECKING:
+    from composer import Trainer
 
 YAML = Path(__file__).parents[2] / 'yamls' / 'quickstart' / 'baseline.yaml'
 
@@ -90,14 +94,11 @@ def read(job: Job, data: Path, folder: Path) -> Result | None:
 
 
 def _train(work: tuple[Job, Path, Path]) -> tuple[Job, Result]:
-    from llmfoundry.command_utils import train_from_yaml
-
     job, data, folder = work
     overrides = job.overrides(data)
     run = folder / job.name
-    trainer = train_from_yaml(
-        str(YAML), [*overrides, f'variables.folder={folder}', f'run_name={job.name}', 'python_log_level=warning']
-    )
+    place = [f'variables.folder={folder}', f'run_name={job.name}', 'python_log_level=warning']
+    trainer = _run([*overrides, *place])
     loss = float(trainer.state.eval_metrics['eval']['LanguageCrossEntropy'].compute())
     result = Result(
         overrides=overrides,
@@ -113,3 +114,15 @@ def _train(work: tuple[Job, Path, Path]) -> tuple[Job, Result]:
     path.with_suffix('.part').write_text(json.dumps(asdict(result), indent=1) + '\n')
     path.with_suffix('.part').rename(path)
     return job, result
+
+
+def _run(overrides: list[str], attempts: int = 3) -> 'Trainer':
+    from llmfoundry.command_utils import train_from_yaml
+
+    try:
+        return train_from_yaml(str(YAML), overrides)
+    except FileExistsError:
+        # StreamingDatasets made at one moment may choose one name for their shared memory: the second finds it taken.
+        if attempts == 1:
+            raise
+        return _run(overrides, attempts - 1)
