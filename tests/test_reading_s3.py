@@ -15,7 +15,8 @@ from s3_server import BUCKET, serve
 from trainings import Run, assert_same_end, config, drawn, write_rows
 
 ROWS = 503
-# Bytes, some of eight shards of 4,000: with room for four and the index alone StreamingDataset may wait for ever.
+SHARD = 4000
+# Bytes, some of eight shards: with room for four and the index alone StreamingDataset may wait for ever.
 CACHE_LIMIT = 26_000
 WORKERS: dict[str, Any] = {
     'train_loader__num_workers': 2,
@@ -34,7 +35,7 @@ def server() -> Iterator[tuple[str, subprocess.Popen]]:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight shards of about four thousand bytes, not compressed."""
     folder = tmp_path_factory.mktemp('rows')
-    write_rows(folder, ROWS, size_limit=4000, compression=None)
+    write_rows(folder, ROWS, size_limit=SHARD, compression=None)
     return folder
 
 
@@ -76,7 +77,8 @@ def test_a_cache_smaller_than_the_data_trains_on_the_same_samples(
     reading(tmp_path, data, remote, train_loader__dataset__cache_limit=CACHE_LIMIT).wait()
     assert drawn(tmp_path) == drawn(whole)
     assert_same_end(tmp_path, whole)
-    assert sum(path.stat().st_size for path in (tmp_path / 'cache').rglob('*.mds')) <= CACHE_LIMIT
+    # Two threads that fetch at one moment may each take the last room.
+    assert sum(path.stat().st_size for path in (tmp_path / 'cache').rglob('*.mds')) <= CACHE_LIMIT + SHARD
 
 
 @pytest.mark.faults
@@ -128,18 +130,22 @@ def test_a_shard_that_cannot_be_read_ends_the_run(
 
 
 @pytest.mark.faults
-def test_a_server_that_is_gone_ends_the_run(data: Path, whole: Path, tmp_path: Path):
+def test_a_server_that_is_gone_ends_the_run(data: Path, tmp_path: Path):
     """With workers: without, a StreamingDataset may wait for ever for a shard whose download has failed."""
+    # In order, and reading little ahead: most shards are yet to come after the first step.
+    settings = {'train_loader__dataset__shuffle': False, 'train_loader__dataset__predownload': 8, **WORKERS}
+    reading(tmp_path / 'whole', data, str(data), **settings).wait()
     with serve() as (url, process):
-        run = reading(tmp_path, data, upload(data, 'gone', url), train_loader__dataset__predownload=1, **WORKERS)
-        while not (tmp_path / 'rows-0.jsonl').exists():
+        run = reading(tmp_path / 'gone', data, upload(data, 'gone', url), **settings)
+        while not (tmp_path / 'gone' / 'rows-0.jsonl').exists():
             assert run.processes[0].is_alive(), run.printed()[-3000:]
             time.sleep(0.01)
         process.kill()
         printed = run.fails()
     assert 'Could not connect to the endpoint' in printed or 'Connection was closed' in printed
     assert 'DataLoader timed out' in printed
-    steps, expected = drawn(tmp_path), drawn(whole)
+    steps, expected = drawn(tmp_path / 'gone'), drawn(tmp_path / 'whole')
+    assert 0 < len(steps) < 125
     assert steps == {at: expected[at] for at in steps}
 
 
