@@ -17,8 +17,8 @@ try:
 except ImportError:  # no Triton, so no GPU that it supports
     loss_triton = None
 
-# Logits upcast at a time. 8 MiB of float32 stay in a CPU's cache and are enough work for its threads.
-_CHUNK_ELEMENTS = 1 << 21
+# Logits at a time for each thread of a CPU: 1 MiB of float32 stays in its cache.
+_CHUNK_ELEMENTS = 1 << 18
 
 
 def multi_hot_cross_entropy(
@@ -59,7 +59,8 @@ def multi_hot_cross_entropy(
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean', but is {reduction!r}.")
     valid = targets != ignore_index
     target_weights = valid * _normalised(weights, targets.shape[1], logits)
-    losses = cast(Tensor, _MultiHotCrossEntropy.apply(logits, targets.masked_fill(~valid, 0), target_weights))
+    trained = torch.is_grad_enabled() and logits.requires_grad
+    losses = cast(Tensor, _MultiHotCrossEntropy.apply(logits, targets.masked_fill(~valid, 0), target_weights, trained))
     if reduction == 'none':
         return losses
     if reduction == 'sum':
@@ -84,37 +85,55 @@ def _normalised(weights: Sequence[float] | Tensor | None, bag_size: int, logits:
 
 
 class _MultiHotCrossEntropy(torch.autograd.Function):
-    """(N, V) logits, (N, s) targets in [0, V) and (N, s) weights, 0 where ignored, to (N,) losses."""
+    """(N, V) logits, (N, s) targets in [0, V), (N, s) weights, 0 where ignored, and whether there will be a backward.
+
+    To (N,) losses.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, trained: bool) -> Tensor:
+        ctx.softmax = None
         if loss_triton and loss_triton.runs_on(logits):
             lse = loss_triton.log_sum_exp(logits)
             nats = lse[:, None] - logits.gather(1, targets)
         else:
             lse = None
             nats = torch.empty_like(weights)
+            # In float32 the buffer of the gradient is filled early, so that exponentials are computed once. A low
+            # precision would round them before they are scaled.
+            if logits.dtype == weights.dtype and trained and not torch.compiler.is_compiling():
+                ctx.softmax = torch.empty_like(logits, memory_format=torch.contiguous_format)
             for rows in _chunks(logits):
-                log_probs = logits[rows].to(weights.dtype).log_softmax(-1)
-                nats[rows] = -log_probs.gather(1, targets[rows])
+                z = logits[rows].to(weights.dtype)
+                if ctx.softmax is None:
+                    # In place, where it is a copy: half as much to keep in the cache.
+                    log_probs = torch.log_softmax(z, -1, out=None if z.dtype == logits.dtype else z)
+                    nats[rows] = -log_probs.gather(1, targets[rows])
+                else:
+                    p = torch.softmax(z, -1, out=ctx.softmax[rows])
+                    log_sum_exp = z.amax(-1) - p.amax(-1).log()
+                    nats[rows] = log_sum_exp[:, None] - z.gather(1, targets[rows])
         ctx.save_for_backward(logits, lse, targets, weights, nats)
         # A token that is masked out, with a logit of -inf, costs nothing where its weight is 0: not 0 * inf.
         return (weights * nats.masked_fill(weights == 0, 0)).sum(-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         logits, lse, targets, weights, nats = ctx.saved_tensors
         scale = grad_output * weights.sum(-1)
         if loss_triton and lse is not None:
             grad = loss_triton.scaled_softmax(logits, lse, scale)
+        elif ctx.softmax is not None:
+            grad, ctx.softmax = ctx.softmax.mul_(scale[:, None]), None  # a second backward computes it again
         else:
             grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
             for rows in _chunks(logits):
                 if grad.dtype == weights.dtype:
                     torch.softmax(logits[rows], -1, out=grad[rows]).mul_(scale[rows, None])
                 else:
-                    grad[rows] = logits[rows].to(weights.dtype).softmax(-1).mul_(scale[rows, None])
+                    z = logits[rows].to(weights.dtype)
+                    grad[rows] = torch.softmax(z, -1, out=z).mul_(scale[rows, None])
         # The columns of the targets get their whole value at once, in float32: the probability less the weights
         # of all targets of the row that are this one. So a token that occurs twice in a bag is written twice,
         # with one value, and so is column 0, which stands in for the ignored targets.
@@ -123,7 +142,7 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
         at_targets = scale[:, None] * (-nats).exp() - grad_output[:, None] * hits
         # Not `scatter_`, which on CPU makes a float32 copy of a low-precision (N, V) tensor.
         rows = torch.arange(len(targets), device=targets.device)[:, None]
-        return grad.index_put_((rows, targets), at_targets.to(grad.dtype)), None, None
+        return grad.index_put_((rows, targets), at_targets.to(grad.dtype)), None, None, None
 
 
 def _chunks(logits: Tensor) -> list[slice]:
@@ -131,5 +150,5 @@ def _chunks(logits: Tensor) -> list[slice]:
     if torch.compiler.is_compiling():
         return [slice(None)]
     rows, vocabulary = logits.shape
-    step = max(1, _CHUNK_ELEMENTS // max(1, vocabulary))
+    step = max(1, _CHUNK_ELEMENTS * torch.get_num_threads() // max(1, vocabulary))
     return [slice(start, start + step) for start in range(0, rows, step)]
