@@ -5,6 +5,7 @@ PYTHON := $(VENV)/bin/python
 SEED ?= 17
 DATA := data/quickstart
 SCALE ?= cpu
+DEVICE ?= cpu
 RUNS := runs/quickstart/seed$(SEED)
 
 export OMP_NUM_THREADS ?= 1
@@ -16,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
-.PHONY: install quickstart evidence test test-faults test-slow lint clean
+.PHONY: install quickstart evidence benchmark test test-faults test-slow lint clean
 
 install: $(VENV)/.installed
 
@@ -49,6 +50,12 @@ $(RUNS)/%.done: yamls/quickstart/%.yaml $(DATA)/stats.json
 # Everything docs/evidence.md reports. What is finished is kept: run it again to go on.
 evidence: $(DATA)/stats.json
 	$(PYTHON) tools/evidence.py --data $(DATA) --scale $(SCALE)
+
+# What superposition costs, on every core: leave the machine idle for its twenty minutes.
+benchmark: install
+	$(PYTHON) tools/benchmark.py --device $(DEVICE) --json docs/benchmark_$(DEVICE).json
+
+benchmark: export OMP_NUM_THREADS := $(shell nproc)
 
 test: install
 	$(PYTHON) -m pytest
