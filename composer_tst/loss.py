@@ -99,16 +99,13 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
         else:
             lse = None
             nats = torch.empty_like(weights)
-            # In float32 the buffer of the gradient is filled early, so that exponentials are computed once. A low
-            # precision would round them before they are scaled.
-            if logits.dtype == weights.dtype and trained and not torch.compiler.is_compiling():
-                ctx.softmax = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            # The buffer of the gradient, filled here already, so that exponentials are computed once.
+            if trained and not torch.compiler.is_compiling():
+                ctx.softmax = torch.empty(logits.shape, dtype=weights.dtype, device=logits.device)
             for rows in _chunks(logits):
                 z = logits[rows].to(weights.dtype)
                 if ctx.softmax is None:
-                    # In place, where it is a copy: half as much to keep in the cache.
-                    log_probs = torch.log_softmax(z, -1, out=None if z.dtype == logits.dtype else z)
-                    nats[rows] = -log_probs.gather(1, targets[rows])
+                    nats[rows] = -z.log_softmax(-1).gather(1, targets[rows])
                 else:
                     p = torch.softmax(z, -1, out=ctx.softmax[rows])
                     log_sum_exp = z.amax(-1) - p.amax(-1).log()
@@ -125,15 +122,12 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
         if loss_triton and lse is not None:
             grad = loss_triton.scaled_softmax(logits, lse, scale)
         elif ctx.softmax is not None:
-            grad, ctx.softmax = ctx.softmax.mul_(scale[:, None]), None  # a second backward computes it again
+            grad = _scaled_in_place(ctx.softmax, scale, logits.dtype)
+            ctx.softmax = None  # a second backward computes it again
         else:
             grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
             for rows in _chunks(logits):
-                if grad.dtype == weights.dtype:
-                    torch.softmax(logits[rows], -1, out=grad[rows]).mul_(scale[rows, None])
-                else:
-                    z = logits[rows].to(weights.dtype)
-                    grad[rows] = torch.softmax(z, -1, out=z).mul_(scale[rows, None])
+                grad[rows] = logits[rows].to(weights.dtype).softmax(-1).mul_(scale[rows, None])
         # The columns of the targets get their whole value at once, in float32: the probability less the weights
         # of all targets of the row that are this one. So a token that occurs twice in a bag is written twice,
         # with one value, and so is column 0, which stands in for the ignored targets.
@@ -143,6 +137,16 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
         # Not `scatter_`, which on CPU makes a float32 copy of a low-precision (N, V) tensor.
         rows = torch.arange(len(targets), device=targets.device)[:, None]
         return grad.index_put_((rows, targets), at_targets.to(grad.dtype)), None, None, None
+
+
+def _scaled_in_place(softmax: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, V) softmax times (N,) scale in another dtype, no wider than its own, in the softmax's own memory."""
+    if dtype == softmax.dtype:
+        return softmax.mul_(scale[:, None])
+    result = softmax.flatten().view(dtype)[: softmax.numel()].view(softmax.shape)
+    for rows in _chunks(softmax):  # from first to last: what is written has been read
+        result[rows] = softmax[rows] * scale[rows, None]
+    return result
 
 
 def _chunks(logits: Tensor) -> list[slice]:

@@ -4,8 +4,6 @@
 import gzip
 import json
 import os
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ import boto3
 import pytest
 import yaml
 from composer.utils.object_store import S3ObjectStore
+from llmfoundry.command_utils import train_from_yaml
 from s3_server import BUCKET, s3_server  # noqa: F401
 
 # First, since it makes the tools importable.
@@ -51,7 +50,11 @@ def objects(client: Any, prefix: str) -> dict[str, bytes]:
     }
 
 
-def test_from_text_in_a_bucket_to_a_superposed_training_run(client: Any, tokenizer_dir: str, tmp_path: Path):
+def test_from_text_in_a_bucket_to_a_superposed_training_run(
+    client: Any, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By what `llmfoundry train` calls."""
+    monkeypatch.chdir(tmp_path)
     put_jsonl(client, 'raw/a.jsonl', TEXTS[:30])
     put_jsonl(client, 'raw/b.jsonl.gz', TEXTS[30:])
     result = prepare(
@@ -107,10 +110,7 @@ def test_from_text_in_a_bucket_to_a_superposed_training_run(client: Any, tokeniz
     }
     path = tmp_path / 'train.yaml'
     path.write_text(yaml.safe_dump(config))
-    command = [str(Path(sys.executable).parent / 'llmfoundry'), 'train', str(path)]
-    environment = os.environ | {'OMP_NUM_THREADS': '1'}
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert run.returncode == 0, run.stderr[-3000:]
+    train_from_yaml(str(path)).close()
     streamed = {path.name for path in (tmp_path / 'cache' / 'train').iterdir()}
     assert {Path(name).name for name in shards if name.startswith('train/')} <= streamed
     # Composer, which would keep checkpoints there, finds the same server.
