@@ -21,6 +21,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.slow
 def test_the_tests_of_the_loss_pass_with_the_kernels():
     # A process of its own, as Triton decides on import. What the interpreter allocates says nothing of a GPU, and
     # the kernels do not see the weights.
