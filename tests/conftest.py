@@ -1,5 +1,6 @@
 """One small data set of real text and one tokenizer for the whole session."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -24,6 +25,8 @@ def pytest_collection_finish():
     """Start the server that trainings are forked off, before data preparation starts one that has imported less."""
     if 'trainings' in sys.modules:
         sys.modules['trainings'].start_server()
+    # llm-foundry collects garbage before each training: not among all that has been imported.
+    gc.freeze()
 
 
 @pytest.fixture(scope='session')

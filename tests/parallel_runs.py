@@ -4,6 +4,7 @@ Started by test_parallel.py: `composer -n 2 parallel_runs.py OUTPUT TST_YAML BAS
 what the runs came to, as JSON.
 """
 
+import gc
 import json
 import os
 import sys
@@ -118,6 +119,7 @@ def tensor_parallel_embedding() -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # a training collects garbage as it begins: not among all that was imported
     # FSDP1 asks CUDA for the device, and Composer makes parameters there that were on the meta device: on a CPU,
     # that is all that stands in the way of both.
     torch.cuda.current_device = lambda: torch.device('cpu')  # type: ignore

@@ -1,5 +1,7 @@
 """What every training process would spend seconds on, done once by the server that `trainings` forks them off."""
 
+import gc
+
 import composer.utils
 import llmfoundry.command_utils
 import trainings
@@ -12,3 +14,4 @@ composer.utils.get_composer_env_dict()
 assert composer_tst
 assert llmfoundry
 assert trainings
+gc.freeze()  # a training collects garbage as it begins: not among all that was imported

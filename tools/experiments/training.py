@@ -76,11 +76,15 @@ def train_all(jobs: Iterable[Job], data: Path, folder: Path, workers: int) -> di
     wanted = list(dict.fromkeys(jobs))
     results = {job: result for job in wanted if (result := read(job, data, folder))}
     missing = [(job, data, folder) for job in wanted if job not in results]
+    if not missing:
+        return results
     processes = multiprocessing.get_context('forkserver')
     processes.set_forkserver_preload(['llmfoundry.command_utils'])
     with processes.Pool(workers, maxtasksperchild=1) as pool:
         for job, result in tqdm(pool.imap_unordered(_train, missing), total=len(missing), unit='run', disable=None):
             results[job] = result
+        pool.close()  # leaving the block would end workers in the middle of their start, which may hang
+        pool.join()
     return {job: results[job] for job in wanted}
 
 
