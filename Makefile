@@ -64,7 +64,7 @@ test: install
 test-faults: install
 	$(PYTHON) -m pytest -m faults -rP
 
-# torch.compile with its own compiler, the GPU kernels interpreted, the evidence.
+# torch.compile with its own compiler.
 test-slow: install
 	$(PYTHON) -m pytest -m slow
 

@@ -36,7 +36,6 @@ def since(batch: int, steps: Steps) -> Steps:
     return {at: rows for at, rows in steps.items() if at[1] >= batch}
 
 
-@pytest.mark.faults
 def test_ranks_may_change_between_the_checkpoint_and_the_run(data: Path, tmp_path: Path):
     """Rows are folded by themselves here: which rows are joined depends on the ranks that they are dealt to."""
 

@@ -162,19 +162,24 @@ def test_no_step_waits_for_values(dtype: torch.dtype):
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason='only CUDA reports a wait: the test above reads the profile on any machine'
 )
+@pytest.mark.parametrize('masked', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_on_a_gpu_no_step_waits_and_the_gradient_is_the_same(dtype: torch.dtype):
+def test_on_a_gpu_no_step_waits_and_all_is_the_same(dtype: torch.dtype, masked: bool):
     weight = torch.randn(50, 64, dtype=dtype, requires_grad=True)
-    input_ids, mask, upstream = torch.randint(0, 50, (6, 4)), attended(6, 4), torch.randn(6, 64, dtype=dtype)
-    expected = torch.autograd.grad(bag_embedding(weight, input_ids, mask), weight, upstream)[0]
-    there, input_ids, mask, upstream = weight.detach().cuda(), input_ids.cuda(), mask.cuda(), upstream.cuda()
-    there.requires_grad_()
+    input_ids, upstream = torch.randint(0, 50, (6, 3)), torch.randn(6, 64, dtype=dtype)
+    mask = attended(6, 3) if masked else None
+    expected = bag_embedding(weight, input_ids, mask)
+    (expected_gradient,) = torch.autograd.grad(expected, weight, upstream)
+    there, input_ids, upstream = weight.detach().cuda().requires_grad_(), input_ids.cuda(), upstream.cuda()
+    mask = None if mask is None else mask.cuda()
     torch.cuda.set_sync_debug_mode('error')
     try:
-        gradient = torch.autograd.grad(bag_embedding(there, input_ids, mask), there, upstream)[0]
+        means = bag_embedding(there, input_ids, mask)
+        (gradient,) = torch.autograd.grad(means, there, upstream)
     finally:
         torch.cuda.set_sync_debug_mode('default')
-    torch.testing.assert_close(gradient.cpu(), expected)
+    torch.testing.assert_close(means.cpu(), expected)
+    torch.testing.assert_close(gradient.cpu(), expected_gradient)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])

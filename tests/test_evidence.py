@@ -55,7 +55,6 @@ def test_every_run_has_a_name_of_its_own():
     assert len({job.name for job in jobs}) == len(jobs)
 
 
-@pytest.mark.slow
 def test_what_is_finished_is_kept_and_what_changed_is_trained_again(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -17,6 +17,7 @@ from .measure import Case, Other
 from .operations import BAG_SIZES
 
 ROWS, LENGTH, BATCH_SIZE = 4096, 2048, 4
+SECONDS = 20.0  # streaming sleeps and wakes in steps of milliseconds: many calls are needed
 
 
 def loader_cases(device: torch.device) -> Iterator[Case]:
@@ -38,6 +39,7 @@ def loader_cases(device: torch.device) -> Iterator[Case]:
                         time_at_most=1.02,
                     ),
                 ),
+                SECONDS,
             )
 
 

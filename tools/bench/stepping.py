@@ -15,7 +15,7 @@ from composer_tst import TokenSuperposition
 from .measure import Case, Other
 
 BAG_SIZE = 6
-SECONDS = 60.0
+SECONDS = 20.0
 
 
 def step_cases(device: torch.device) -> Iterator[Case]:
@@ -42,7 +42,7 @@ class _Steps:
 
     def __init__(self, device: torch.device, length: int, algorithm: TokenSuperposition | None):
         gpu = device.type == 'cuda'
-        width, layers, vocabulary, tokens = (1024, 12, 131072, 16384) if gpu else (384, 4, 32768, 2048)
+        width, layers, vocabulary, tokens = (1024, 12, 131072, 16384) if gpu else (256, 2, 8192, 2048)
         batch_size = tokens // length
         self.shape = f'B={batch_size} L={length} d={width} layers={layers} V={vocabulary}'
         torch.manual_seed(0)
