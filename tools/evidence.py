@@ -2,8 +2,8 @@
 
     python tools/evidence.py --data data/quickstart
 
-Runs that are finished are kept in ``--runs`` and not trained again, unless their settings have changed: stop it at any
-time, and run it again to go on. The page is written anew after each experiment, with what there is.
+Runs that are finished are kept in ``--runs`` and not trained again, unless what they depend on has changed: stop it at
+any time, and run it again to go on. The page is written anew after each experiment, with what there is.
 """
 
 from collections.abc import Iterable
@@ -12,22 +12,23 @@ from typing import Annotated
 
 import typer
 from experiments.report import Runs, write
-from experiments.settings import BASELINE, SCALES, Experiment, Scale, experiments
+from experiments.settings import BASELINE, SCALES, Experiment, experiments, finals
 from experiments.training import Job, Result, train_all
-
-FINALISTS = 2
 
 
 def main(
     data: Annotated[Path, typer.Option(help='What prepare_data.py wrote.')] = Path('data/quickstart'),
     scale: Annotated[str, typer.Option(help='cpu or gpu.')] = 'cpu',
     runs: Annotated[Path, typer.Option(help='Where runs and their results are kept.')] = Path('runs/evidence'),
-    output: Annotated[Path, typer.Option(help='The page; pictures go beside it.')] = Path('docs/evidence.md'),
+    output: Annotated[
+        Path | None, typer.Option(help='The page, docs/evidence.md or docs/evidence_gpu.md; pictures go beside it.')
+    ] = None,
 ) -> None:
     """Rerun the evidence and write its page."""
     if scale not in SCALES:
         raise typer.BadParameter(f'{scale} is no scale: choose {" or ".join(SCALES)}.', param_hint='--scale')
     size, folder = SCALES[scale], runs / scale
+    page = output or Path('docs', 'evidence.md' if scale == 'cpu' else f'evidence_{scale}.md')
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[Job, Result] = {}
 
@@ -37,19 +38,17 @@ def main(
     train(Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates)
     lr = min(results, key=lambda job: results[job].final_loss).lr
     done: list[Experiment] = []
-    for experiment in experiments(size):
+
+    def report(experiment: Experiment) -> None:
         train(Job(setting, seed, lr, size) for setting in experiment.settings for seed in experiment.seeds)
-        if experiment.title == 'Beyond the paper':
-            train(finals(experiment, results, lr, size))
         done.append(experiment)
-        write(output, Runs(results, lr, size), done)
+        write(page, Runs(results, lr, size), done)
 
-
-def finals(experiment: Experiment, results: dict[Job, Result], lr: float, scale: Scale) -> list[Job]:
-    """The best settings at the first seed, at all seeds."""
-    settings = [setting for setting in experiment.settings if setting.algorithm]
-    settings.sort(key=lambda setting: results[Job(setting, scale.seeds[0], lr, scale)].final_loss)
-    return [Job(setting, seed, lr, scale) for setting in settings[:FINALISTS] for seed in scale.seeds]
+    for experiment in experiments(size):
+        report(experiment)
+    if size.whole:
+        first = {job.setting: result.final_loss for job, result in results.items() if job.seed == size.seeds[0]}
+        report(finals(size, first))
 
 
 if __name__ == '__main__':

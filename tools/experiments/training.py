@@ -1,10 +1,13 @@
 """Training what is not yet trained, several runs at a time, each in a process of its own."""
 
+import hashlib
 import json
+import math
 import multiprocessing
 import re
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +27,6 @@ class Result:
     """What one run came to.
 
     Args:
-        overrides: What it was trained with, so that a changed setting is trained again.
         final_loss: Next-token validation loss at the end, in nats per token; infinite if it diverged.
         steps: Training steps.
         data_tokens: Tokens read in training.
@@ -32,7 +34,6 @@ class Result:
         seconds: Seconds of training steps, start-up and evaluation left out.
     """
 
-    overrides: list[str]
     final_loss: float
     steps: int
     data_tokens: int
@@ -49,15 +50,20 @@ class Job:
     lr: float
     scale: Scale
 
+    def name(self, data: Path) -> str:
+        """A name for files, another one if anything that the run depends on is changed."""
+        text = re.sub(r'[^a-z0-9.]+', '-', f'{self.setting.name} lr {self.lr:g} seed {self.seed}'.lower())
+        made_of = (json.dumps(self.overrides(data)), YAML.read_text(), (data / 'stats.json').read_text())
+        return f'{text}-{hashlib.sha256("".join(made_of).encode()).hexdigest()[:8]}'
+
     @property
-    def name(self) -> str:
-        """A name for files, unlike that of any other job of the scale."""
-        return re.sub(r'[^a-z0-9.]+', '-', f'{self.setting.name} lr {self.lr:g} seed {self.seed}'.lower())
+    def steps(self) -> int:
+        """Training steps."""
+        return round(self.setting.length * self.scale.steps)
 
     def overrides(self, data: Path) -> list[str]:
         """llm-foundry's command line."""
-        setting, scale = self.setting, self.scale
-        steps = round(setting.length * scale.steps)
+        setting, scale, steps = self.setting, self.scale, self.steps
         warmup = scale.warmup if setting.warmup is None else round(setting.warmup * steps)
         return [
             *scale.overrides,
@@ -72,52 +78,56 @@ class Job:
 
 
 def train_all(jobs: Iterable[Job], data: Path, folder: Path, workers: int) -> dict[Job, Result]:
-    """Train every job that has no result in ``folder`` yet, and return the results of all."""
+    """Train every job that has no result in ``folder`` yet, and return the results of all.
+
+    Raises:
+        RuntimeError: If the process of a run fails or is killed.
+    """
     wanted = list(dict.fromkeys(jobs))
-    results = {job: result for job in wanted if (result := read(job, data, folder))}
-    missing = [(job, data, folder) for job in wanted if job not in results]
-    if not missing:
-        return results
+    missing = [job for job in wanted if not _result_file(job, data, folder).exists()]
     processes = multiprocessing.get_context('forkserver')
     processes.set_forkserver_preload(['llmfoundry.command_utils'])
-    with processes.Pool(workers, maxtasksperchild=1) as pool:
-        for job, result in tqdm(pool.imap_unordered(_train, missing), total=len(missing), unit='run', disable=None):
-            results[job] = result
-        pool.close()  # leaving the block would end workers in the middle of their start, which may hang
-        pool.join()
-    return {job: results[job] for job in wanted}
+
+    def train(job: Job) -> None:
+        process = processes.Process(target=_train, args=(job, data, folder))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f'{job.name(data)} ended with exit code {process.exitcode}: see above.')
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for _ in tqdm(pool.map(train, missing), total=len(missing), unit='run', disable=None):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return {job: Result(**json.loads(_result_file(job, data, folder).read_text())) for job in wanted}
 
 
-def read(job: Job, data: Path, folder: Path) -> Result | None:
-    """The result of a job, if it has been trained with the settings it has now."""
-    path = folder / f'{job.name}.json'
-    if not path.exists():
-        return None
-    result = Result(**json.loads(path.read_text()))
-    return result if result.overrides == job.overrides(data) else None
+def _result_file(job: Job, data: Path, folder: Path) -> Path:
+    return folder / f'{job.name(data)}.json'
 
 
-def _train(work: tuple[Job, Path, Path]) -> tuple[Job, Result]:
-    job, data, folder = work
-    overrides = job.overrides(data)
-    run = folder / job.name
-    place = [f'variables.folder={folder}', f'run_name={job.name}', 'python_log_level=warning']
-    trainer = _run([*overrides, *place])
+def _train(job: Job, data: Path, folder: Path) -> None:
+    name = job.name(data)
+    checkpoints = folder / name / 'checkpoints'
+    if list(checkpoints.glob(f'ep*-ba{job.steps}-rank0.pt')):
+        shutil.rmtree(checkpoints)  # killed after the end but before its result was written: it cannot go on
+    place = [f'variables.folder={folder}', f'run_name={name}', 'python_log_level=warning']
+    trainer = _run([*job.overrides(data), *place])
     loss = float(trainer.state.eval_metrics['eval']['LanguageCrossEntropy'].compute())
     result = Result(
-        overrides=overrides,
-        final_loss=loss if loss == loss else float('inf'),
+        final_loss=loss if math.isfinite(loss) else math.inf,
         steps=int(trainer.state.timestamp.batch),
         data_tokens=int(trainer.state.timestamp.token),
         parameters=sum(weight.numel() for weight in trainer.state.model.parameters()),
         seconds=trainer.state.timestamp.total_wct.total_seconds(),
     )
     trainer.close()
-    shutil.rmtree(run / 'checkpoints')
-    path = folder / f'{job.name}.json'
+    shutil.rmtree(checkpoints)
+    path = _result_file(job, data, folder)
     path.with_suffix('.part').write_text(json.dumps(asdict(result), indent=1) + '\n')
     path.with_suffix('.part').rename(path)
-    return job, result
 
 
 def _run(overrides: list[str], attempts: int = 3) -> 'Trainer':
