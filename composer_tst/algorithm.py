@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -209,10 +210,10 @@ class TokenSuperposition(Algorithm):
         """Expected steps, from what the loader tells of itself."""
         assert state.max_duration is not None
         loader = state.train_dataloader
-        per_batch: dict[TimeUnit, float] = {}
+        per_batch: dict[TimeUnit, int | Fraction] = {}
         if state.dataloader_len is not None:
             batches = int(state.dataloader_len)
-            per_batch[TimeUnit.EPOCH] = 1 / batches
+            per_batch[TimeUnit.EPOCH] = Fraction(1, batches)
             needed = max(self._draws(phase.bag_size) for phase in self.schedule.phases)
             if batches < needed:
                 raise ValueError(

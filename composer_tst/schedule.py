@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from composer.core import Time, Timestamp, TimeUnit
@@ -99,7 +100,7 @@ def plan_steps(
     phases: Sequence[Phase],
     draws: Sequence[int],
     max_duration: Time,
-    per_batch: Mapping[TimeUnit, float],
+    per_batch: Mapping[TimeUnit, int | Fraction],
 ) -> Plan | None:
     """Work out at which step each phase ends and how many steps the run takes.
 

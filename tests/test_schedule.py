@@ -1,5 +1,6 @@
 """Phases: what is accepted, when they end, and that they end for good."""
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -63,18 +64,19 @@ def walk(phases: list[Phase], draws: list[int], max_duration: str, unit_of_batch
         read += draws[len(ends)] if len(ends) < len(phases) else 1
 
 
+# A float of 1/49 is not 49 to one.
+@pytest.mark.parametrize('epoch', [100, 49])
 @pytest.mark.parametrize('max_duration', ['100ba', '4000sp', '64000tok', '5ep'])
 @pytest.mark.parametrize(
     'untils',
     [['30ba'], ['300sp'], ['9600tok'], ['1ep'], ['10ba', '1200sp'], ['3200tok', '2ep'], ['8ba', '800sp', '48000tok']],
 )
-def test_the_plan_is_what_happens_step_by_step(max_duration: str, untils: list[str]):
+def test_the_plan_is_what_happens_step_by_step(max_duration: str, untils: list[str], epoch: int):
     sizes = [8, 4, 2][: len(untils)]
     phases = [Phase(s, Time.from_timestring(u)) for s, u in zip(sizes, untils, strict=True)]
     amounts = {TimeUnit.SAMPLE: 8, TimeUnit.TOKEN: 128}
-    epoch = 100
     ends, total = walk(phases, sizes, max_duration, amounts, epoch)
-    rates = {TimeUnit.SAMPLE: 8.0, TimeUnit.TOKEN: 128.0, TimeUnit.EPOCH: 1 / epoch}
+    rates = {**amounts, TimeUnit.EPOCH: Fraction(1, epoch)}
     plan = plan_steps(phases, sizes, Time.from_timestring(max_duration), rates)
     if len(ends) == len(phases) and ends[-1] < total:
         assert plan == Plan(ends, total)
@@ -86,7 +88,7 @@ def test_the_plan_is_what_happens_step_by_step(max_duration: str, untils: list[s
 @pytest.mark.parametrize(('max_duration', 'share_of'), [('200ba', 'steps'), ('4ep', 'steps'), ('64000tok', 'data')])
 def test_a_share_is_one_of_steps_or_of_data(max_duration: str, share_of: str):
     phases = [Phase(6, Time.from_timestring('0.3dur'))]
-    rates = {TimeUnit.SAMPLE: 8.0, TimeUnit.TOKEN: 128.0, TimeUnit.EPOCH: 1 / 100}
+    rates = {TimeUnit.SAMPLE: 8, TimeUnit.TOKEN: 128, TimeUnit.EPOCH: Fraction(1, 100)}
     plan = plan_steps(phases, [6], Time.from_timestring(max_duration), rates)
     assert plan is not None
     superposed, recovery = plan.ends[0], plan.total - plan.ends[0]
@@ -116,7 +118,7 @@ def test_there_is_no_plan_where_the_loader_does_not_tell_its_amounts():
 def test_a_run_without_recovery_or_without_steps_is_refused(untils: list[str], max_duration: str, message: str):
     phases = [Phase(2, Time.from_timestring(until)) for until in untils]
     longest = Time.from_timestring(max_duration)
-    plan = plan_steps(phases, [2] * len(phases), longest, {TimeUnit.SAMPLE: 8.0})
+    plan = plan_steps(phases, [2] * len(phases), longest, {TimeUnit.SAMPLE: 8})
     with pytest.raises(ValueError, match=message):
         Schedule(phases).resolve(longest, plan)
 

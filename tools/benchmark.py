@@ -42,24 +42,25 @@ CASES = {
 def table(results: list[Result]) -> str:
     """The results in Markdown; ratios are ours to the other's, with the target each has to stay under."""
     lines = [
-        '| setting | against | ours, ms | other, ms | time ratio (quartiles) | target '
+        '| setting | against | ours, ms | other, ms | time ratio (quartiles) | rounds | target '
         '| ours, MiB | other, MiB | memory ratio | target |',
-        '|---|---|--:|--:|--:|---|--:|--:|--:|---|',
+        '|---|---|--:|--:|--:|--:|---|--:|--:|--:|---|',
     ]
     for result in results:
         low, high = result.time_ratio_quartiles
         lines.append(
             f'| {result.setting} | {result.other} | {result.ours_ms:.1f} | {result.other_ms:.1f} '
-            f'| {result.time_ratio:.3f} ({low:.3f} to {high:.3f}) '
+            f'| {result.time_ratio:.3f} ({low:.3f} to {high:.3f}) | {result.rounds} '
             f'| {_verdict(result.time_ratio, result.time_at_most)} '
-            f'| {result.ours_mib:.0f} | {result.other_mib:.0f} | {result.memory_ratio:.2f} '
+            f'| {result.ours_mib:.0f} | {result.other_mib:.0f} '
+            f'| {"" if result.memory_ratio is None else f"{result.memory_ratio:.2f}"} '
             f'| {_verdict(result.memory_ratio, result.memory_at_most)} |'
         )
     return '\n'.join(lines)
 
 
-def _verdict(ratio: float, at_most: float | None) -> str:
-    if at_most is None:
+def _verdict(ratio: float | None, at_most: float | None) -> str:
+    if ratio is None or at_most is None:
         return ''
     return f'<= {at_most:.3g}: {"met" if ratio <= at_most else "MISSED"}'
 
@@ -80,7 +81,7 @@ def main(
     typer.echo(f'{machine(on)}\n\n{table(results)}')
     if json_file:
         record = {'machine': machine(on), 'results': [asdict(result) for result in results]}
-        json_file.write_text(json.dumps(record, indent=2) + '\n')
+        json_file.write_text(json.dumps(record, indent=2, allow_nan=False) + '\n')
 
 
 if __name__ == '__main__':

@@ -11,9 +11,11 @@ input embedding) and 12 * layers * width of attention * length for attention, ea
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +25,8 @@ from composer.core import Time, TimeUnit
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from composer_tst.schedule import Phase, parse_phases, plan_steps
+from composer_tst import TokenSuperposition
+from composer_tst.schedule import Phase, plan_steps
 
 # Dense bf16 peaks in FLOP/s, by their makers.
 GPUS = {'a100': 312e12, 'h100': 989e12, 'h200': 989e12, 'b200': 2250e12}
@@ -38,8 +41,10 @@ GRIDS = (
 SAME_SCALE = 1.5
 SWEEP_BAGS = (2, 3, 4, 6, 8, 12, 16)
 SWEEP_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
-SETTINGS = {'bag_size', 'duration', 'phases', 'superpose', 'expand', 'weighting'}
+SETTINGS = sorted(inspect.signature(TokenSuperposition).parameters)
 PUBLISHED_WARMUP = 2000
+# What Hugging Face's configs call the number of experts.
+EXPERTS = ('num_experts', 'num_local_experts', 'n_routed_experts')
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -105,27 +110,39 @@ def read_run(config: DictConfig) -> Run:
         raise PlanError(f'max_duration is {text!r}: give a Composer Time in ba, tok, sp or ep, as 20000ba') from None
     if max_duration.unit not in (TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE, TimeUnit.EPOCH):
         raise PlanError(f'max_duration is {text}: give it in ba, tok, sp or ep')
-    settings: Any = OmegaConf.to_container(config, resolve=True)
-    settings = ((settings.get('algorithms') or {}).get('token_superposition')) or {}
-    unknown = sorted(set(settings) - SETTINGS)
+    settings = superposition_settings(config)
+    if not settings:
+        return Run(rows, length, max_duration, (), 'both', 'sequence', 'uniform')
+    try:
+        algorithm = TokenSuperposition(**settings)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f'algorithms.token_superposition: {error}') from error
+    phases, weighting = tuple(algorithm.schedule.phases), algorithm.weighting
+    return Run(rows, length, max_duration, phases, algorithm.superpose, algorithm.expand, weighting)
+
+
+def superposition_settings(config: DictConfig) -> dict[str, Any]:
+    """What the YAML says of `token_superposition`, empty if nothing."""
+    found: Any = config
+    for key in ('algorithms', 'algorithms.token_superposition'):
+        found = OmegaConf.select(config, key)
+        if found is None:
+            return {}
+        if not isinstance(found, DictConfig):
+            raise PlanError(f'{key} is {found!r}: give its settings by name')
+    settings: Any = OmegaConf.to_container(found, resolve=True)
+    unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
-        raise PlanError(f'algorithms.token_superposition.{unknown[0]} is no setting: use {", ".join(sorted(SETTINGS))}')
-    phases = []
-    if settings:
-        try:
-            phases = parse_phases(settings.get('bag_size'), settings.get('duration'), settings.get('phases'))
-        except ValueError as error:
-            raise PlanError(f'algorithms.token_superposition: {error}') from error
-    superpose, expand = settings.get('superpose', 'both'), settings.get('expand', 'sequence')
-    for key, found, allowed in (
-        ('superpose', superpose, ('both', 'input', 'output')),
-        ('expand', expand, ('sequence', 'batch', 'none')),
-    ):
-        if found not in allowed:
-            raise PlanError(f'algorithms.token_superposition.{key} is {found!r}: give {", ".join(allowed)}')
-    if superpose == 'output' and expand != 'none':
-        raise PlanError(f'algorithms.token_superposition.expand is {expand!r}: superpose: output needs expand: none')
-    return Run(rows, length, max_duration, tuple(phases), superpose, expand, settings.get('weighting', 'uniform'))
+        raise PlanError(f'algorithms.token_superposition.{unknown[0]} is no setting: use {", ".join(SETTINGS)}')
+    return settings
+
+
+def change_settings(config: DictConfig, bag_size: int | None, duration: str | None) -> None:
+    """Put one phase, or a part of it, into the YAML in place of what it says."""
+    given = {key: item for key, item in (('bag_size', bag_size), ('duration', duration)) if item is not None}
+    if given:
+        kept = {key: item for key, item in superposition_settings(config).items() if key != 'phases'}
+        OmegaConf.update(config, 'algorithms.token_superposition', {**kept, **given}, merge=False, force_add=True)
 
 
 # --- The model --------------------------------------------------------------------------------------------------
@@ -177,7 +194,9 @@ def build(config: DictConfig) -> Model:
         raise PlanError(f'model: {name} refuses these settings: {" ".join(str(error).split())[:300]}') from error
     count = sum(weight.numel() for weight in model.parameters())
     experts = sum(weight.numel() for key, weight in model.named_parameters() if '.experts.' in key)
-    every = next((getattr(hf, key) for key in ('num_experts', 'num_local_experts') if hasattr(hf, key)), 1)
+    every = next((getattr(hf, key) for key in EXPERTS if hasattr(hf, key)), 1)
+    if every > 1 and not experts:
+        raise PlanError(f'model: {type(model).__name__} is a mixture whose experts this cannot tell from the rest')
     active = count - experts + experts * getattr(hf, 'num_experts_per_tok', every) // every
     # A tied matrix multiplies as the head; where there is no head of its own there is but one.
     embedding = model.get_input_embeddings().weight
@@ -207,9 +226,9 @@ class PhaseCost:
 def cost_phases(run: Run, model: Model, rows_in_data: int | None) -> list[PhaseCost]:
     """The phases of a run, recovery last."""
     draws = [phase.bag_size if run.expand != 'none' else 1 for phase in run.phases]
-    per_batch = {TimeUnit.TOKEN: float(run.rows * run.length), TimeUnit.SAMPLE: float(run.rows)}
+    per_batch = {TimeUnit.TOKEN: Fraction(run.rows * run.length), TimeUnit.SAMPLE: Fraction(run.rows)}
     if rows_in_data:
-        per_batch[TimeUnit.EPOCH] = 1 / max(1, rows_in_data // run.rows)
+        per_batch[TimeUnit.EPOCH] = Fraction(1, max(1, rows_in_data // run.rows))
     plan = plan_steps(run.phases, draws, run.max_duration, per_batch)
     if plan is None:
         raise PlanError('a time is given in epochs, which needs --stats to know the length of one')
@@ -377,6 +396,8 @@ def _split_of(stats: dict, split: str, run: Run) -> dict:
 def train_split(config: DictConfig) -> str:
     """The split that the train loader reads."""
     dataset: Any = OmegaConf.select(config, 'train_loader.dataset') or {}
+    if not isinstance(dataset, (dict, DictConfig)):
+        raise PlanError(f'train_loader.dataset is {dataset!r}: give its settings by name')
     streams = list((dataset.get('streams') or {}).values())
     return (streams[0].get('split') if streams else dataset.get('split')) or 'train'
 
@@ -411,13 +432,20 @@ def table(plan: dict[str, Any], gpu: str) -> str:
     if expected:
         lines.append(
             f'expected loss       {expected["change"]:+.3f} nats against plain training at this cost, by '
-            f'{expected["source"]} ({expected["low"]:+.3f} to {expected["high"]:+.3f} over published scales)'
+            f'{expected["source"]} ({over_scales(expected)})'
         )
         if expected['extrapolation']:
             lines.append(f'                    This is an extrapolation: {expected["extrapolation"]}.')
     elif plan['superposed_share_of_steps']:
         lines.append('expected loss       not stated: no published grid has this bag size, share and weighting')
     return '\n'.join(lines)
+
+
+def over_scales(expected: dict[str, Any]) -> str:
+    """How much the published grids differ."""
+    if expected['low'] == expected['high']:
+        return 'the only published grid of these settings'
+    return f'{expected["low"]:+.3f} to {expected["high"]:+.3f} over published scales'
 
 
 def si(number: float) -> str:
@@ -430,13 +458,14 @@ def si(number: float) -> str:
 
 def sweep(run: Run, model: Model) -> list[dict[str, Any]]:
     """The plain run's steps with every bag size and share of them: data tokens and the expected change."""
-    plain = Run(run.rows, run.length, equal_steps(run), (), 'both', 'sequence', run.weighting)
+    plain = replace(run, max_duration=equal_steps(run), phases=())
     steps = int(plain.max_duration.value)
     found = []
     for bag in SWEEP_BAGS:
         for share in SWEEP_SHARES:
             superposed = int(share * steps)
-            tokens = (superposed * bag + steps - superposed) * run.rows * run.length
+            drawn = bag if run.expand != 'none' else 1
+            tokens = (superposed * drawn + steps - superposed) * run.rows * run.length
             expected = expect(plain, model, steps * run.rows * run.length, share, bag)
             found.append(
                 {'bag_size': bag, 'share': share, 'data_tokens': tokens, 'expected': expected and asdict(expected)}
@@ -447,17 +476,18 @@ def sweep(run: Run, model: Model) -> list[dict[str, Any]]:
 def sweep_table(points: list[dict[str, Any]]) -> str:
     """The sweep as a grid: change of the final loss, and data tokens."""
     lines = ['bag size' + ''.join(f'r = {share}'.rjust(18) for share in SWEEP_SHARES)]
+    whys: dict[str, str] = {}
     for bag in SWEEP_BAGS:
         cells = []
         for point in (point for point in points if point['bag_size'] == bag):
-            change = f'{point["expected"]["change"]:+.3f}' if point['expected'] else 'not stated'
-            text = f'{change} {si(point["data_tokens"])}'
-            cells.append(f'{text:>18}')
+            expected = point['expected']
+            change = f'{expected["change"]:+.3f}' if expected else 'not stated'
+            if expected and expected['extrapolation']:
+                change += whys.setdefault(expected['extrapolation'], '*' * (len(whys) + 1))
+            cells.append(f'{change} {si(point["data_tokens"])}'.rjust(18))
         lines.append(f'{bag:>8}' + ''.join(cells))
     lines.append('Each: expected change of the final loss in nats, and data tokens.')
-    whys = [point['expected']['extrapolation'] for point in points if point['expected']]
-    if any(whys):
-        lines.append(f'These are extrapolations: {next(filter(None, whys))}.')
+    lines += [f'{mark} This is an extrapolation: {why}.' for why, mark in whys.items()]
     return '\n'.join(lines)
 
 
@@ -469,10 +499,8 @@ def equal_steps(run: Run) -> Time:
     return Time.from_batch(math.ceil(run.max_duration.value / per_batch[run.max_duration.unit]))
 
 
-def write(config: DictConfig, run: Run, path: str) -> None:
-    """Write the YAML with the steps of the plain run, and a scheduler where it has another."""
-    if Path(path).exists():
-        raise PlanError(f'--write {path}: it exists: remove it or name another')
+def fill_in(config: DictConfig, run: Run) -> DictConfig:
+    """The YAML with the steps of the plain run, and a scheduler where it has another."""
     if not run.phases:
         raise PlanError('--write needs a superposition: give --bag-size and --duration, or the algorithm in the YAML')
     config = config.copy()
@@ -484,6 +512,13 @@ def write(config: DictConfig, run: Run, path: str) -> None:
         config.scheduler = {
             'name': 'warmup_stable_decay', 't_warmup': f'{warmup}ba', 't_decay': '0.1dur', 'alpha_f': 0.0
         }  # fmt: skip
+    return config
+
+
+def write(config: DictConfig, path: str) -> None:
+    """Write a YAML where there is none."""
+    if Path(path).exists():
+        raise PlanError(f'--write {path}: it exists: remove it or name another')
     try:
         Path(path).write_text(OmegaConf.to_yaml(config))
     except OSError as error:
@@ -511,12 +546,11 @@ def main(
         if not 0 < mfu <= 1:
             raise PlanError(f'--mfu {mfu}: give a share above 0 and up to 1')
         config = load(yaml, overrides or [])
-        if bag_size is not None or duration is not None:
-            given = {'bag_size': bag_size, 'duration': duration, 'phases': None}
-            for key, item in given.items():
-                OmegaConf.update(config, f'algorithms.token_superposition.{key}', item, force_add=True)
-            config.algorithms.token_superposition.pop('phases')
+        change_settings(config, bag_size, duration)
         run = read_run(config)
+        if out:
+            config = fill_in(config, run)
+            run = read_run(config)  # what is printed is what is written
         model = build(config)
         speed = gpus * GPUS[gpu] * mfu
         if sweeping:
@@ -526,7 +560,7 @@ def main(
             plan = make_plan(run, model, read_stats(stats) if stats else None, train_split(config), speed)
             print(json.dumps(plan, indent=2) if as_json else table(plan, f'{gpus} {gpu.upper()} at MFU {mfu:g}'))
         if out:
-            write(config, run, out)
+            write(config, out)
     except PlanError as error:
         typer.echo(f'error: {error}', err=True)
         raise typer.Exit(1) from None
