@@ -1,4 +1,3 @@
-# pyright: reportMissingImports=false
 """Running tools/prepare_data.py within tests, to its end or until it is killed."""
 
 import os

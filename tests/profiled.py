@@ -1,5 +1,6 @@
 """What torch does in a call, counted by its profiler: inside of its operators too."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,9 @@ def allocated_above(limit: int, call: Callable[[], object]) -> list[int]:
     return [change for change in changes if change > limit]
 
 
-def operators(call: Callable[[], object]) -> set[str]:
-    """Names of all operators, those called by others included."""
-    return {event.name() for event in _events(call)}
+def operators(call: Callable[[], object]) -> Counter[str]:
+    """How often each operator was called, by others included."""
+    return Counter(event.name() for event in _events(call))
 
 
 # The operators that read a tensor's values on the host: on a GPU each of them would wait for it.

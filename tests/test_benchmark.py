@@ -1,22 +1,16 @@
-# pyright: reportMissingImports=false
 """tools/benchmark.py: what it compares computes the same, and its table says what was measured."""
 
 import json
-import sys
 import time
 from pathlib import Path
 
+import benchmark
 import pytest
 import torch
-from conftest import REPO
-from torch import Tensor
-from typer.testing import CliRunner
-
-sys.path.insert(0, str(REPO / 'tools'))
-
-import benchmark
 import typer
 from bench import measure, operations
+from torch import Tensor
+from typer.testing import CliRunner
 
 from composer_tst.embedding import bag_embedding
 from composer_tst.loss import multi_hot_cross_entropy

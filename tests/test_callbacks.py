@@ -57,7 +57,7 @@ def test_the_callbacks_of_a_pretraining_run_work_in_both_phases(tiny_quickstart:
     assert exported == ['ba3', 'ba6']
 
 
-def test_async_evaluation_takes_over_the_yaml_without_superposition(tmp_path: Path):
+def test_async_evaluation_takes_over_the_yaml_without_superposition():
     parameters: Any = OmegaConf.to_container(OmegaConf.load(TST), resolve=True)
     evaluation = get_eval_parameters({**parameters, 'icl_tasks': []}, 'checkpoint', 'tst')
     assert 'algorithms' not in evaluation

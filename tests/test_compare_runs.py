@@ -1,19 +1,14 @@
 """tools/compare_runs.py on event files whose curves, and so whose answers, are known."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
+import compare_runs
 import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-TOOL = Path(__file__).parents[1] / 'tools' / 'compare_runs.py'
-_spec = importlib.util.spec_from_file_location('compare_runs', TOOL)
-assert _spec is not None
-assert _spec.loader is not None
-compare_runs = sys.modules.setdefault('compare_runs', importlib.util.module_from_spec(_spec))
-_spec.loader.exec_module(compare_runs)
+TOOL = compare_runs.__file__
 Series = compare_runs.Series
 
 

@@ -1,18 +1,13 @@
-# pyright: reportMissingImports=false
 """tools/evidence.py: its sums against sums by hand, and a real run of it, tiny."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import evidence
 import pytest
 import trainings
-from conftest import REPO, SEQ_LEN, VOCAB_SIZE
-
-sys.path.insert(0, str(REPO / 'tools'))
-
-import evidence
+from conftest import SEQ_LEN, VOCAB_SIZE
 from experiments import report
 from experiments.settings import BASELINE, BASELINES, CPU, FINALISTS, PUBLISHED, Experiment, experiments, finals, phases
 from experiments.training import Job, Result

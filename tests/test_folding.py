@@ -70,13 +70,16 @@ def test_a_fully_attended_mask_needs_no_mask_for_the_bags():
 
 
 def test_llm_foundrys_lists_follow_their_rows():
+    def targets(rows: list[list[reference.Position]]) -> list[int]:
+        return [sum(target != -100 for position in row for target in position.targets) for row in rows]
+
     batch = make_batch(4, 6) | {'total_tokens': [6, 5, 4, 3], 'loss_generating_tokens': [5, 4, 3, 2]}
     joined = F_tst.fold_batch(batch, bag_size=2)
     assert joined['total_tokens'] == [11, 7]
-    assert joined['loss_generating_tokens'] == [int((row != -100).sum()) for row in joined['labels']]
+    assert joined['loss_generating_tokens'] == targets(reference.fold([batch], 2))
     apart = F_tst.fold_batch(batch, bag_size=2, expand='batch')
     assert apart['total_tokens'] == [6, 5, 4, 3]
-    assert len(apart['loss_generating_tokens']) == 4
+    assert apart['loss_generating_tokens'] == targets(reference.fold([batch], 2, expand='batch'))
 
 
 def test_plain_values_are_kept_and_the_batch_is_not_changed():

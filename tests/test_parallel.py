@@ -73,7 +73,7 @@ def test_every_kind_of_parallelism_trains_as_a_single_process(
         assert two['weights'][key] == pytest.approx(value, rel=1e-3), key
 
 
-def test_packed_sequences_are_kept_apart(on_two: dict[str, Any]):
+def test_sequence_ids_reach_the_attention(on_two: dict[str, Any]):
     runs = on_two['runs']
     for packed, plain in zip(runs['ddp, packed, uneven microbatches']['losses'], runs['ddp']['losses'], strict=True):
         assert packed != pytest.approx(plain, rel=1e-5)

@@ -1,20 +1,15 @@
-# pyright: reportMissingImports=false
 """tools/plan.py against sums written out by hand."""
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
+import plan
 import pytest
 from conftest import REPO
 from omegaconf import OmegaConf
 from typer.testing import CliRunner, Result
-
-sys.path.insert(0, str(REPO / 'tools'))
-
-import plan
 
 QUICKSTART = REPO / 'yamls' / 'quickstart'
 # The quickstart's model: width 128, 2 layers, vocabulary 2048, untied, no biases, RMS norms; rows of 64, 16 a step.

@@ -1,4 +1,3 @@
-# pyright: reportMissingImports=false
 """tools/prepare_data.py against a real S3 server, up to a training run that streams what it made."""
 
 import gzip

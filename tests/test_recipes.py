@@ -1,18 +1,21 @@
-"""yamls/pretrain: the published models, by count and name, and a few real steps of each."""
+"""yamls/pretrain and launch: the published models, by count and name, and a few real steps of each YAML."""
 
+import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from composer import Trainer
 from conftest import REPO, SEQ_LEN, VOCAB_SIZE
 from llmfoundry.command_utils import train
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import no_init_weights
 
-RECIPES = REPO / 'yamls' / 'pretrain'
+RECIPES, LAUNCH = REPO / 'yamls' / 'pretrain', REPO / 'yamls' / 'launch'
 MODELS = ('270m', '600m', '3b', '10b_a1b')
 # Two layers, 16 wide: what is overridden on the command line to try a recipe on a CPU.
 TINY = {
@@ -24,6 +27,12 @@ TINY = {
     'intermediate_size': 32,
 }
 TINY_EXPERTS = {'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size': 8}
+
+
+NO_WORKERS = (
+    *('train_loader.num_workers=0', 'train_loader.prefetch_factor=null', 'train_loader.persistent_workers=false'),
+    'train_loader.timeout=0',
+)
 
 
 def load(name: str) -> Any:
@@ -95,6 +104,12 @@ def test_baseline_and_superposition_differ_in_the_method_alone(name: str):
     assert tokens == (8 if name == '10b_a1b' else 2) * 2**20
 
 
+def trained(config: Any, overrides: list[str]) -> Trainer:
+    made = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
+    assert isinstance(made, DictConfig)
+    return train(made)
+
+
 @pytest.mark.parametrize('kind', ['baseline', 'tst'])
 @pytest.mark.parametrize('name', MODELS)
 def test_a_recipe_trains_on_a_cpu_with_its_sizes_overridden(name: str, kind: str, dataset: Path, tmp_path: Path):
@@ -114,17 +129,51 @@ def test_a_recipe_trains_on_a_cpu_with_its_sizes_overridden(name: str, kind: str
         *('model.init_device=cpu', 'fsdp_config=null', 'precision=fp32'),
         *('global_train_batch_size=2', 'device_train_microbatch_size=2', 'device_eval_batch_size=2'),
         *('eval_interval=4ba', 'eval_subset_num_batches=1', 'save_interval=4ba', 'log_to_console=false'),
-        *('train_loader.num_workers=0', 'eval_loader.num_workers=0'),
-        *(f'{loader}_loader.prefetch_factor=null' for loader in ('train', 'eval')),
-        *(f'{loader}_loader.persistent_workers=false' for loader in ('train', 'eval')),
+        *NO_WORKERS,
+        *(line.replace('train', 'eval') for line in NO_WORKERS if 'timeout' not in line),
     ]
     if kind == 'tst':
         overrides += ['algorithms.token_superposition.bag_size=2', 'algorithms.token_superposition.duration=0.5dur']
-    config = OmegaConf.merge(load(f'{name}_{kind}'), OmegaConf.from_dotlist(overrides))
-    assert isinstance(config, DictConfig)
-    trainer = train(config)
+    trainer = trained(load(f'{name}_{kind}'), overrides)
     assert trainer.state.timestamp.batch == 4
     assert trainer.state.timestamp.sample == 2 * (2 + 2 + 1 + 1 if kind == 'tst' else 4)
     assert all(torch.isfinite(weight).all() for weight in trainer.state.model.parameters())
     assert (tmp_path / f'{name}-{kind}' / 'checkpoints').is_dir()
     trainer.close()
+
+
+def test_the_launch_template_trains_with_its_sizes_overridden(dataset: Path, tmp_path: Path):
+    cache = tmp_path / 'cache'
+    cache.mkdir()
+    (cache / 'tokenizer').symlink_to(dataset / 'tokenizer')
+    overrides = [
+        *('model.d_model=16', 'model.n_heads=2', 'model.n_layers=1', f'model.vocab_size={VOCAB_SIZE}'),
+        *('model.init_device=cpu', 'model.attn_config.attn_impl=torch', 'model.norm_type=layernorm'),
+        *(f'variables.data={dataset}', f'variables.cache={cache}', f'variables.save={tmp_path}/runs'),
+        *('train_loader.dataset.validate_hash=null', 'fsdp_config=null', 'precision=fp32', *NO_WORKERS),
+        *(f'max_seq_len={SEQ_LEN}', 'max_duration=10ba', 'scheduler.t_warmup=1ba', 'save_interval=5ba'),
+        *('global_train_batch_size=2', 'device_train_microbatch_size=2'),
+        f'loggers.tensorboard.log_dir={tmp_path}',
+    ]
+    trainer = trained(OmegaConf.load(LAUNCH / 'train.yaml'), overrides)
+    assert trainer.state.timestamp.sample == 2 * (3 * 6 + 7)
+    # One checkpoint is kept, and that of the switch beside it.
+    files = sorted(
+        path.name for path in (tmp_path / 'runs' / 'checkpoints').rglob('*-rank0.pt') if not path.is_symlink()
+    )
+    assert files == ['ep0-ba10-rank0.pt', 'ep0-ba3-rank0.pt']
+
+
+def test_the_launch_files_are_what_their_programs_read():
+    subprocess.run(['bash', '-n', str(LAUNCH / 'slurm.sh')], check=True)
+    service, job = yaml.safe_load_all((LAUNCH / 'kubernetes.yaml').read_text())
+    (container,) = job['spec']['template']['spec']['containers']
+    (script,) = container['args']
+    subprocess.run(['bash', '-n'], input=script, text=True, check=True)
+    # Every node finds the first by the name that the service gives it.
+    assert f'--master_addr {job["metadata"]["name"]}-0.{service["metadata"]["name"]} ' in script
+    assert job['spec']['template']['spec']['subdomain'] == service['metadata']['name']
+    ranks = job['spec']['completions'] * container['resources']['limits']['nvidia.com/gpu']
+    assert f'--world_size {ranks} ' in script
+    mounted = {mount['name'] for mount in container['volumeMounts']}
+    assert mounted == {volume['name'] for volume in job['spec']['template']['spec']['volumes']}

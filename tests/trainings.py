@@ -214,6 +214,7 @@ def _train(train: Callable[[str], Trainer], yaml: str, log: str, environment: di
     os.dup2(out, 1)
     os.dup2(out, 2)
     torch.set_num_threads(1)
+    os.chdir(Path(log).parent)  # Composer makes folders named after S3 addresses where it is
 
     _register()
     train(yaml).close()
