@@ -60,7 +60,7 @@ benchmark: export OMP_NUM_THREADS := $(shell nproc)
 test: install
 	$(PYTHON) -m pytest
 
-# Random kills, two nodes, a lost S3 server: what takes too long for `make test`.
+# Random kills, two nodes, other ranks, no package, a lost S3 server: what takes too long for `make test`.
 test-faults: install
 	$(PYTHON) -m pytest -m faults -rP
 
