@@ -90,6 +90,7 @@ class TokenSuperposition(Algorithm):
                     'give that one a positive weight.'
                 )
         self._superposition: Superposition | None = None
+        self._weights = torch.empty(0)
         self._train_metrics: dict[str, Any] | None = None
         self._s_tokens = 0
         self._positions = 0
@@ -130,10 +131,10 @@ class TokenSuperposition(Algorithm):
         """Take up where a checkpoint left off; the settings are compared once all of it is loaded."""
         self.schedule.began = state['began']
         self.schedule.ended = list(state['ended'])
-        self.schedule.ends = [Time.from_timestring(end) for end in state.get('ends', [])]
+        self.schedule.ends = [Time.from_timestring(end) for end in state['ends']]
         self._s_tokens = state['s_tokens']
-        self._left_out = state.get('left_out', 0)
-        self._saved_settings = state.get('settings')
+        self._left_out = state['left_out']
+        self._saved_settings = state['settings']
 
     _EVENTS = (
         Event.INIT,
@@ -178,7 +179,7 @@ class TokenSuperposition(Algorithm):
     def _check_resumed_settings(self, batch: int) -> None:
         if self._saved_settings is None:
             return
-        begun = self.schedule.begun_at(batch)
+        begun = self.schedule.phases_begun(batch)
         under_way = begun > len(self.schedule.ended)
         changes = check_resumed_settings(self._saved_settings, self._settings(), begun, under_way)
         if changes:
@@ -191,6 +192,7 @@ class TokenSuperposition(Algorithm):
         self._detach(state)
         self._restore_loader(state)
         if self.schedule.began is None:
+            self.schedule.began = int(state.timestamp.batch)
             self._s_tokens = int(state.timestamp.token)
         if not self.schedule.finished:
             check_loader(state.train_dataloader)
@@ -199,7 +201,9 @@ class TokenSuperposition(Algorithm):
             self.schedule.resolve(state.max_duration, plan)
             report_moved_ends(self.schedule, before, state.max_duration)
             report_shares(self.schedule, state.max_duration, plan, draws_more=self.expand != 'none')
-            self.schedule.advance(state.timestamp)
+            bag_size = self.schedule.bag_size
+            if self.schedule.advance(state.timestamp):
+                report_change(bag_size, self.schedule.bag_size, state.timestamp)
         if not self.schedule.finished:
             self._attach(state)
         superposed_in_epoch = not self.schedule.finished or self._epoch_start(state) < self.schedule.ended[-1]
@@ -210,11 +214,12 @@ class TokenSuperposition(Algorithm):
         """Expected steps, from what the loader tells of itself."""
         assert state.max_duration is not None
         loader = state.train_dataloader
+        draws = [self._draws(phase.bag_size) for phase in self.schedule.phases]
         per_batch: dict[TimeUnit, int | Fraction] = {}
         if state.dataloader_len is not None:
             batches = int(state.dataloader_len)
             per_batch[TimeUnit.EPOCH] = Fraction(1, batches)
-            needed = max(self._draws(phase.bag_size) for phase in self.schedule.phases)
+            needed = max(draws)
             if batches < needed:
                 raise ValueError(
                     f'The train loader has {batches} batches but one superposed step reads {needed}: '
@@ -226,8 +231,8 @@ class TokenSuperposition(Algorithm):
             row_length = getattr(getattr(loader, 'dataset', None), 'max_seq_len', None)
             if row_length is not None:
                 per_batch[TimeUnit.TOKEN] = per_batch[TimeUnit.SAMPLE] * row_length
-        draws = [self._draws(phase.bag_size) for phase in self.schedule.phases]
-        return plan_steps(self.schedule.known, draws, state.max_duration, per_batch)
+        began = self.schedule.began or 0
+        return plan_steps(self.schedule.placed, draws, state.max_duration, per_batch, began)
 
     def _draws(self, bag_size: int) -> int:
         return 1 if self.expand == 'none' else bag_size
@@ -287,8 +292,8 @@ class TokenSuperposition(Algorithm):
         """Set what depends on the bag size."""
         assert self._superposition is not None
         bag_size = self.schedule.bag_size
-        uniform = self.weighting == 'uniform'
-        self._superposition.weights = None if uniform else target_weights(self.weighting, bag_size)
+        self._weights = target_weights(self.weighting, bag_size)
+        self._superposition.weights = None if self.weighting == 'uniform' else self._weights
         self._scale_microbatch(state, 1 if self.expand == 'sequence' or self.superpose == 'output' else bag_size)
 
     def _scale_microbatch(self, state: State, scale: int) -> None:
@@ -304,14 +309,15 @@ class TokenSuperposition(Algorithm):
             self._positions = state.batch['labels'].numel()
             return
         bag_size = self.schedule.bag_size
-        rows, length = state.batch['input_ids'].shape if 'input_ids' in state.batch else (0, 0)
         batch = fold_batch(state.batch, bag_size, self.expand, self.superpose)
-        if 'loss_generating_tokens' in batch:
-            # The trainer weighs microbatches by this: by the weights of their targets, it adds up to the loss of
-            # the whole batch.
-            valid = (batch['labels'] != IGNORE_INDEX).double()
-            weights = target_weights(self.weighting, bag_size).to(valid)
-            batch['loss_generating_tokens'] = (valid * weights).sum((1, 2)).tolist()
+        rows, length = state.batch['input_ids'].shape
+        # What llm-foundry's count of tokens weighs microbatches by, which it cannot count in bags: with the weights of
+        # their targets, they add up to the loss of the whole batch.
+        valid = (batch['labels'] != IGNORE_INDEX).double()
+        batch['loss_generating_tokens'] = (valid * self._weights.to(valid)).sum((1, 2)).tolist()
+        if 'total_tokens' not in batch:
+            attended = state.batch.get('attention_mask', torch.ones_like(state.batch['input_ids'])).bool()
+            batch['total_tokens'] = attended.reshape(len(valid), -1).sum(1).tolist()
         if state.device.name == 'gpu' and getattr(state.train_dataloader, 'pin_memory', False):
             # As the loader's own batches were: from other memory, each microbatch's copy to the GPU would wait for it.
             batch = {key: value.pin_memory() if torch.is_tensor(value) else value for key, value in batch.items()}

@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor
 from composer_tst.embedding import bag_embedding
 from composer_tst.loss import multi_hot_cross_entropy
 
+_NOT_FOR_MODELS = ('labels', 'bag_mask', 'loss_generating_tokens', 'total_tokens')
+
 
 class BagLookup(nn.Embedding):
     """The lookup of an ``nn.Embedding`` that has bags to look up.
@@ -95,6 +97,11 @@ def check_model(model: Any) -> None:
             raise ValueError(f'{name} is an encoder-decoder: superposition needs a causal (decoder-only) model.')
         if not model.shift_labels:
             raise ValueError(f'{name} is no causal language model: superposition needs one (shift_labels=True).')
+        if getattr(model.config, 'output_router_logits', False) and not hasattr(model.config, 'router_aux_loss_coef'):
+            raise ValueError(
+                f'{type(model.config).__name__} does not keep the weight of its router loss in router_aux_loss_coef, '
+                'where superposition looks for it: set output_router_logits: false, or use another mixture of experts.'
+            )
         if getattr(getattr(model.model, 'transformer', None), 'mb_args', None) is not None:
             raise ValueError(
                 'MPT keeps the load-balancing loss of megablocks experts outside its outputs, where superposition '
@@ -166,11 +173,12 @@ class Superposition:
         cast(nn.Embedding, self._embedding).__class__ = self._embedding_class
 
     def _take_apart(self, model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Bags ``(B, P, s)`` of a folded batch go to the embedding, ids ``(B, P)`` and the rest to the model."""
         batch = args[0]
         self._embedding.bags = None
         if not _is_folded(batch):
             return None
-        inputs = {key: value for key, value in batch.items() if key not in ('labels', 'bag_mask')}
+        inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_MODELS}
         ids = batch['input_ids']
         if ids.ndim == 3:
             self._embedding.bags = (ids, batch.get('bag_mask'))
@@ -179,6 +187,11 @@ class Superposition:
         return (inputs,)
 
     def _loss(self, outputs: Any, batch: Any) -> Any:
+        """Multi-hot cross-entropy of logits ``(B, P, V)`` and labels ``(B, P, s)``, and any router loss: a scalar.
+
+        Raises:
+            ValueError: If the logits are not one for each position.
+        """
         if not _is_folded(batch):
             return type(self._model).loss(self._model, outputs, batch)
         logits = _logits(outputs)

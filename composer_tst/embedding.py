@@ -62,11 +62,12 @@ class _BagEmbedding(torch.autograd.Function):
             counts = attended.sum(1, keepdim=True).clamp_min(1)
         ctx.save_for_backward(bags, attended, counts)
         ctx.rows, ctx.padding_idx = weight.shape[0], padding_idx
-        ids, offsets = bags.flatten(), torch.arange(0, bags.numel() + 1, size, device=bags.device, dtype=bags.dtype)
-        if weight.dtype in (torch.float32, torch.float64):
-            return _sum_bags(weight.detach(), ids, offsets, attended).div_(counts)
-        if weight.is_cuda and attended is None:
-            return torch.embedding_bag(weight.detach(), ids, offsets, mode=1, include_last_offset=True)[0]
+        wide = weight.dtype in (torch.float32, torch.float64)
+        if wide or (weight.is_cuda and attended is None):
+            offsets = torch.arange(0, bags.numel() + 1, size, device=bags.device, dtype=bags.dtype)
+            if wide:
+                return _sum_bags(weight.detach(), bags.flatten(), offsets, attended).div_(counts)
+            return torch.embedding_bag(weight.detach(), bags.flatten(), offsets, mode=1, include_last_offset=True)[0]
         # Elsewhere `torch.embedding_bag` rounds a low-precision sum before it is divided.
         means = weight.new_empty(bags.shape[0], weight.shape[1])
         for rows in _chunks(means):

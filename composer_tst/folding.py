@@ -1,12 +1,9 @@
 """Folding: a plain batch becomes rows of bags and the bags they must predict."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
-
-Expand = Literal['sequence', 'batch', 'none']
-Superpose = Literal['both', 'input', 'output']
 
 EXPAND = ('sequence', 'batch', 'none')
 SUPERPOSE = ('both', 'input', 'output')
@@ -28,6 +25,11 @@ def check_fold_settings(expand: str, superpose: str) -> None:
         raise ValueError(
             f'superpose: output reads single tokens, so expand: {expand} has no s-fold data to place: set expand: none.'
         )
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a batch's value is one for all rows: a number, a string or a flag."""
+    return isinstance(value, (int, float, str))
 
 
 def rows_per_fold(bag_size: int, expand: str) -> int:
@@ -76,7 +78,7 @@ def fold_batch(
         ValueError: If a needed key is missing, a key cannot be folded, or the shapes do not fit.
     """
     check_fold_settings(expand, superpose)
-    _check_batch(batch, bag_size, expand)
+    _check_batch(batch, bag_size, expand, superpose)
     ids = batch['input_ids']
     rows, length = ids.shape
     joined = rows_per_fold(bag_size, expand)
@@ -91,7 +93,7 @@ def fold_batch(
     if mask is not None:
         labels = labels.masked_fill(~mask.bool(), IGNORE_INDEX)
 
-    folded: dict[str, Any] = {key: value for key, value in batch.items() if isinstance(value, (int, float, str, bool))}
+    folded: dict[str, Any] = {key: value for key, value in batch.items() if is_plain(value)}
     if superpose == 'output':
         folded |= {key: batch[key] for key in ('input_ids', 'attention_mask', 'sequence_id') if key in batch}
         following = torch.nn.functional.pad(labels[:, 1:], (0, bag_size), value=IGNORE_INDEX)
@@ -129,7 +131,7 @@ _FOLDED_KEYS = {
 }
 
 
-def _check_batch(batch: Mapping[str, Any], bag_size: int, expand: str) -> None:
+def _check_batch(batch: Mapping[str, Any], bag_size: int, expand: str, superpose: str) -> None:
     if not isinstance(batch, Mapping):
         raise ValueError(
             f'The train loader yields {type(batch).__name__}: superposition needs a mapping with input_ids and labels.'
@@ -139,7 +141,7 @@ def _check_batch(batch: Mapping[str, Any], bag_size: int, expand: str) -> None:
     for key in ('input_ids', 'labels'):
         if key not in batch:
             raise ValueError(f'The batch has no {key} (it has {", ".join(batch)}): have the collator add it.')
-    unknown = [k for k, v in batch.items() if k not in _FOLDED_KEYS and not isinstance(v, (int, float, str, bool))]
+    unknown = [key for key, value in batch.items() if key not in _FOLDED_KEYS and not is_plain(value)]
     if unknown:
         raise ValueError(
             f'Superposition cannot fold {", ".join(unknown)}: have the collator leave it out of the batch.'
@@ -156,10 +158,10 @@ def _check_batch(batch: Mapping[str, Any], bag_size: int, expand: str) -> None:
             f'expand: sequence joins {bag_size} rows into one, but the batch has {rows} rows: '
             f'give a multiple of {bag_size}.'
         )
-    if expand != 'sequence' and bag_size > length:
+    if expand != 'sequence' and superpose != 'output' and length < 2 * bag_size:
         raise ValueError(
-            f'bag_size is {bag_size} but a row has {length} tokens: use a smaller bag_size, longer rows, '
-            'or expand: sequence.'
+            f'bag_size is {bag_size} but a row has {length} tokens, so that no bag has a next one to predict: use a '
+            'smaller bag_size, longer rows, or expand: sequence.'
         )
 
 

@@ -10,6 +10,8 @@ import wrapt
 from composer.utils import dist
 from streaming import StreamingDataset
 
+from composer_tst.folding import is_plain
+
 log = logging.getLogger(__name__)
 
 
@@ -67,6 +69,9 @@ class BagLoader(wrapt.ObjectProxy):
             batch = merge_batches(group)
             rows = len(batch['input_ids'])
             used = self._usable_rows(rows, complete=len(group) == draws, draws=draws)
+            if used:
+                yield {key: value if is_plain(value) else value[:used] for key, value in batch.items()}
+            # After the step: a checkpoint of it has not counted them, and a run that resumes there draws them again.
             if used < rows:
                 log.warning(
                     'The last %d samples of the epoch on this rank are left out: they do not fill a step that '
@@ -75,8 +80,6 @@ class BagLoader(wrapt.ObjectProxy):
                     draws,
                 )
                 self._self_leave_out(rows - used)
-            if used:
-                yield {key: value if _is_plain(value) else value[:used] for key, value in batch.items()}
 
     def _usable_rows(self, rows: int, complete: bool, draws: int) -> int:
         if not complete and getattr(self.__wrapped__, 'drop_last', False):
@@ -98,12 +101,20 @@ def merge_batches(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             plain values.
     """
     first = batches[0]
-    if not isinstance(first, Mapping) or 'input_ids' not in first:
-        kind = ', '.join(first) if isinstance(first, Mapping) else type(first).__name__
-        raise ValueError(f'The train loader yields {kind}: superposition needs a mapping with input_ids and labels.')
+    for batch in batches:
+        if not isinstance(batch, Mapping) or 'input_ids' not in batch:
+            kind = ', '.join(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(
+                f'The train loader yields {kind}: superposition needs a mapping with input_ids and labels.'
+            )
+        if batch.keys() != first.keys():
+            raise ValueError(
+                f'Of the batches of one step one has {", ".join(first)}, another {", ".join(batch)}: have the collator '
+                'give all of them the same.'
+            )
     merged: dict[str, Any] = {}
     for key, value in first.items():
-        values: list[Any] = [batch.get(key) for batch in batches]
+        values: list[Any] = [batch[key] for batch in batches]
         if isinstance(value, torch.Tensor):
             if any(not isinstance(v, torch.Tensor) or v.shape[1:] != value.shape[1:] for v in values):
                 shapes = [tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in values]
@@ -139,7 +150,3 @@ def check_epoch_is_whole(loader: Any, length: int, samples: int) -> None:
             f'The epoch ended after {batches} of {length} loader batches: if data could not be read, the reason is '
             'above; resume once it can be.'
         )
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (int, float, str, bool))

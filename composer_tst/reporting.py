@@ -12,8 +12,9 @@ log = logging.getLogger(__name__)
 
 def report_moved_ends(schedule: Schedule, before: Sequence[Time], max_duration: Time) -> None:
     """Say which phases end elsewhere than at the moments ``before``, which a resumed run had of its checkpoint."""
-    for phase, old, new in zip(schedule.phases, before, schedule.ends, strict=False):
-        if old != new:
+    moments = list(zip(schedule.phases, before, schedule.ends, strict=False))
+    for phase, old, new in moments[len(schedule.ended) :]:
+        if old.to_timestring() != new.to_timestring():  # times of different units cannot be compared
             log.info(
                 'The phase with bag_size %d now ends at %s, not %s: it lasts until %s of a max_duration of %s.',
                 phase.bag_size,

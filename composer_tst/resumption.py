@@ -40,7 +40,7 @@ def check_resumed_settings(saved: Mapping[str, Any], current: Mapping[str, Any],
             _refuse_if_changed(name, saved[name], current[name])
 
     changes = [f'{name} is {current[name]} and was {saved[name]}' for name in names if current[name] != saved[name]]
-    if before != now:
+    if saved['phases'] != current['phases']:
         changes.append(f'phases is {current["phases"]} and was {saved["phases"]}')
     return '; '.join(changes)
 

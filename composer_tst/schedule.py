@@ -101,6 +101,7 @@ def plan_steps(
     draws: Sequence[int],
     max_duration: Time,
     per_batch: Mapping[TimeUnit, int | Fraction],
+    began: int = 0,
 ) -> Plan | None:
     """Work out at which step each phase ends and how many steps the run takes.
 
@@ -112,6 +113,7 @@ def plan_steps(
         draws: Loader batches read for one step of each phase.
         max_duration: The length of training, in ba, tok, sp or ep.
         per_batch: Tokens, samples and epochs in one loader batch, all ranks together, as far as they are known.
+        began: The step at which superposition begins; each before it reads one loader batch.
 
     Returns:
         Plan | None: None if a time is given in a unit whose amount in a loader batch is not known.
@@ -124,7 +126,7 @@ def plan_steps(
     def ends_if(total: int) -> tuple[list[int], int]:
         """The step each phase ends at in a run of ``total`` steps, and the loader batches such a run reads."""
         ends: list[int] = []
-        step = read = 0
+        step = read = min(began, total)
         for phase, drawn in zip(phases, draws, strict=True):
             until = phase.until
             if until.unit == TimeUnit.BATCH:
@@ -161,7 +163,8 @@ class Schedule:
 
     Attributes:
         phases: The phases, from coarse to fine.
-        began: The batch at which superposition began: 0 unless it was added to a run already under way.
+        began: The batch at which superposition began, None before training: 0 unless it was added to a run already
+            under way.
         ended: For each phase that has ended, the batch at which it did.
         ends: The moment each phase ends, once the length of training is known.
     """
@@ -178,7 +181,7 @@ class Schedule:
         return len(self.ended) >= len(self.phases)
 
     @property
-    def known(self) -> list[Phase]:
+    def placed(self) -> list[Phase]:
         """The phases, with those that have ended placed where they did, whatever the length of training is now."""
         ended = [
             Phase(phase.bag_size, Time(end, TimeUnit.BATCH))
@@ -186,7 +189,7 @@ class Schedule:
         ]
         return ended + self.phases[len(ended) :]
 
-    def begun_at(self, batch: int) -> int:
+    def phases_begun(self, batch: int) -> int:
         """How many phases have taken a step once ``batch`` steps are done; recovery counts as one."""
         if self.began is None:
             return 0
@@ -217,7 +220,7 @@ class Schedule:
             ValueError: If a phase has no steps, or the last one ends at or past the end of training.
         """
         self.ends = []
-        for index, phase in enumerate(self.known):
+        for index, phase in enumerate(self.placed):
             end = phase.until
             if end.unit == TimeUnit.DURATION:
                 if max_duration.unit == TimeUnit.EPOCH:
@@ -244,8 +247,11 @@ class Schedule:
             return
         if plan.ends[-1] >= plan.total:
             raise ValueError(past_end)
-        for index, (phase, start, end) in enumerate(zip(self.phases, [0, *plan.ends], plan.ends, strict=False)):
-            if index >= len(self.ended) and end <= start:
+        began = self.began or 0
+        starts = [began, *plan.ends]
+        for index, (phase, start, end) in enumerate(zip(self.phases, starts, plan.ends, strict=False)):
+            # One that was past when superposition was added to a run is left out, and said to be.
+            if index >= len(self.ended) and end <= start and not 0 < end <= began:
                 raise ValueError(
                     f'The phase with bag_size {phase.bag_size} until {phase.until.to_timestring()} has no steps: '
                     f'it begins at step {start} and ends at step {end} of {plan.total}.'
@@ -261,8 +267,6 @@ class Schedule:
             bool: Whether any phase ended.
         """
         batch = int(timestamp.batch)
-        if self.began is None:
-            self.began = batch
         before = len(self.ended)
         while not self.finished:
             end = self.ends[len(self.ended)]

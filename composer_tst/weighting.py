@@ -7,7 +7,7 @@ import torch
 
 Weighting = str | Sequence[float]
 
-# Weight of the k-th target, k from 1, before normalising (paper, section on loss weighting).
+# Weight of the k-th target, k from 1, before normalising (arXiv 2605.06546).
 _RULES = {
     'uniform': lambda k: 1.0,
     'power_law': lambda k: 1.0 / k,

@@ -14,6 +14,8 @@ from transformers import (
     BertForMaskedLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    JetMoeConfig,
+    JetMoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
@@ -48,6 +50,18 @@ class Detached(nn.Embedding):
 TINY: dict[str, Any] = {'vocab_size': VOCAB_SIZE, 'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2}
 
 
+JETMOE: dict[str, Any] = {
+    'vocab_size': VOCAB_SIZE,
+    'hidden_size': 16,
+    'num_hidden_layers': 1,
+    'num_key_value_heads': 2,
+    'kv_channels': 8,
+    'intermediate_size': 16,
+    'num_local_experts': 2,
+    'num_experts_per_tok': 1,
+}
+
+
 def peft_model():
     model = LlamaForCausalLM(LlamaConfig(intermediate_size=16, **TINY))
     return hugging_face(model, peft_config=LoraConfig(task_type='CAUSAL_LM', target_modules=['q_proj']))
@@ -71,6 +85,10 @@ def test_the_embedding_of_ones_own_model_is_its_only_one():
             'is an encoder-decoder',
         ),
         (peft_model, 'wrapped by PEFT: superposition is for pre-training'),
+        (
+            lambda: hugging_face(JetMoeForCausalLM(JetMoeConfig(**JETMOE, output_router_logits=True))),
+            'JetMoeConfig does not keep the weight of its router loss',
+        ),
         (lambda: Bare(nn.Embedding(7, 4), nn.Embedding(7, 4)), 'Bare has 2 nn.Embedding modules'),
         (lambda: Bare(), 'Bare has 0 nn.Embedding modules .* define get_input_embeddings'),
         (lambda: Bare(Detached(7, 4)), 'Detached does not look ids up through nn.Embedding.forward'),

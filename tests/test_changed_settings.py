@@ -70,6 +70,7 @@ def test_what_was_trained_with_cannot_change(saved: Path, batch: int, settings: 
         (2, {'phases': phases((4, '2ba'), (3, '3ba'))}, [3, 1, 1, 1, 1, 1]),
         (3, {'phases': phases((4, '1ba'), (2, '4ba'))}, [2, 1, 1, 1, 1]),
         (4, {'phases': phases((4, '2ba'), (2, '4ba'), (2, '6ba'))}, [2, 2, 1, 1]),
+        (1, {'phases': phases((4, '2ba'), (2, '64sp'))}, [4, 2, 2, 2, 2, 1, 1]),  # 4 + 4 + 2 + 2 + 2 + 2 batches of 4
         (5, {'phases': phases((4, '2ba'), (2, '7ba'))}, [1, 1, 1]),
     ],
 )
@@ -79,6 +80,28 @@ def test_what_is_past_or_to_come_may_change_and_is_logged(
     with caplog.at_level(logging.INFO, logger='composer_tst'):
         assert resume(saved, batch, **settings) == sizes
     assert sum('resumes with other settings' in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize('unit', ['sp', 'tok'])
+def test_a_run_as_long_as_its_data_resumes_in_any_phase(unit: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """An end that was a number of samples or tokens is one of batches once it is past."""
+    length = {'sp': '160sp', 'tok': f'{160 * 12}tok'}[unit]
+    shares = phases((4, '0.2dur'), (2, '0.5dur'))
+
+    def run(**load: Any) -> list[float]:
+        trainer, logger = make_trainer(
+            llama(), random_loader(192, length=12), TokenSuperposition(phases=shares), length, **load
+        )
+        trainer.fit()
+        trainer.close()
+        return logged(logger, 'superposition/bag_size')
+
+    sizes = run(save_folder=str(tmp_path), save_interval='1ba')
+    assert set(sizes) == {4, 2, 1}
+    with caplog.at_level(logging.INFO, logger='composer_tst'):
+        for batch in (1, sizes.index(2) + 1, sizes.index(1) + 1):
+            assert run(load_path=str(tmp_path / f'ep0-ba{batch}-rank0.pt')) == sizes[batch:]
+    assert not [record for record in caplog.records if 'now ends at' in record.getMessage()]
 
 
 def test_insisting_goes_on_with_the_new_settings_from_there(saved: Path):

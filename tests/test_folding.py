@@ -33,7 +33,7 @@ SHAPES = [(s, expand, superpose) for s in (2, 3, 5, 16) for expand, superpose in
 @pytest.mark.parametrize(('bag_size', 'expand', 'superpose'), SHAPES)
 @pytest.mark.parametrize('padded', [False, True])
 def test_fold_equals_the_definition(bag_size: int, expand: str, superpose: str, padded: bool):
-    batch = make_batch(2 * bag_size, 17, padded)
+    batch = make_batch(2 * bag_size, 35, padded)
     folded = F_tst.fold_batch(batch, bag_size=bag_size, expand=expand, superpose=superpose)
     rows = reference.fold([batch], bag_size, expand, superpose)
     ids = folded['input_ids'].unsqueeze(-1) if superpose == 'output' else folded['input_ids']
@@ -105,6 +105,7 @@ ids = torch.zeros(4, 6, dtype=torch.long)
         ({'input_ids': ids[:3], 'labels': ids[:3]}, {}, 'the batch has 3 rows'),
         ({'input_ids': ids, 'labels': ids}, {'bag_size': 7, 'expand': 'batch'}, 'bag_size is 7 but a row has 6'),
         ({'input_ids': ids, 'labels': ids}, {'bag_size': 7, 'expand': 'none'}, 'bag_size is 7 but a row has 6'),
+        ({'input_ids': ids, 'labels': ids}, {'bag_size': 4, 'expand': 'batch'}, 'no bag has a next one to predict'),
         ({'input_ids': ids, 'labels': ids}, {'expand': 'rows'}, "expand is 'rows'"),
         ({'input_ids': ids, 'labels': ids}, {'superpose': 'none'}, "superpose is 'none'"),
         ({'input_ids': ids, 'labels': ids}, {'superpose': 'output'}, 'set expand: none'),

@@ -68,6 +68,16 @@ def test_the_tail_of_an_epoch_is_used_or_counted(
         assert f'The last {left_out} samples of the epoch' in messages[0]
 
 
+def test_the_tail_is_counted_after_the_step_before_it():
+    """A checkpoint of that step has not counted it: a run that resumes there draws it again, and counts it."""
+    counted: list[int] = []
+    steps = iter(bag_loader(numbers(17), 3, leave_out=counted.append))
+    assert [len(next(steps)['input_ids']) for _ in range(3)] == [6, 6, 3]
+    assert counted == []
+    assert next(steps, None) is None
+    assert counted == [2]
+
+
 def test_it_is_the_loader_in_all_but_iteration():
     loader = numbers(12)
     bags = bag_loader(loader, 3)
@@ -90,6 +100,9 @@ def test_tensors_lists_and_plain_values_are_merged():
     assert merged['flag'] is True
 
 
+zero = torch.zeros(1)
+
+
 @pytest.mark.parametrize(
     ('batches', 'message'),
     [
@@ -97,7 +110,15 @@ def test_tensors_lists_and_plain_values_are_merged():
         ([{'ids': 1}, {'ids': 1}], 'needs a mapping with input_ids'),
         ([{'input_ids': torch.zeros(2, 3)}, {'input_ids': torch.zeros(2, 4)}], 'input_ids comes in shapes'),
         ([{'input_ids': torch.zeros(2, 3)}, {'input_ids': None}], 'input_ids comes in shapes'),
-        ([{'input_ids': torch.zeros(1), 'n': 1}, {'input_ids': torch.zeros(1), 'n': 2}], 'n differs'),
+        (
+            [{'input_ids': torch.zeros(1)}, {'input_ids': torch.zeros(1), 'mask': torch.zeros(1)}],
+            'another input_ids, mask',
+        ),
+        (
+            [{'input_ids': torch.zeros(1), 'n': [1]}, {'input_ids': torch.zeros(1)}],
+            'one has input_ids, n, another input_ids:',
+        ),
+        ([{'input_ids': zero, 'n': 1}, {'input_ids': zero, 'n': 2}], 'n differs'),
     ],
 )
 def test_batches_that_do_not_fit_together_are_refused(batches: list, message: str):

@@ -136,6 +136,7 @@ def at_batch(batch: int) -> Timestamp:
 def test_ended_phases_stay_ended_and_every_step_keeps_its_bag_size():
     phases = [Phase(4, Time.from_timestring('0.1dur')), Phase(2, Time.from_timestring('0.3dur'))]
     schedule = Schedule(phases)
+    schedule.began = 0
     longest = Time.from_timestring('10ba')
     schedule.resolve(longest, plan_steps(phases, [4, 2], longest, {}))
     sizes = []
@@ -152,6 +153,30 @@ def test_ended_phases_stay_ended_and_every_step_keeps_its_bag_size():
 
 def test_superposition_added_to_a_run_under_way_begins_there():
     schedule = Schedule([Phase(4, Time.from_timestring('8ba'))])
+    schedule.began = 5
     schedule.resolve(Time.from_timestring('20ba'), None)
     schedule.advance(at_batch(5))
     assert [schedule.bag_size_at(batch) for batch in (0, 4, 5)] == [1, 1, 4]
+
+
+def test_the_plan_of_superposition_added_to_a_run_under_way():
+    rates = {TimeUnit.TOKEN: 128, TimeUnit.EPOCH: Fraction(1, 100)}
+    # 50 plain batches, 10 steps of 4, and of 150 batches worth of tokens 60 are left, in steps of 2.
+    phases = [Phase(4, Time.from_timestring('60ba')), Phase(2, Time.from_timestring(f'{150 * 128}tok'))]
+    longest = Time.from_timestring('200ba')
+    plan = plan_steps(phases, [4, 2], longest, rates, began=50)
+    assert plan == Plan([60, 90], 200)
+    schedule = Schedule(phases)
+    schedule.began = 50
+    schedule.resolve(longest, plan)
+    # Of 2 epochs of 100 batches 50 are read: e - 50 steps of 6 and T - e of one read 150, where e is 0.3 T.
+    share = [Phase(6, Time.from_timestring('0.3dur'))]
+    plan = plan_steps(share, [6], Time.from_timestring('2ep'), rates, began=50)
+    assert plan == Plan([54], 180)
+    assert 50 + 4 * 6 + 126 == 200
+    # One that is past already is left out.
+    schedule = Schedule([Phase(4, Time.from_timestring('40ba')), Phase(2, Time.from_timestring('60ba'))])
+    schedule.began = 50
+    schedule.resolve(longest, plan_steps(schedule.phases, [4, 2], longest, rates, began=50))
+    assert schedule.advance(at_batch(50))
+    assert schedule.bag_size == 2

@@ -62,16 +62,17 @@ def test_the_first_step_equals_the_definition(family: str, superpose: str, expan
 
 
 @pytest.mark.parametrize('weighting', ['power_law', 'exponential', 'first', [0.5, 0, 2]])
-@pytest.mark.parametrize('on_tokens', [False, True])
-def test_a_padded_batch_whole_or_in_uneven_microbatches_weighed_by_tokens(weighting: Any, on_tokens: bool):
-    """llm-foundry's lists say how to weigh microbatches; without them, only the whole batch equals the definition."""
+@pytest.mark.parametrize('on_tokens', ['', 'counted', 'listed'])
+def test_a_padded_batch_whole_or_in_uneven_microbatches_weighed_by_tokens(weighting: Any, on_tokens: str):
+    """With llm-foundry's count of tokens, with or without its lists; without it, the whole batch alone is the same."""
     model, grads = llama(), Grads()
     length = 12
     loader = random_loader(length=length, pad_from=lambda i: length if i % 3 == 0 else 1 + i % length)
     if on_tokens:
         count = get_tokens_per_batch_func()
+        lists = LossGeneratingTokensCollatorWrapper(default_collate, count)
         loader = DataLoader(
-            loader.dataset, batch_size=4, collate_fn=LossGeneratingTokensCollatorWrapper(default_collate, count)
+            loader.dataset, batch_size=4, collate_fn=lists if on_tokens == 'listed' else default_collate
         )
         train = DataSpec(loader, get_num_tokens_in_batch=count)
     else:
@@ -85,7 +86,7 @@ def test_a_padded_batch_whole_or_in_uneven_microbatches_weighed_by_tokens(weight
         algorithm,
         max_duration='2ba',
         callbacks=[grads],
-        accumulate_train_batch_on_tokens=on_tokens,
+        accumulate_train_batch_on_tokens=bool(on_tokens),
         device_train_microbatch_size=3 if on_tokens else 4,
     )
     run[0].fit()
