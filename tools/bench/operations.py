@@ -34,7 +34,8 @@ def one_log_softmax(logits: Tensor, targets: Tensor) -> Tensor:
 
 def loss_cases(device: torch.device) -> Iterator[Case]:
     """Forward and backward of the loss, down to the gradient of the logits."""
-    elements = 1 << (28 if device.type == 'cuda' else 23)
+    gpu = device.type == 'cuda'
+    elements = 1 << (28 if gpu else 23)
     for dtype in (torch.float32, torch.bfloat16):
         for vocabulary in (32768, 50257, 131072):
             for bag_size in BAG_SIZES:
@@ -46,6 +47,8 @@ def loss_cases(device: torch.device) -> Iterator[Case]:
                 def gradient(loss: Callable[[Tensor, Tensor], Tensor], logits=logits, targets=targets) -> Call:
                     return lambda: torch.autograd.grad(loss(logits, targets), logits)
 
+                # Were it as fast as the kernels, they would not earn their place.
+                compiled = [Other('the same compiled', gradient(torch.compile(one_log_softmax)))] if gpu else []
                 yield Case(
                     f'loss s={bag_size} V={vocabulary} N={rows} {_name(dtype)}',
                     gradient(multi_hot_cross_entropy),
@@ -62,11 +65,12 @@ def loss_cases(device: torch.device) -> Iterator[Case]:
                             time_at_most={6: 1 / 7, 16: 1 / 20}.get(bag_size),
                         ),
                         Other('patch-level listing: one log-softmax, s nll', gradient(one_log_softmax)),
+                        *compiled,
                         # The loss must read the logits twice and write a gradient: at a copy's bandwidth, 1.5 of it.
                         Other(
                             'a copy of the logits',
                             lambda logits=logits, copy=copy: copy.copy_(logits.detach()),
-                            time_at_most=1.5 / 0.8 if device.type == 'cuda' else None,
+                            time_at_most=1.5 / 0.8 if gpu else None,
                         ),
                     ),
                 )
