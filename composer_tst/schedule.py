@@ -227,7 +227,7 @@ class Schedule:
                     if plan is None:
                         raise ValueError(
                             f'{end.to_timestring()} of {max_duration.to_timestring()} cannot be placed because the '
-                            'train loader has no length: give max_duration in ba, tok or sp.'
+                            'train loader does not say what a batch holds: give max_duration in ba.'
                         )
                     end = Time(plan.ends[index], TimeUnit.BATCH)
                 else:

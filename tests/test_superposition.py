@@ -399,3 +399,29 @@ def test_the_speed_monitor_counts_the_flops_of_the_model_and_the_tokens_of_the_d
     tokens_per_second = logged(logger, 'throughput/tokens_per_sec')
     tokens_per_batch = [t / b for t, b in zip(tokens_per_second, batches_per_second, strict=True)]
     assert tokens_per_batch == pytest.approx([144, 144, 48, 48])
+
+
+def test_samples_left_out_are_logged_at_the_end_of_each_epoch():
+    # Batches of 4, 4, 4 and of 4, 4, 2 rows: the last of the 22 does not make a row of 3.
+    trainer, logger = make_trainer(
+        llama(), random_loader(rows=22, drop_last=False), TokenSuperposition(bag_size=3, duration='2ba'), '8ba'
+    )
+    trainer.fit()
+    assert logged(logger, 'superposition/samples_left_out') == [1, 1]
+
+
+def test_shares_of_epochs_beside_tokens_need_a_loader_that_says_how_many_it_has():
+    phases = [{'bag_size': 4, 'until': '0.2dur'}, {'bag_size': 2, 'until': '900tok'}]
+    trainer, _ = make_trainer(llama(), random_loader(), TokenSuperposition(phases=phases), '2ep')
+    with pytest.raises(ValueError, match='0.2dur of 2ep cannot be placed because the train loader does not say what a'):
+        trainer.fit()
+
+
+def test_epochs_that_superposition_shortens_are_warned_of(caplog: pytest.LogCaptureFixture):
+    algorithm = TokenSuperposition(bag_size=3, duration='0.5dur')
+    trainer, _ = make_trainer(llama(), random_loader(rows=96), algorithm, '1ep')
+    with caplog.at_level(logging.WARNING, logger='composer_tst'):
+        trainer.fit()
+    # 24 batches: 6 steps of 3, 6 of one.
+    assert 'reads 1ep in about 12 steps' in caplog.text
+    assert trainer.state.timestamp.batch == 12
