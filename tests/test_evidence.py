@@ -73,8 +73,11 @@ def test_the_page_of_every_experiment_also_with_a_run_that_diverged(tmp_path: Pa
     diverged = next(setting for setting in done[0].settings if setting.algorithm)
     runs.results[Job(diverged, 18, 0.001, CPU)] = Result(float('inf'), 100, 1000, 10, 1.0)
     page = tmp_path / 'evidence.md'
+    report.write(page, runs, done[:-1], done[-1:])
+    assert f'Not run yet: {done[-1].title}.' in page.read_text()
     report.write(page, runs, done)
     text = page.read_text()
+    assert 'Not run yet' not in text
     listed = [setting for experiment in done if experiment.form != 'grid' for setting in experiment.settings]
     assert all(f'| {setting.name} |' in text for setting in listed)
     assert f'| {diverged.name} | 3 | diverged |' in text

@@ -38,17 +38,15 @@ def main(
     train(Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates)
     lr = min(results, key=lambda job: results[job].final_loss).lr
     done: list[Experiment] = []
-
-    def report(experiment: Experiment) -> None:
+    to_come = experiments(size)
+    while to_come:
+        experiment = to_come.pop(0)
         train(Job(setting, seed, lr, size) for setting in experiment.settings for seed in experiment.seeds)
         done.append(experiment)
-        write(page, Runs(results, lr, size), done)
-
-    for experiment in experiments(size):
-        report(experiment)
-    if size.whole:
-        first = {job.setting: result.final_loss for job, result in results.items() if job.seed == size.seeds[0]}
-        report(finals(size, first))
+        if size.whole and len(done) == len(experiments(size)):
+            first = {job.setting: result.final_loss for job, result in results.items() if job.seed == size.seeds[0]}
+            to_come.append(finals(size, first))
+        write(page, Runs(results, lr, size), done, to_come)
 
 
 if __name__ == '__main__':

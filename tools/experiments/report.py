@@ -183,12 +183,14 @@ def _finish(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def write(output: Path, runs: Runs, experiments: Sequence[Experiment]) -> None:
-    """Write the page, and its pictures beside it."""
+def write(output: Path, runs: Runs, experiments: Sequence[Experiment], to_come: Sequence[Experiment] = ()) -> None:
+    """Write the page on the experiments that are done, and its pictures beside it."""
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = [setting for experiment in experiments for setting in experiment.settings]
     draw_settings(runs, settings, output.with_name(f'{output.stem}_settings.png'))
     parts = [_head(runs), '## What it says', verdict(runs, experiments), _CHANCE]
+    if to_come:
+        parts += [f'Not run yet: {", ".join(experiment.title for experiment in to_come)}.']
     parts += [f'![Every setting]({output.stem}_settings.png)']
     for experiment in experiments:
         parts += [f'## {experiment.title}', experiment.question]
