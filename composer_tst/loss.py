@@ -99,17 +99,20 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
         else:
             lse = None
             nats = torch.empty_like(weights)
-            # The buffer of the gradient, filled here already, so that exponentials are computed once.
-            if trained and not torch.compiler.is_compiling():
+            # The buffer of the gradient, filled here already, so that exponentials are computed once: on a CPU,
+            # where they take longer than reading the logits.
+            if trained and logits.is_cpu and not torch.compiler.is_compiling():
                 ctx.softmax = torch.empty(logits.shape, dtype=weights.dtype, device=logits.device)
             for rows in _chunks(logits):
                 z = logits[rows].to(weights.dtype)
                 if ctx.softmax is None:
                     nats[rows] = -z.log_softmax(-1).gather(1, targets[rows])
                 else:
-                    p = torch.softmax(z, -1, out=ctx.softmax[rows])
-                    log_sum_exp = z.amax(-1) - p.amax(-1).log()
-                    nats[rows] = log_sum_exp[:, None] - z.gather(1, targets[rows])
+                    p = torch.softmax(z, -1, out=ctx.softmax[rows]).gather(1, targets[rows])
+                    if p.amin() >= torch.finfo(p.dtype).tiny:
+                        nats[rows] = -p.log()
+                    else:  # NaN, or too improbable for its logarithm to be exact
+                        nats[rows] = z.logsumexp(-1, keepdim=True) - z.gather(1, targets[rows])
         ctx.save_for_backward(logits, lse, targets, weights, nats)
         # A token that is masked out, with a logit of -inf, costs nothing where its weight is 0: not 0 * inf.
         return (weights * nats.masked_fill(weights == 0, 0)).sum(-1)
