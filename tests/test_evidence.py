@@ -3,14 +3,21 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import evidence
 import pytest
 import trainings
+from composer.core import Time, Timestamp, TimeUnit
 from conftest import SEQ_LEN, VOCAB_SIZE
 from experiments import report
 from experiments.settings import BASELINE, BASELINES, CPU, FINALISTS, PUBLISHED, Experiment, experiments, finals, phases
 from experiments.training import Job, Result
+from experiments.variants import RateOfItsOwn, WeightsByPhase
+from trainers import logged, make_trainer, mpt, random_loader
+
+from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
 
 assert trainings  # its server has imported what a run needs
 
@@ -51,6 +58,13 @@ def test_a_setting_wins_by_more_than_two_deviations_or_does_not():
     assert f'{unsure.name} ends 0.033 below the published recipe, which is within two' in says
 
 
+def test_a_setting_that_diverged_at_a_seed_has_not_won():
+    setting = phases((8, 0.1), (4, 0.2))
+    runs = runs_of({PUBLISHED: [3.0, 3.1, 3.2], setting: [2.9, float('inf'), 3.1]})
+    says = report.verdict(runs, [Experiment('Some', 'Which?', [PUBLISHED, setting], CPU.seeds)])
+    assert says == f'- {setting.name}: a run diverged (seeds 17, 18, 19).'
+
+
 def test_the_best_at_one_seed_are_judged_at_others():
     settings = [setting for experiment in experiments(CPU) for setting in experiment.settings]
     losses = {setting: 3.0 + i / 100 for i, setting in enumerate(dict.fromkeys(settings))}
@@ -64,6 +78,12 @@ def test_the_best_at_one_seed_are_judged_at_others():
     chosen = best.settings[2]
     runs = runs_of({PUBLISHED: [3.0, 3.0, 3.01], chosen: [1.0, 3.01, 3.0]})
     assert 'which is within two' in report.verdict(runs, [best])
+    # Also if it was run at three seeds before.
+    before = Experiment('Some', 'Which?', [PUBLISHED, chosen], CPU.seeds)
+    runs.results[Job(PUBLISHED, 20, 0.001, CPU)] = runs.results[Job(chosen, 20, 0.001, CPU)] = Result(
+        3, 100, 1000, 10, 1
+    )
+    assert f'seeds {", ".join(map(str, CPU.fresh_seeds))})' in report.verdict(runs, [before, best])
 
 
 def test_the_page_of_every_experiment_also_with_a_run_that_diverged(tmp_path: Path):
@@ -82,6 +102,35 @@ def test_the_page_of_every_experiment_also_with_a_run_that_diverged(tmp_path: Pa
     assert all(f'| {setting.name} |' in text for setting in listed)
     assert f'| {diverged.name} | 3 | diverged |' in text
     assert all((tmp_path / f'evidence_{name}.png').stat().st_size > 1000 for name in ('settings', 'grid'))
+
+
+def test_a_learning_rate_of_its_own_while_superposed():
+    given: dict[str, Any] = {'t_warmup': '10ba', 't_decay': '0.1dur'}
+    plain = WarmupStableDecayScheduler(**given)
+    half, again = RateOfItsOwn(0.3, factor=0.5, **given), RateOfItsOwn(0.3, rewarm=0.05, **given)
+    for batch in range(101):
+        state: Any = SimpleNamespace(max_duration=Time.from_batch(100), timestamp=Timestamp(batch=batch))
+        state.get_elapsed_duration = lambda batch=batch: Time(batch / 100, TimeUnit.DURATION)
+        rate = plain(state)
+        assert half(state) == rate * (0.5 if batch < 30 else 1)
+        assert again(state) == pytest.approx(rate * ((batch - 30) / 5 if 30 <= batch < 35 else 1))
+
+
+def test_weights_that_change_from_phase_to_phase():
+    phases = [{'bag_size': 2, 'until': '2ba'}, {'bag_size': 2, 'until': '4ba'}]
+    losses = []
+    for algorithm in (
+        TokenSuperposition(phases=phases, weighting='first'),
+        WeightsByPhase(['first', 'first'], phases=phases),
+        WeightsByPhase(['first', 'uniform'], phases=phases),
+    ):
+        trainer, logger = make_trainer(mpt(), random_loader(), algorithm, '5ba')
+        trainer.fit()
+        losses.append(logged(logger, 'loss/train/total'))
+    plain, same, changed = losses
+    assert same == plain
+    assert changed[:2] == plain[:2]
+    assert changed[2] != plain[2]
 
 
 def test_every_run_has_a_name_of_its_own(dataset: Path):

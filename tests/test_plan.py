@@ -222,6 +222,18 @@ def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path
         (['--mfu', '40'], '--mfu 40'),
         (['--stats', 'nowhere.json'], '--stats nowhere.json: cannot be read'),
         (['--write', 'new.yaml'], '--write needs a superposition'),
+        (
+            ['--write', 'new.yaml', '--bag-size', '4', '--duration', '0.3dur', 'scheduler.t_decay=102400tok'],
+            'scheduler.t_decay is 102400tok: give it in dur or ba',
+        ),
+        (['max_duration=0ba'], 'max_duration is 0ba: give a positive time'),
+        (['max_duration=-5ba'], 'max_duration is -5ba: give a positive time'),
+        (['algorithms.token_superposition={}'], 'needs bag_size and duration'),
+        (['algorithms.token_superposition=null'], 'needs bag_size and duration'),
+        (
+            ['algorithms.token_superposition.expand=batch', '--bag-size', '33', '--duration', '0.3dur'],
+            'max_seq_len is 64, and a row by itself needs 66 tokens for bags of 33',
+        ),
     ],
 )
 def test_what_is_wrong_gets_one_sentence(arguments: list[str], message: str):

@@ -110,8 +110,10 @@ def read_run(config: DictConfig) -> Run:
         raise PlanError(f'max_duration is {text!r}: give a Composer Time in ba, tok, sp or ep, as 20000ba') from None
     if max_duration.unit not in (TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE, TimeUnit.EPOCH):
         raise PlanError(f'max_duration is {text}: give it in ba, tok, sp or ep')
+    if max_duration.value < 1:
+        raise PlanError(f'max_duration is {text}: give a positive time')
     settings = superposition_settings(config)
-    if not settings:
+    if settings is None:
         return Run(rows, length, max_duration, (), 'both', 'sequence', 'uniform')
     try:
         algorithm = TokenSuperposition(**settings)
@@ -121,16 +123,19 @@ def read_run(config: DictConfig) -> Run:
     return Run(rows, length, max_duration, phases, algorithm.superpose, algorithm.expand, weighting)
 
 
-def superposition_settings(config: DictConfig) -> dict[str, Any]:
-    """What the YAML says of `token_superposition`, empty if nothing."""
-    found: Any = config
-    for key in ('algorithms', 'algorithms.token_superposition'):
-        found = OmegaConf.select(config, key)
-        if found is None:
-            return {}
-        if not isinstance(found, DictConfig):
-            raise PlanError(f'{key} is {found!r}: give its settings by name')
-    settings: Any = OmegaConf.to_container(found, resolve=True)
+def superposition_settings(config: DictConfig) -> dict[str, Any] | None:
+    """What the YAML says of `token_superposition`, None if it does not name it."""
+    algorithms: Any = OmegaConf.select(config, 'algorithms')
+    if algorithms is None:
+        return None
+    if not isinstance(algorithms, DictConfig):
+        raise PlanError(f'algorithms is {algorithms!r}: give its settings by name')
+    if 'token_superposition' not in algorithms:
+        return None
+    found: Any = algorithms.token_superposition
+    if found is not None and not isinstance(found, DictConfig):
+        raise PlanError(f'algorithms.token_superposition is {found!r}: give its settings by name')
+    settings: Any = OmegaConf.to_container(found, resolve=True) if found is not None else {}
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
         raise PlanError(f'algorithms.token_superposition.{unknown[0]} is no setting: use {", ".join(SETTINGS)}')
@@ -141,7 +146,7 @@ def change_settings(config: DictConfig, bag_size: int | None, duration: str | No
     """Put one phase, or a part of it, into the YAML in place of what it says."""
     given = {key: item for key, item in (('bag_size', bag_size), ('duration', duration)) if item is not None}
     if given:
-        kept = {key: item for key, item in superposition_settings(config).items() if key != 'phases'}
+        kept = {key: item for key, item in (superposition_settings(config) or {}).items() if key != 'phases'}
         OmegaConf.update(config, 'algorithms.token_superposition', {**kept, **given}, merge=False, force_add=True)
 
 
@@ -242,6 +247,12 @@ def cost_phases(run: Run, model: Model, rows_in_data: int | None) -> list[PhaseC
     bags = [(phase.bag_size, drawn) for phase, drawn in zip(run.phases, draws, strict=True)]
     for (bag, drawn), start, end in zip([*bags, (1, 1)], [0, *plan.ends], [*plan.ends, plan.total], strict=True):
         rows, length = run.rows, run.length
+        fewest = bag if run.superpose == 'output' else 2 * bag
+        if run.expand != 'sequence' and bag > 1 and length < fewest:
+            raise PlanError(
+                f'algorithms.token_superposition: max_seq_len is {length}, and a row by itself needs {fewest} tokens '
+                f'for bags of {bag}: use expand: sequence, a smaller bag_size, or longer rows'
+            )
         if bag > 1 and run.superpose != 'output' and run.expand != 'sequence':
             rows, length = rows * drawn, length // bag
         steps = end - start
@@ -512,6 +523,9 @@ def fill_in(config: DictConfig, run: Run) -> DictConfig:
         config.scheduler = {
             'name': 'warmup_stable_decay', 't_warmup': f'{warmup}ba', 't_decay': '0.1dur', 'alpha_f': 0.0
         }  # fmt: skip
+    decay = str(OmegaConf.select(config, 'scheduler.t_decay', default='0.1dur'))
+    if not decay.endswith(('dur', 'ba', 'ep')):
+        raise PlanError(f'scheduler.t_decay is {decay}: give it in dur or ba, since --write counts max_duration in ba')
     return config
 
 

@@ -73,7 +73,7 @@ class Setting:
 
     Args:
         name: How tables call it.
-        algorithm: `token_superposition`'s settings, as llm-foundry's command line takes them; none for a baseline.
+        algorithm: What superposes, as llm-foundry's command line takes it; nothing for a baseline.
         length: Steps, as a multiple of the scale's.
         warmup: Steps of warmup, as a share of all steps; the scale's own if None.
     """
@@ -95,10 +95,16 @@ class Experiment:
     form: str = 'table'
 
 
-def superposed(name: str, **algorithm: object) -> Setting:
+def superposed(name: str, algorithm: str = 'token_superposition', **settings: object) -> Setting:
     """A setting with superposition."""
+    return Setting(name, tuple(f'algorithms.{algorithm}.{key}={json.dumps(settings[key])}' for key in settings))
+
+
+def rated(name: str, **scheduler: float) -> Setting:
+    """The published recipe with a learning rate of its own while superposed."""
+    settings = ('name=rate_of_its_own', 'until=0.3', *(f'{key}={scheduler[key]:g}' for key in scheduler))
     return Setting(
-        name, tuple(f'algorithms.token_superposition.{key}={json.dumps(algorithm[key])}' for key in algorithm)
+        f'{PUBLISHED.name}, {name}', (*PUBLISHED.algorithm, *(f'scheduler.{setting}' for setting in settings))
     )
 
 
@@ -106,8 +112,9 @@ def phases(*steps: tuple[int, float], **others: object) -> Setting:
     """A setting of several phases, ``(bag size, share of steps at which it ends)`` each."""
     listed = [{'bag_size': bag_size, 'until': f'{until:g}dur'} for bag_size, until in steps]
     name = f'phases {", ".join(str(s) for s, _ in steps)} until {", ".join(f"{until:g}" for _, until in steps)}'
-    extra = ''.join(f', {value}' for value in others.values())
-    return superposed(name + extra, phases=listed, **others)
+    extra = ''.join(f', {" then ".join(value) if isinstance(value, list) else value}' for value in others.values())
+    algorithm = 'weights_by_phase' if 'weightings' in others else 'token_superposition'
+    return superposed(name + extra, algorithm, phases=listed, **others)
 
 
 BASELINE = Setting('baseline')
@@ -207,4 +214,9 @@ def beyond() -> list[Setting]:
         phases((8, 0.1), (4, 0.2), (2, 0.3), expand='batch'),
         Setting(COARSE_TO_FINE.name + ', warm-up until 0.3', COARSE_TO_FINE.algorithm, warmup=0.3),
         Setting('baseline, warm-up until 0.3', warmup=0.3),
+        rated('half the learning rate while superposed', factor=0.5),
+        rated('twice the learning rate while superposed', factor=2),
+        rated('a second warm-up until 0.35', rewarm=0.05),
+        phases((8, 0.1), (4, 0.2), (2, 0.3), weightings=['uniform', 'power_law', 'exponential']),
+        phases((4, 0.15), (4, 0.3), weightings=['uniform', 'first']),
     ]

@@ -133,6 +133,9 @@ def _train(job: Job, data: Path, folder: Path) -> None:
 def _run(overrides: list[str], attempts: int = 3) -> 'Trainer':
     from llmfoundry.command_utils import train_from_yaml
 
+    from .variants import register
+
+    register()
     try:
         return train_from_yaml(str(YAML), overrides)
     except FileExistsError:
