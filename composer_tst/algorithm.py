@@ -16,7 +16,7 @@ from composer_tst.loader import BagLoader, check_epoch_is_whole
 from composer_tst.reporting import report_change, report_moved_ends, report_no_recovery, report_shares
 from composer_tst.resumption import check_resumed_settings
 from composer_tst.schedule import Plan, Schedule, parse_phases, plan_steps
-from composer_tst.stack import check_algorithms, check_loader, forget_losses, put_first
+from composer_tst.stack import check_algorithms, check_callbacks, check_loader, forget_losses, put_first
 from composer_tst.weighting import Weighting, target_weights
 
 log = logging.getLogger(__name__)
@@ -140,6 +140,7 @@ class TokenSuperposition(Algorithm):
         Event.INIT,
         Event.AFTER_LOAD,
         Event.FIT_START,
+        Event.EPOCH_START,
         Event.AFTER_DATALOADER,
         Event.BATCH_END,
         Event.EPOCH_END,
@@ -158,12 +159,15 @@ class TokenSuperposition(Algorithm):
             if level := logging.getLogger('composer').level:
                 logging.getLogger('composer_tst').setLevel(level)
             check_algorithms(state.algorithms)
+            check_callbacks(state.callbacks)
             put_first(state, self)
             check_model(state.model)
         elif event == Event.AFTER_LOAD:
             self._check_resumed_settings(int(state.timestamp.batch))
         elif event == Event.FIT_START:
             self._start(state)
+        elif event == Event.EPOCH_START:
+            self._renew_loader(state)
         elif event == Event.AFTER_DATALOADER:
             self._fold(state)
         elif event == Event.BATCH_END:
@@ -191,14 +195,18 @@ class TokenSuperposition(Algorithm):
         assert state.max_duration is not None
         self._detach(state)
         self._restore_loader(state)
+        batch = int(state.timestamp.batch)
         if self.schedule.began is None:
-            self.schedule.began = int(state.timestamp.batch)
+            self.schedule.began = batch
             self._s_tokens = int(state.timestamp.token)
+        # Where the clock began again after superposition, its end is past all the same.
+        self.schedule.began = min(self.schedule.began, batch)
+        self.schedule.ended = [min(end, batch) for end in self.schedule.ended]
         if not self.schedule.finished:
-            check_loader(state.train_dataloader)
+            self._check_loader(state)
             plan = self._plan(state)
             before = self.schedule.ends
-            self.schedule.resolve(state.max_duration, plan)
+            self.schedule.resolve(state.max_duration, plan, resumed=batch > self.schedule.began)
             report_moved_ends(self.schedule, before, state.max_duration)
             report_shares(self.schedule, state.max_duration, plan, draws_more=self.expand != 'none')
             bag_size = self.schedule.bag_size
@@ -210,6 +218,21 @@ class TokenSuperposition(Algorithm):
         if (superposed_in_epoch and self.expand != 'none') or self._resumes_within_epoch(state):
             self._install_loader(state)
 
+    def _check_loader(self, state: State) -> None:
+        check_loader(state.train_dataloader)
+        needed = max(self._draws(phase.bag_size) for phase in self.schedule.phases)
+        if state.dataloader_len is not None and int(state.dataloader_len) < needed:
+            raise ValueError(
+                f'The train loader has {int(state.dataloader_len)} batches but one superposed step reads {needed}: '
+                'use a smaller bag_size, more data, or a smaller batch.'
+            )
+
+    def _renew_loader(self, state: State) -> None:
+        """Draw from a loader that was set since the last epoch, as llm-foundry's CurriculumLearning does."""
+        if not self.schedule.finished and self.expand != 'none' and not isinstance(state.dataloader, BagLoader):
+            self._check_loader(state)
+            self._install_loader(state)
+
     def _plan(self, state: State) -> Plan | None:
         """Expected steps, from what the loader tells of itself."""
         assert state.max_duration is not None
@@ -217,14 +240,7 @@ class TokenSuperposition(Algorithm):
         draws = [self._draws(phase.bag_size) for phase in self.schedule.phases]
         per_batch: dict[TimeUnit, int | Fraction] = {}
         if state.dataloader_len is not None:
-            batches = int(state.dataloader_len)
-            per_batch[TimeUnit.EPOCH] = Fraction(1, batches)
-            needed = max(draws)
-            if batches < needed:
-                raise ValueError(
-                    f'The train loader has {batches} batches but one superposed step reads {needed}: '
-                    'use a smaller bag_size, more data, or a smaller batch.'
-                )
+            per_batch[TimeUnit.EPOCH] = Fraction(1, int(state.dataloader_len))
         batch_size = getattr(loader, 'batch_size', None)
         if batch_size is not None:
             per_batch[TimeUnit.SAMPLE] = batch_size * dist.get_world_size()
@@ -304,6 +320,11 @@ class TokenSuperposition(Algorithm):
             self._microbatch_scale = scale
 
     def _fold(self, state: State) -> None:
+        if isinstance(state.dataloader, BagLoader) and state.dataloader.step != int(state.timestamp.batch_in_epoch):
+            raise ValueError(
+                f'The run is at step {int(state.timestamp.batch_in_epoch)} of the epoch but its data at step '
+                f'{state.dataloader.step}: set spin_dataloaders: true, or use a StreamingDataset, which resumes itself.'
+            )
         if self.schedule.finished:
             self._restore_loader(state)
             self._positions = state.batch['labels'].numel()

@@ -63,7 +63,8 @@ def fold_batch(
         batch: ``input_ids`` and ``labels``, both ``(R, L)``; ``labels[t]`` is the label of token ``t`` itself,
             as in Hugging Face and MPT batches, with -100 where there is none. Optional: ``attention_mask`` and
             ``sequence_id``, ``(R, L)``; llm-foundry's lists ``total_tokens`` and ``loss_generating_tokens``,
-            ``R`` long; plain numbers, strings and flags, which are kept.
+            ``R`` long; plain numbers, strings and flags, which are kept; ``token_type_ids`` of nothing but 0, which
+            are left out.
         bag_size: Tokens in a bag, ``s``.
         expand: ``sequence``, ``batch`` or ``none``.
         superpose: ``both``, ``input`` or ``output``.
@@ -141,7 +142,11 @@ def _check_batch(batch: Mapping[str, Any], bag_size: int, expand: str, superpose
     for key in ('input_ids', 'labels'):
         if key not in batch:
             raise ValueError(f'The batch has no {key} (it has {", ".join(batch)}): have the collator add it.')
-    unknown = [key for key, value in batch.items() if key not in _FOLDED_KEYS and not is_plain(value)]
+    unknown = [
+        key
+        for key, value in batch.items()
+        if key not in _FOLDED_KEYS and not is_plain(value) and not _says_nothing(key, value)
+    ]
     if unknown:
         raise ValueError(
             f'Superposition cannot fold {", ".join(unknown)}: have the collator leave it out of the batch.'
@@ -163,6 +168,11 @@ def _check_batch(batch: Mapping[str, Any], bag_size: int, expand: str, superpose
             f'bag_size is {bag_size} but a row has {length} tokens, so that no bag has a whole next one to predict: '
             'use a smaller bag_size, longer rows, or expand: sequence.'
         )
+
+
+def _says_nothing(key: str, value: Any) -> bool:
+    """Whether it is what Hugging Face's tokenizers add for models that read pairs of texts, where there are none."""
+    return key == 'token_type_ids' and not torch.as_tensor(value).any()
 
 
 def _next_bags(labels: torch.Tensor, only_first: bool) -> torch.Tensor:

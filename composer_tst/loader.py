@@ -51,18 +51,25 @@ class BagLoader(wrapt.ObjectProxy):
         self._self_joins_rows = joins_rows
         self._self_limit = limit
         self._self_leave_out = leave_out
+        self._self_step = 0
+
+    @property
+    def step(self) -> int:
+        """The index in the epoch of the step whose batch was yielded last."""
+        return self._self_step
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batch of each step."""
         first_step, drawn = self._self_begins_at()
         # A StreamingDataset may have a batch more than its loader's length: no epoch draws it, nor does a resumed one.
-        limit = None if self._self_limit is None else self._self_limit - drawn
+        limit = None if self._self_limit is None else max(0, self._self_limit - drawn)
         batches = itertools.islice(self.__wrapped__, limit)
         for step in itertools.count(first_step):
             draws = self._self_draws_at(step)
             group = list(itertools.islice(batches, draws))
             if not group:
                 return
+            self._self_step = step
             if draws == 1:
                 yield group[0]
                 continue
@@ -141,8 +148,11 @@ def check_epoch_is_whole(loader: Any, length: int, samples: int) -> None:
         RuntimeError: If the loader has yielded fewer batches than its length, by more than one a worker.
     """
     dataset = getattr(loader, 'dataset', None)
-    # Where ranks share samples, their number says nothing of the batches.
-    if not isinstance(dataset, StreamingDataset) or (dataset.replication or 1) > 1:
+    if not isinstance(dataset, StreamingDataset):
+        return
+    # Where ranks share samples, their number says nothing of the batches. By other methods, batches leave out rows of
+    # each stream.
+    if (dataset.replication or 1) > 1 or dataset.batching_method != 'random':
         return
     batches = -(-samples // (loader.batch_size * dist.get_world_size()))
     if batches < length - max(1, loader.num_workers):

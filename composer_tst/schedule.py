@@ -1,6 +1,7 @@
 """When each superposition phase ends, and what bag size a step therefore has."""
 
 import itertools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from fractions import Fraction
 from typing import Any
 
 from composer.core import Time, Timestamp, TimeUnit
+
+log = logging.getLogger(__name__)
 
 _UNITS = (TimeUnit.DURATION, TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE, TimeUnit.EPOCH)
 
@@ -209,15 +212,17 @@ class Schedule:
                 return phase.bag_size
         return self.bag_size
 
-    def resolve(self, max_duration: Time, plan: Plan | None) -> None:
+    def resolve(self, max_duration: Time, plan: Plan | None, resumed: bool = False) -> None:
         """Fix the moment each phase ends, now that the length of training is known.
 
         Args:
             max_duration: The length of training.
             plan: The expected steps, or None where they cannot be known before training.
+            resumed: Whether some of training is done, which may have read other amounts than the plan says.
 
         Raises:
-            ValueError: If a phase has no steps, or the last one ends at or past the end of training.
+            ValueError: If it is certain that a phase has no steps, or that the last one ends at or past the end of
+                training. If that is so only where no row is padded, a warning says so.
         """
         self.ends = []
         for index, phase in enumerate(self.placed):
@@ -233,9 +238,9 @@ class Schedule:
                 else:
                     end = Time(int(end.value * max_duration.value), max_duration.unit)
             self.ends.append(end)
-        self._check(max_duration, plan)
+        self._check(max_duration, plan, resumed)
 
-    def _check(self, max_duration: Time, plan: Plan | None) -> None:
+    def _check(self, max_duration: Time, plan: Plan | None, resumed: bool) -> None:
         last = self.phases[-1].until.to_timestring()
         past_end = (
             f'Superposition lasts until {last} but training ends at {max_duration.to_timestring()}, so there would '
@@ -245,16 +250,29 @@ class Schedule:
             if self.ends[-1].unit == max_duration.unit and self.ends[-1] >= max_duration:
                 raise ValueError(past_end)
             return
+
+        def refuse(reason: str, earlier: Time, later: Time) -> None:
+            """Refuse two moments that come in the wrong order by the plan, if they do for certain."""
+            same_unit = earlier.unit == later.unit
+            # Padded rows hold fewer tokens, so that a number of tokens may take more steps than planned.
+            if (same_unit and earlier >= later) or (later.unit != TimeUnit.TOKEN and (same_unit or not resumed)):
+                raise ValueError(reason)
+            if not resumed:
+                log.warning('%s This is so if no row is padded.', reason)
+
         if plan.ends[-1] >= plan.total:
-            raise ValueError(past_end)
+            refuse(past_end, self.ends[-1], max_duration)
         began = self.began or 0
+        moments = [Time(began, TimeUnit.BATCH), *self.ends]
         starts = [began, *plan.ends]
         for index, (phase, start, end) in enumerate(zip(self.phases, starts, plan.ends, strict=False)):
             # One that was past when superposition was added to a run is left out, and said to be.
             if index >= len(self.ended) and end <= start and not 0 < end <= began:
-                raise ValueError(
+                refuse(
                     f'The phase with bag_size {phase.bag_size} until {phase.until.to_timestring()} has no steps: '
-                    f'it begins at step {start} and ends at step {end} of {plan.total}.'
+                    f'it begins at step {start} and ends at step {end} of {plan.total}.',
+                    moments[index],
+                    moments[index + 1],
                 )
 
     def advance(self, timestamp: Timestamp) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from composer import algorithms
+from composer.callbacks import EarlyStopper
 from composer.core import Algorithm, Callback, State
 
 _IMAGES = 'it changes images, and superposition trains on tokens'
@@ -36,6 +37,25 @@ def check_algorithms(stack: Iterable[Algorithm]) -> None:
                     f'{refused.__name__} cannot be combined with TokenSuperposition, because {reason}: remove one of '
                     'them from algorithms.'
                 )
+
+
+def check_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Refuse callbacks that need what a superposed step does not have.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for callback in callbacks:
+        if _is_a(callback, 'llmfoundry.callbacks.loss_perp_v_len_callback', 'LossPerpVsContextLengthLogger'):
+            raise ValueError(
+                'loss_perp_v_len cannot be combined with token_superposition, because it reads one label at each '
+                'position, and a bag has several: remove one of them.'
+            )
+        if isinstance(callback, EarlyStopper) and callback.dataloader_label == 'train':
+            raise ValueError(
+                f'early_stopper watches {callback.monitor} of train, and there are no train metrics while superposed: '
+                'set its dataloader_label to eval.'
+            )
 
 
 def put_first(state: State, algorithm: Algorithm) -> None:

@@ -5,17 +5,21 @@ from typing import Any
 
 import pytest
 import torch
+from composer import Callback
+from composer.callbacks import EarlyStopper
 from composer.loggers import InMemoryLogger
-from conftest import REPO
+from conftest import REPO, SEQ_LEN
 from llmfoundry.callbacks import KillLossSpike
 from llmfoundry.callbacks.async_eval_callback import get_eval_parameters
+from llmfoundry.callbacks.loss_perp_v_len_callback import LossPerpVsContextLengthLogger
 from llmfoundry.command_utils.train import train_from_yaml
 from llmfoundry.utils.exceptions import LossSpikeError
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
-from trainers import llama, logged, make_trainer
+from trainers import llama, logged, make_trainer, random_loader
 
 from composer_tst import TokenSuperposition
+from composer_tst.stack import check_callbacks
 
 TST = REPO / 'yamls' / 'quickstart' / 'tst.yaml'
 
@@ -55,6 +59,47 @@ def test_the_callbacks_of_a_pretraining_run_work_in_both_phases(tiny_quickstart:
 
     exported = sorted(config.parent.name for config in (tmp_path / 'hf').glob('**/config.json'))
     assert exported == ['ba3', 'ba6']
+
+
+def test_a_curriculum_changes_the_data_of_a_superposed_run(tiny_quickstart: list[str], tmp_path: Path):
+    batch = 4 * SEQ_LEN
+    trainer = train_from_yaml(
+        str(TST),
+        [
+            *tiny_quickstart,
+            f'max_duration={15 * batch}tok',
+            'autoresume=false',
+            'scheduler.t_warmup=1ba',
+            f'algorithms.token_superposition.phases=[{{bag_size: 3, until: {12 * batch}tok}}]',
+            'loggers={inmemory: {}}',
+            f'variables.folder={tmp_path}',
+            f'callbacks.curriculum_learning.duration={6 * batch}tok',
+            f'callbacks.curriculum_learning.schedule=[{{duration: {9 * batch}tok, dataset: {{split: val}}}}]',
+        ],
+    )
+    logger = next(d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger))
+    assert logged(logger, 'superposition/bag_size') == [3, 3, 3, 3, 1, 1, 1]
+    assert logged(logger, 'superposition/data_tokens') == [count * batch for count in (3, 6, 9, 12, 13, 14, 15)]
+    assert trainer.state.train_dataloader.dataset.streams[0].split == 'val'  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ('callback', 'message'),
+    [
+        (LossPerpVsContextLengthLogger(1, 1), 'loss_perp_v_len cannot be combined with token_superposition'),
+        (EarlyStopper('LanguageCrossEntropy', 'train'), 'set its dataloader_label to eval'),
+    ],
+)
+def test_callbacks_that_need_what_bags_lack_are_refused(callback: Callback, message: str):
+    with pytest.raises(ValueError, match=message):
+        check_callbacks([callback])
+
+
+def test_callbacks_are_checked_before_training():
+    with pytest.raises(ValueError, match='there are no train metrics while superposed'):
+        make_trainer(
+            llama(), random_loader(), TokenSuperposition(2, '2ba'), callbacks=[EarlyStopper('Accuracy', 'train')]
+        )
 
 
 def test_async_evaluation_takes_over_the_yaml_without_superposition():

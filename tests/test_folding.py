@@ -82,6 +82,14 @@ def test_llm_foundrys_lists_follow_their_rows():
     assert apart['loss_generating_tokens'] == targets(reference.fold([batch], 2, expand='batch'))
 
 
+def test_token_types_that_tell_nothing_apart_are_left_out():
+    ids = torch.arange(12).view(2, 6)
+    batch = {'input_ids': ids, 'labels': ids, 'token_type_ids': torch.zeros_like(ids)}
+    assert F_tst.fold_batch(batch, 3, 'batch', 'both').keys() == {'input_ids', 'labels'}
+    with pytest.raises(ValueError, match='cannot fold token_type_ids'):
+        F_tst.fold_batch({**batch, 'token_type_ids': ids % 2}, 3, 'batch', 'both')
+
+
 def test_plain_values_are_kept_and_the_batch_is_not_changed():
     batch = {**make_batch(2, 4), 'use_cache': False}
     before = {key: batch[key].clone() for key in ('input_ids', 'labels')}

@@ -78,6 +78,11 @@ def test_the_tail_is_counted_after_the_step_before_it():
     assert counted == [2]
 
 
+def test_an_epoch_that_is_past_its_limit_has_no_more_steps():
+    loader = BagLoader([1, 2, 3], lambda step: 1, lambda: (16, 16), joins_rows=False, limit=15, leave_out=pytest.fail)
+    assert list(loader) == []
+
+
 def test_it_is_the_loader_in_all_but_iteration():
     loader = numbers(12)
     bags = bag_loader(loader, 3)

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SEQ_LEN, VOCAB_SIZE
+from streaming import MDSWriter
+from trainers import llama, logged, make_trainer, mpt, random_loader, text_loader
 from trainings import Run, assert_same_end, checkpoint, config, drawn, write_rows
+from transformers import PreTrainedTokenizerBase
+
+from composer_tst import TokenSuperposition
 
 ROWS = 59
 STREAMING: dict[str, Any] = {}
@@ -96,3 +102,43 @@ def test_a_checkpoint_left_half_written_is_not_resumed_from(whole: Any, data: Pa
     assert 'may conflict with a future checkpoint' in refused
     Run(config(data, tmp_path), tmp_path / 'log').wait()
     assert_same_end(tmp_path, whole('streaming'))
+
+
+def test_data_that_starts_again_within_an_epoch_is_refused(tmp_path: Path):
+    def train(**settings: Any) -> None:
+        algorithm = TokenSuperposition(bag_size=3, duration='2ba')
+        trainer, _ = make_trainer(llama(), random_loader(), algorithm, save_folder=str(tmp_path), **settings)
+        trainer.fit(duration='3ba')
+
+    train()
+    with pytest.raises(ValueError, match='step 3 of the epoch but its data at step 0: set spin_dataloaders: true'):
+        train(load_path=str(tmp_path / 'latest-rank0.pt'), spin_dataloaders=False, save_overwrite=True)
+
+
+def test_raw_text_in_padded_rows_resumes_in_a_later_phase(tmp_path: Path, tokenizer: PreTrainedTokenizerBase):
+    assert 'token_type_ids' in tokenizer('x')
+    with MDSWriter(out=str(tmp_path / 'text' / 'train'), columns={'text': 'str'}) as writer:
+        for _ in range(100):
+            writer.write({'text': 'import json'})
+    attended = len(tokenizer('import json')['input_ids'])
+    assert attended < SEQ_LEN / 3
+    batch = 4 * attended
+    folder = str(tmp_path / 'checkpoints')
+
+    def train(duration: str, **settings: Any) -> list[float]:
+        phases = [{'bag_size': 3, 'until': '0.3dur'}, {'bag_size': 2, 'until': '0.5dur'}]
+        trainer, logger = make_trainer(
+            mpt(vocab_size=VOCAB_SIZE),
+            text_loader(tmp_path / 'text', tokenizer),
+            TokenSuperposition(phases=phases),
+            f'{20 * batch}tok',
+            save_folder=folder,
+            save_overwrite=True,
+            **settings,
+        )
+        trainer.fit(duration=duration)
+        return logged(logger, 'superposition/data_tokens')
+
+    # 6 of 20 batches are 2 steps of 3, and 4 more are 2 of 2.
+    assert train('3ba') == [3 * batch, 6 * batch, 8 * batch]
+    assert train('4ba', load_path=f'{folder}/latest-rank0.pt') == [count * batch for count in (10, 11, 12, 13)]

@@ -129,6 +129,25 @@ def test_an_end_in_an_unknown_amount_is_still_refused_at_the_end_of_training():
         schedule.resolve(Time.from_timestring('1000tok'), None)
 
 
+def test_padded_rows_are_not_refused_for_what_full_ones_would_come_to(caplog: pytest.LogCaptureFixture):
+    rates, longest = {TimeUnit.TOKEN: 128}, Time.from_timestring(f'{4000 * 128}tok')
+    # Half full, 100 steps of 16 batches reach the end of the first phase, where the plan thinks that of the second.
+    schedule = Schedule([Phase(16, Time.from_timestring('0.2dur')), Phase(4, Time.from_timestring('0.3dur'))])
+    schedule.began, schedule.ended = 0, [100]
+    plan = plan_steps(schedule.placed, [16, 4], longest, rates)
+    assert plan is not None
+    assert plan.ends == [100, 100]
+    schedule.resolve(longest, plan, resumed=True)
+    assert not schedule.advance(Timestamp(batch=150, token=100 * 16 * 64 + 50 * 4 * 64))
+    assert schedule.bag_size == 4
+    assert not caplog.records
+    # 2,000 steps of 4 full batches are more than all; of half full ones they are all but the last.
+    phases = [Phase(4, Time.from_timestring('2000ba'))]
+    Schedule(phases).resolve(longest, plan_steps(phases, [4], longest, rates))
+    assert 'there would be no recovery phase' in caplog.text
+    assert 'if no row is padded' in caplog.text
+
+
 def at_batch(batch: int) -> Timestamp:
     return Timestamp(batch=batch, batch_in_epoch=batch)
 

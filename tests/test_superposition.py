@@ -193,6 +193,16 @@ def test_recovery_is_plain_training_from_the_switch_to_the_bit(
     assert ours.state.timestamp.token == theirs.state.timestamp.token
 
 
+def test_epochs_that_leave_out_rows_of_each_stream_are_whole(dataset: Path, tokenizer: PreTrainedTokenizerBase):
+    streams = {split: {'local': str(dataset), 'split': split} for split in ('train', 'val')}
+    loader = text_loader(dataset, tokenizer, split=None, batch_size=16, streams=streams, batching_method='stratified')
+    batches = len(loader.dataloader)
+    trainer, logger = make_trainer(mpt(vocab_size=300), loader, TokenSuperposition(bag_size=2, duration='2ba'), '1ep')
+    trainer.fit()
+    read = logged(logger, 'superposition/data_tokens')[-1] / 16 / tokenizer.model_max_length
+    assert read < batches - 1
+
+
 def test_nothing_is_left_after_the_last_phase():
     model, loader = llama(), random_loader()
     untouched = copy.deepcopy(model)
@@ -216,6 +226,7 @@ def test_superposition_does_not_come_back():
     assert logged(logger, 'superposition/bag_size') == [2.0] * 2 + [1.0] * 22
     trainer.fit(duration='4ba', reset_time=True)
     assert logged(logger, 'superposition/bag_size')[24:] == [1.0] * 4
+    assert logged(logger, 'superposition/data_tokens')[24:] == [step * 4 * 12 for step in range(1, 5)]
 
 
 @pytest.mark.parametrize(
@@ -330,6 +341,7 @@ def test_what_cannot_be_superposed_is_refused_before_training():
     refuses('there would be no recovery phase', duration='100sp', max_duration='8ba', expand='none')
     refuses('has no steps', duration='0.01dur')
     refuses('The train loader has 2 batches but one superposed step reads 3', train=random_loader(rows=8))
+    refuses('The train loader has 0 batches', train=random_loader(rows=3))
     refuses('bag_size is 13 but a row has 12 tokens', bag_size=13, expand='none')
     refuses('first token alone', superpose='input', weighting=[0, 1, 1])
     refuses('weighting has 2 numbers but bag_size is 3', weighting=[1, 1])
