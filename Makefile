@@ -27,7 +27,8 @@ $(VENV)/.installed: pyproject.toml
 	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --editable '.[dev]'
 	touch $@
 
-# A baseline and a TST run on Python source, then their comparison. What is finished is kept: run it again to go on.
+# A baseline and a TST run on Python source, then their comparison. What is finished is kept: run it again to go on. A run
+# whose YAML or data is newer than its end is trained anew.
 quickstart: $(DATA)/stats.json
 	@echo "Training both runs; follow them with: tail -f $(RUNS)/*.log"
 	@$(MAKE) --no-print-directory -j2 $(RUNS)/baseline.done $(RUNS)/tst.done
@@ -36,12 +37,13 @@ quickstart: $(DATA)/stats.json
 STDLIB = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_paths()['stdlib'])")
 PACKAGES = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
 
-# The standard library (all but its site-packages) and torch: 65 million characters of Python.
+# The standard library (but for folders in s, such as site-packages) and torch: 65 million characters of Python.
 $(DATA)/stats.json: | install
 	$(PYTHON) tools/prepare_data.py "$(STDLIB)/*.py" "$(STDLIB)/[!s]*/**/*.py" "$(PACKAGES)/torch/**/*.py" \
 		--output $(DATA) --seq-len 64 --train-tokenizer 2048 --skip-bad --split train=0.995,val=0.005
 
 $(RUNS)/%.done: yamls/quickstart/%.yaml $(DATA)/stats.json
+	@if [ -e $@ ]; then rm -r $@ $(RUNS)/$*; fi
 	@mkdir -p $(RUNS)
 	@$(VENV)/bin/llmfoundry train $< variables.folder=$(RUNS) seed=$(SEED) >> $(RUNS)/$*.log 2>&1 \
 		|| { tail -n 20 $(RUNS)/$*.log; exit 1; }
@@ -51,7 +53,7 @@ $(RUNS)/%.done: yamls/quickstart/%.yaml $(DATA)/stats.json
 evidence: $(DATA)/stats.json
 	$(PYTHON) tools/evidence.py --data $(DATA) --scale $(SCALE)
 
-# What superposition costs, on every core: leave the machine idle for its twenty minutes.
+# What superposition costs, on every core: leave the machine idle for its eleven minutes.
 benchmark: install
 	$(PYTHON) tools/benchmark.py --device $(DEVICE) --json docs/benchmark_$(DEVICE).json
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-TOOL = compare_runs.__file__
 Series = compare_runs.Series
 
 
@@ -28,11 +27,10 @@ def write(
             if step in steps:
                 writer.add_scalar('time/token', tokens, step)
                 writer.add_scalar('loss/train/total', train, step)
-                if phases:
-                    writer.add_scalar('superposition/bag_size', bag, step)
             tokens += 10 * bag
             if phases and step in steps:
-                writer.add_scalar('superposition/data_tokens', tokens, step)
+                writer.add_scalar('superposition/bag_size', bag, step + 1)
+                writer.add_scalar('superposition/data_tokens', tokens, step + 1)
         writer.add_scalar('time/token', tokens, steps.stop)
         for step, loss in validation.items():
             writer.add_scalar(f'metrics/{label}/LanguageCrossEntropy', loss, step)

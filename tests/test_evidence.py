@@ -151,7 +151,7 @@ def test_what_is_finished_is_kept_and_what_changed_is_trained_again(
         warmup=2,
         seeds=(17,),
         learning_rates=(1e-3,),
-        whole=False,
+        fresh_seeds=(),
     )
     monkeypatch.setitem(evidence.SCALES, 'cpu', tiny)
     page, results = tmp_path / 'docs' / 'evidence.md', tmp_path / 'runs' / 'cpu'

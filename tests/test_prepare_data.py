@@ -3,6 +3,7 @@
 """tools/prepare_data.py: what comes out is what the definition says, whatever happens on the way."""
 
 import argparse
+import codecs
 import gzip
 import hashlib
 import importlib
@@ -237,6 +238,7 @@ def invalid_parquet() -> bytes:
     ('name', 'encode'),
     [
         ('a.jsonl', lambda data, texts: data),
+        ('a.jsonl', lambda data, texts: codecs.BOM_UTF8 + data),
         ('a.json', lambda data, texts: data),
         ('a.jsonl.gz', lambda data, texts: gzip.compress(data[:50]) + gzip.compress(data[50:])),
         ('a.ndjson.zst', lambda data, texts: zstandard.compress(data[:50]) + zstandard.compress(data[50:])),

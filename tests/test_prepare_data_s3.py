@@ -56,6 +56,8 @@ def test_from_text_in_a_bucket_to_a_superposed_training_run(
     monkeypatch.chdir(tmp_path)
     put_jsonl(client, 'raw/a.jsonl', TEXTS[:30])
     put_jsonl(client, 'raw/b.jsonl.gz', TEXTS[30:])
+    for hidden in ('raw/.DS_Store', 'raw/.parts/a.jsonl'):
+        client.put_object(Bucket=BUCKET, Key=hidden, Body=b'no document')
     result = prepare(
         f's3://{BUCKET}/raw', '--text-key', 'body', '--output', f's3://{BUCKET}/data', '--seq-len', L,
         '--tokenizer', tokenizer_dir, '--split', 'train=0.8,val=0.2', '--hashes', 'sha1', '--verify',

@@ -4,7 +4,7 @@
 
 Every number comes from one process. The variants of a setting take turns, call by call, so that whatever else
 the machine does slows all of them; a ratio is the median, with quartiles, of the ratios of neighbouring calls.
-Memory is the peak of one call over what stood before it: torch's counters on a GPU, its profiler on a CPU.
+Memory is the peak of two calls in a row over what stood before it: torch's counters on a GPU, its profiler on a CPU.
 """
 
 import json

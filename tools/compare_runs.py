@@ -165,12 +165,14 @@ def read_run(folder: Path) -> Run:
     validation = scalars[eval_tags[0]]
     if not np.isfinite(validation.values[-1]):
         raise ValueError(f'{folder} diverged: its last validation loss is {validation.values[-1]}.')
+    bag_size = scalars.get(BAG_SIZE, Series(np.empty(0, np.int64), np.empty(0)))
     return Run(
         name=folder.resolve().name,
         validation=validation,
         train=scalars[TRAIN_LOSS],
         tokens=scalars[tokens_tag],
-        bag_size=scalars.get(BAG_SIZE, Series(np.empty(0, np.int64), np.empty(0))),
+        # Composer logs a step's loss under the steps before it, and what is known at its end under one more.
+        bag_size=Series(bag_size.steps - 1, bag_size.values),
     )
 
 
@@ -212,8 +214,10 @@ def _last_of_each_step(events: Sequence) -> Series:
 def first_crossing(curve: Series, level: float) -> float | None:
     """The first step at which ``curve``, linear between its points, is at or below ``level``; None if never.
 
-    A curve that starts at or below ``level`` crosses at its first point.
+    A curve that starts at or below ``level`` crosses at its first point. Points that are not finite are left out.
     """
+    finite = np.isfinite(curve.values)
+    curve = Series(curve.steps[finite], curve.values[finite])
     below = np.flatnonzero(curve.values <= level)
     if not len(below):
         return None

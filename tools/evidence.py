@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from experiments.report import Runs, write
 from experiments.settings import BASELINE, SCALES, Experiment, experiments, finals
@@ -28,6 +29,8 @@ def main(
     if scale not in SCALES:
         raise typer.BadParameter(f'{scale} is no scale: choose {" or ".join(SCALES)}.', param_hint='--scale')
     size, folder = SCALES[scale], runs / scale
+    if size.device == 'cuda' and not torch.cuda.is_available():
+        raise typer.BadParameter(f'{scale} needs a GPU, and torch sees none.', param_hint='--scale')
     page = output or Path('docs', 'evidence.md' if scale == 'cpu' else f'evidence_{scale}.md')
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[Job, Result] = {}
@@ -43,7 +46,7 @@ def main(
         experiment = to_come.pop(0)
         train(Job(setting, seed, lr, size) for setting in experiment.settings for seed in experiment.seeds)
         done.append(experiment)
-        if size.whole and len(done) == len(experiments(size)):
+        if size.fresh_seeds and len(done) == len(experiments(size)):
             first = {job.setting: result.final_loss for job, result in results.items() if job.seed == size.seeds[0]}
             to_come.append(finals(size, first))
         write(page, Runs(results, lr, size), done, to_come)

@@ -126,15 +126,20 @@ def _list_local(text: str) -> list[Source]:
 def _list_s3(text: str) -> list[Source]:
     check_bucket(text)
     fs = filesystem(text)
+    root = text.removeprefix('s3://')
     if glob.has_magic(text):
         infos = fs.glob(text, detail=True)
+        root = glob.escape(root).partition('[')[0].rpartition('/')[0]  # the folders before the first wildcard
+    elif fs.isfile(text):
+        infos = {text: fs.info(text)}
     else:
-        infos = {text: fs.info(text)} if fs.isfile(text) else fs.find(text, detail=True)
+        infos = fs.find(text, detail=True)
     return [
         Source(f's3://{info["name"]}', info['size'], str(info.get('ETag')))
         for info in infos.values()
         # A key that ends with a slash is how some tools mark an empty folder.
         if info['type'] == 'file' and not info['name'].endswith('/')
+        if '/.' not in f'/{info["name"].removeprefix(root)}'
     ]
 
 
@@ -259,7 +264,7 @@ def _count_lines(source: Source, end: int) -> int:
 def _from_line(line: bytes, text_key: str) -> Document | str:
     """Make a document of a JSON line, or say why it is none."""
     try:
-        record = json.loads(line.decode())
+        record = json.loads(line.decode('utf-8-sig'))  # Windows marks a file's first line
     except UnicodeDecodeError:
         return 'invalid UTF-8'
     except (ValueError, RecursionError):

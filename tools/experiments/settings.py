@@ -16,11 +16,11 @@ class Scale:
         steps: Training steps of every run, but for longer baselines.
         warmup: Steps of linear warmup.
         seeds: Seeds of the runs with statistics; the first alone where an experiment is a map.
-        fresh_seeds: Seeds of the settings that were best at the first: without it, which they were chosen by.
         learning_rates: The baseline's candidates; the best of them is used everywhere.
         workers: Runs that train at the same time.
         device: Where they train, `cpu` or `cuda`.
-        whole: Whether all experiments are run, or those on equal steps alone.
+        fresh_seeds: Seeds of the settings that were best at the first: without it, which they were chosen by. None
+            where only the experiment on equal steps is run.
     """
 
     name: str
@@ -29,11 +29,10 @@ class Scale:
     steps: int
     warmup: int
     seeds: tuple[int, ...]
-    fresh_seeds: tuple[int, ...]
     learning_rates: tuple[float, ...]
     workers: int
     device: str
-    whole: bool = True
+    fresh_seeds: tuple[int, ...] = ()
 
 
 CPU = Scale(
@@ -43,10 +42,10 @@ CPU = Scale(
     steps=2000,
     warmup=100,
     seeds=(17, 18, 19),
-    fresh_seeds=(18, 19, 20),
     learning_rates=(1e-3, 2e-3, 4e-3, 8e-3),
     workers=2,
     device='cpu',
+    fresh_seeds=(18, 19, 20),
 )
 GPU = Scale(
     name='gpu',
@@ -58,11 +57,9 @@ GPU = Scale(
     steps=1200,  # with bags of 8, 4 and 2 that reads 21M tokens, of the 23M there are
     warmup=100,
     seeds=(17, 18, 19),
-    fresh_seeds=(18, 19, 20),
     learning_rates=(5e-4, 1e-3, 2e-3),
     workers=1,
     device='cuda',
-    whole=False,
 )
 SCALES = {scale.name: scale for scale in (CPU, GPU)}
 
@@ -136,7 +133,7 @@ def experiments(scale: Scale) -> list[Experiment]:
         [BASELINE, PUBLISHED, COARSE_TO_FINE],
         seeds,
     )
-    if not scale.whole:
+    if not scale.fresh_seeds:
         return [equal_steps]
     grid = [grid_cell(bag_size, share) for share in GRID_SHARES for bag_size in GRID_BAGS]
     sides = [

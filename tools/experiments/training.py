@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -109,6 +110,8 @@ def _result_file(job: Job, data: Path, folder: Path) -> Path:
 
 
 def _train(job: Job, data: Path, folder: Path) -> None:
+    if job.scale.device == 'cpu':
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''  # Composer trains on a GPU where there is one
     name = job.name(data)
     checkpoints = folder / name / 'checkpoints'
     if list(checkpoints.glob(f'ep*-ba{job.steps}-rank0.pt')):
