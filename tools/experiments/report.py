@@ -175,7 +175,8 @@ def draw_settings(runs: Runs, settings: Sequence[Setting], output: Path) -> None
         axes.plot(statistics.fmean(measured[setting]), y, '|', ms=12, color='#0072b2')
     axes.axvline(0, color='#3c3c3c', lw=0.8)
     axes.set_yticks(range(len(order)), [setting.name for setting in order], fontsize=8)
-    axes.set_xlabel("final validation loss minus the baseline's at the same seed, nats per token")
+    axes.set_ylim(-1, len(order))
+    axes.set_xlabel("final loss minus the baseline's, same seed")
     _finish(axes)
     figure.savefig(output)
 
