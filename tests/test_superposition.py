@@ -195,7 +195,8 @@ def test_recovery_is_plain_training_from_the_switch_to_the_bit(
 
 def test_epochs_that_leave_out_rows_of_each_stream_are_whole(dataset: Path, tokenizer: PreTrainedTokenizerBase):
     streams = {split: {'local': str(dataset), 'split': split} for split in ('train', 'val')}
-    loader = text_loader(dataset, tokenizer, split=None, batch_size=16, streams=streams, batching_method='stratified')
+    settings: dict[str, Any] = {'local': None, 'streams': streams, 'batching_method': 'stratified'}
+    loader = text_loader(dataset, tokenizer, batch_size=16, **settings)
     batches = len(loader.dataloader)
     trainer, logger = make_trainer(mpt(vocab_size=300), loader, TokenSuperposition(bag_size=2, duration='2ba'), '1ep')
     trainer.fit()
@@ -329,7 +330,8 @@ def refuses(message: str, model: Any = None, train: Any = None, max_duration: st
 
     def train_it() -> None:
         algorithm = TokenSuperposition(**settings)
-        make_trainer(model or llama(), train or random_loader(), algorithm, max_duration)[0].fit()
+        loader = random_loader() if train is None else train
+        make_trainer(model or llama(), loader, algorithm, max_duration)[0].fit()
 
     with pytest.raises(ValueError, match=message):
         train_it()
