@@ -79,7 +79,7 @@ def test_the_tail_is_counted_after_the_step_before_it():
 
 
 def test_an_epoch_that_is_past_its_limit_has_no_more_steps():
-    loader = BagLoader([1, 2, 3], lambda step: 1, lambda: (16, 16), joins_rows=False, limit=15, leave_out=pytest.fail)
+    loader = BagLoader([1, 2, 3], lambda step: 1, lambda: (16, 16), False, 15, lambda samples: None)
     assert list(loader) == []
 
 
