@@ -47,6 +47,18 @@ CPU = Scale(
     device='cpu',
     fresh_seeds=(18, 19, 20),
 )
+# Four times the model and four times the batch, for the one question that matters most.
+CPU_LARGE = Scale(
+    name='cpu_large',
+    about='the data of `make quickstart` (Python source), rows of 64, 1,024 s-tokens a step.',
+    overrides=('model.d_model=256', 'model.n_layers=4'),
+    steps=2000,
+    warmup=100,
+    seeds=(17, 18, 19),
+    learning_rates=(1e-3, 2e-3, 4e-3),
+    workers=2,
+    device='cpu',
+)
 GPU = Scale(
     name='gpu',
     about='the data of `make quickstart` (Python source), rows of 64, 8,192 s-tokens a step.',
@@ -61,7 +73,7 @@ GPU = Scale(
     workers=1,
     device='cuda',
 )
-SCALES = {scale.name: scale for scale in (CPU, GPU)}
+SCALES = {scale.name: scale for scale in (CPU, CPU_LARGE, GPU)}
 
 
 @dataclass(frozen=True)
