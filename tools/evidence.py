@@ -19,10 +19,10 @@ from experiments.training import Job, Result, train_all
 
 def main(
     data: Annotated[Path, typer.Option(help='What prepare_data.py wrote.')] = Path('data/quickstart'),
-    scale: Annotated[str, typer.Option(help='cpu or gpu.')] = 'cpu',
+    scale: Annotated[str, typer.Option(help=f'{", ".join(SCALES)}: tools/experiments/settings.py.')] = 'cpu',
     runs: Annotated[Path, typer.Option(help='Where runs and their results are kept.')] = Path('runs/evidence'),
     output: Annotated[
-        Path | None, typer.Option(help='The page, docs/evidence.md or docs/evidence_gpu.md; pictures go beside it.')
+        Path | None, typer.Option(help='The page, docs/evidence_SCALE.md, or docs/evidence.md for cpu, with pictures.')
     ] = None,
 ) -> None:
     """Rerun the evidence and write its page."""

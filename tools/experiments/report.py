@@ -18,8 +18,9 @@ from .training import Job, Result
 
 _SHADES = colormaps['viridis_r']
 _CHANCE = """Of settings that are no better or worse, one in 13 differs by more than two standard deviations at three
-seeds (Student's t, 2 degrees of freedom). A setting that was chosen for its loss at one seed is judged at others. Not
-tried: more steps in the time that `batch` saves, which with rows of 64 is one in a hundred."""
+seeds (Student's t, 2 degrees of freedom). Not tried: more steps in the time that `batch` saves, which with rows of 64
+is one in a hundred."""
+_FRESH = 'A setting that was chosen for its loss at one seed is judged at others.'
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,7 @@ def write(output: Path, runs: Runs, experiments: Sequence[Experiment], to_come: 
     settings = [setting for experiment in experiments for setting in experiment.settings]
     draw_settings(runs, settings, output.with_name(f'{output.stem}_settings.png'))
     parts = [_head(runs), '## What it says', verdict(runs, experiments), _CHANCE]
+    parts += [_FRESH] if runs.scale.fresh_seeds else []
     if to_come:
         parts += [f'Not run yet: {", ".join(experiment.title for experiment in to_come)}.']
     parts += [f'![Every setting]({output.stem}_settings.png)']

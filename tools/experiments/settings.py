@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ CPU_LARGE = Scale(
     steps=2000,
     warmup=100,
     seeds=(17, 18, 19),
-    learning_rates=(1e-3, 2e-3, 4e-3),
+    learning_rates=(5e-4, 1e-3, 2e-3, 4e-3),
     workers=2,
     device='cpu',
 )
@@ -131,6 +131,7 @@ BASELINES = (BASELINE, *(Setting(f'baseline, {length:g} times the steps', length
 # The published recipe, with the smallest of its bag sizes that is near the optimum.
 PUBLISHED = superposed('s = 4, r = 0.3', bag_size=4, duration='0.3dur')
 COARSE_TO_FINE = phases((8, 0.1), (4, 0.2), (2, 0.3))
+COARSE_TO_FINE_BATCH = phases((8, 0.1), (4, 0.2), (2, 0.3), expand='batch')
 FINALISTS = 3
 GRID_BAGS = (2, 3, 4, 6, 8)
 GRID_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -146,7 +147,7 @@ def experiments(scale: Scale) -> list[Experiment]:
         seeds,
     )
     if not scale.fresh_seeds:
-        return [equal_steps]
+        return [replace(equal_steps, settings=[*equal_steps.settings, COARSE_TO_FINE_BATCH])]
     grid = [grid_cell(bag_size, share) for share in GRID_SHARES for bag_size in GRID_BAGS]
     sides = [
         superposed('s = 4, r = 0.3, input only', bag_size=4, duration='0.3dur', superpose='input'),
@@ -220,7 +221,7 @@ def beyond() -> list[Setting]:
         phases((8, 0.133), (4, 0.267), (2, 0.4)),
         phases((8, 0.167), (4, 0.333), (2, 0.5)),
         phases((8, 0.1), (4, 0.2), (2, 0.3), weighting='power_law'),
-        phases((8, 0.1), (4, 0.2), (2, 0.3), expand='batch'),
+        COARSE_TO_FINE_BATCH,
         Setting(COARSE_TO_FINE.name + ', warm-up until 0.3', COARSE_TO_FINE.algorithm, warmup=0.3),
         Setting('baseline, warm-up until 0.3', warmup=0.3),
         rated('half the learning rate while superposed', factor=0.5),
