@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Scale:
         workers: Runs that train at the same time.
         device: Where they train, `cpu` or `cuda`.
         fresh_seeds: Seeds of the settings that were best at the first: without it, which they were chosen by. None
-            where only the experiment on equal steps is run.
+            where only the experiments on equal steps and equal loss are run.
     """
 
     name: str
@@ -140,28 +140,32 @@ GRID_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 def experiments(scale: Scale) -> list[Experiment]:
     """All experiments at a scale, the most telling first."""
     seeds, first = scale.seeds, scale.seeds[:1]
-    equal_steps = Experiment(
-        'Equal steps',
-        'Does TST end lower than the baseline after the same number of steps?',
-        [BASELINE, PUBLISHED, COARSE_TO_FINE],
-        seeds,
-    )
+    # Where there is time for little, what was best where there was time for much.
+    recipes = [PUBLISHED, COARSE_TO_FINE] if scale.fresh_seeds else [PUBLISHED, COARSE_TO_FINE, COARSE_TO_FINE_BATCH]
+    equal = [
+        Experiment(
+            'Equal steps',
+            'Does TST end lower than the baseline after the same number of steps?',
+            [BASELINE, *recipes],
+            seeds,
+        ),
+        Experiment(
+            'Equal loss',
+            'How many more steps does a baseline need, each length with a schedule of its own?',
+            [*(BASELINES if scale.fresh_seeds else BASELINES[:2]), *recipes],
+            seeds,
+            form='iso-loss',
+        ),
+    ]
     if not scale.fresh_seeds:
-        return [replace(equal_steps, settings=[*equal_steps.settings, COARSE_TO_FINE_BATCH])]
+        return equal
     grid = [grid_cell(bag_size, share) for share in GRID_SHARES for bag_size in GRID_BAGS]
     sides = [
         superposed('s = 4, r = 0.3, input only', bag_size=4, duration='0.3dur', superpose='input'),
         superposed('s = 4, r = 0.3, output only', bag_size=4, duration='0.3dur', superpose='output', expand='none'),
     ]
     return [
-        equal_steps,
-        Experiment(
-            'Equal loss',
-            'How many more steps does a baseline need, each length with a schedule of its own?',
-            [*BASELINES, PUBLISHED, COARSE_TO_FINE],
-            seeds,
-            form='iso-loss',
-        ),
+        *equal,
         Experiment('Beyond the paper', 'What beats one bag size, uniform weights, a hard switch?', beyond(), first),
         Experiment('Grid', 'Is the loss U-shaped in s and in r?', grid, first, form='grid'),
         Experiment('Sides', 'Bags in, bags out, or both?', [BASELINE, PUBLISHED, *sides], seeds),
