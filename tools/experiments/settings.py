@@ -131,7 +131,6 @@ BASELINES = (BASELINE, *(Setting(f'baseline, {length:g} times the steps', length
 # The published recipe, with the smallest of its bag sizes that is near the optimum.
 PUBLISHED = superposed('s = 4, r = 0.3', bag_size=4, duration='0.3dur')
 COARSE_TO_FINE = phases((8, 0.1), (4, 0.2), (2, 0.3))
-COARSE_TO_FINE_BATCH = phases((8, 0.1), (4, 0.2), (2, 0.3), expand='batch')
 FINALISTS = 3
 GRID_BAGS = (2, 3, 4, 6, 8)
 GRID_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -140,8 +139,8 @@ GRID_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 def experiments(scale: Scale) -> list[Experiment]:
     """All experiments at a scale, the most telling first."""
     seeds, first = scale.seeds, scale.seeds[:1]
-    # Where there is time for little, what was best where there was time for much.
-    recipes = [PUBLISHED, COARSE_TO_FINE] if scale.fresh_seeds else [PUBLISHED, COARSE_TO_FINE, COARSE_TO_FINE_BATCH]
+    # Where there is no time for the grid, at least the two ends of the published optimum.
+    recipes = [PUBLISHED, *([] if scale.fresh_seeds else [grid_cell(6, 0.3)]), COARSE_TO_FINE]
     equal = [
         Experiment(
             'Equal steps',
@@ -225,7 +224,7 @@ def beyond() -> list[Setting]:
         phases((8, 0.133), (4, 0.267), (2, 0.4)),
         phases((8, 0.167), (4, 0.333), (2, 0.5)),
         phases((8, 0.1), (4, 0.2), (2, 0.3), weighting='power_law'),
-        COARSE_TO_FINE_BATCH,
+        phases((8, 0.1), (4, 0.2), (2, 0.3), expand='batch'),
         Setting(COARSE_TO_FINE.name + ', warm-up until 0.3', COARSE_TO_FINE.algorithm, warmup=0.3),
         Setting('baseline, warm-up until 0.3', warmup=0.3),
         rated('half the learning rate while superposed', factor=0.5),
