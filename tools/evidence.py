@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 import typer
 from experiments.report import Runs, write
-from experiments.settings import BASELINE, SCALES, Experiment, experiments, finals
+from experiments.settings import BASELINE, BEYOND, SCALES, Experiment, beyond, experiments, finals
 from experiments.training import Job, Result, train_all
 
 
@@ -44,12 +44,13 @@ def main(
     to_come = experiments(size)
     while to_come:
         experiment = to_come.pop(0)
-        train(Job(setting, seed, lr, size) for setting in experiment.settings for seed in experiment.seeds)
         done.append(experiment)
-        if size.fresh_seeds and len(done) == len(experiments(size)):
-            first = {job.setting: result.final_loss for job, result in results.items() if job.seed == size.seeds[0]}
-            to_come.append(finals(size, first))
-        write(page, Runs(results, lr, size), done, to_come)
+        for seed in experiment.seeds:
+            train(Job(setting, seed, lr, size) for setting in experiment.settings)
+            write(page, Runs(results, lr, size), done, to_come)
+        if experiment.title == BEYOND:
+            losses = {setting: results[Job(setting, size.seeds[0], lr, size)].final_loss for setting in beyond()}
+            to_come.insert(0, finals(size, losses))
 
 
 if __name__ == '__main__':

@@ -134,13 +134,16 @@ def _train(job: Job, data: Path, folder: Path) -> None:
 
 
 def _run(overrides: list[str], attempts: int = 3) -> 'Trainer':
+    import torch
     from llmfoundry.command_utils import train_from_yaml
 
     from .variants import register
 
     register()
     try:
-        return train_from_yaml(str(YAML), overrides)
+        # On a CPU Composer has no amp_bf16. Without autocast's cache, which would hold the weights of the first step.
+        with torch.autocast('cpu', dtype=torch.bfloat16, cache_enabled=False):
+            return train_from_yaml(str(YAML), overrides)
     except FileExistsError:
         # StreamingDatasets made at one moment may choose one name for their shared memory: the second finds it taken.
         if attempts == 1:
