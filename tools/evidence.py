@@ -3,27 +3,29 @@
     python tools/evidence.py --data data/quickstart
 
 Runs that are finished are kept in ``--runs`` and not trained again, unless what they depend on has changed: stop it at
-any time, and run it again to go on. The page is written anew after each experiment, with what there is.
+any time, and run it again to go on. The page is written anew as runs end, with what there is, and beside it what each
+run came to, as ``evidence_SCALE.json``: with ``--known`` another machine goes on from there.
 """
 
+import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from experiments.report import Runs, write
-from experiments.settings import BASELINE, BEYOND, SCALES, Experiment, beyond, experiments, finals
-from experiments.training import Job, Result, train_all
+from experiments.settings import BASELINE, SCALES, Scale, experiments
+from experiments.training import Job, Result, result_file, train_all
 
 
 def main(
     data: Annotated[Path, typer.Option(help='What prepare_data.py wrote.')] = Path('data/quickstart'),
-    scale: Annotated[str, typer.Option(help=f'{", ".join(SCALES)}: tools/experiments/settings.py.')] = 'cpu',
+    scale: Annotated[str, typer.Option(help=f'{" or ".join(SCALES)}: tools/experiments/settings.py.')] = 'cpu',
     runs: Annotated[Path, typer.Option(help='Where runs and their results are kept.')] = Path('runs/evidence'),
-    output: Annotated[
-        Path | None, typer.Option(help='The page, docs/evidence_SCALE.md, or docs/evidence.md for cpu, with pictures.')
-    ] = None,
+    page: Annotated[Path, typer.Option(help='The page; pictures and records go beside it.')] = Path('docs/evidence.md'),
+    known: Annotated[Path | None, typer.Option(help='A record of runs that need not be trained again.')] = None,
 ) -> None:
     """Rerun the evidence and write its page."""
     if scale not in SCALES:
@@ -31,26 +33,46 @@ def main(
     size, folder = SCALES[scale], runs / scale
     if size.device == 'cuda' and not torch.cuda.is_available():
         raise typer.BadParameter(f'{scale} needs a GPU, and torch sees none.', param_hint='--scale')
-    page = output or Path('docs', 'evidence.md' if scale == 'cpu' else f'evidence_{scale}.md')
     folder.mkdir(parents=True, exist_ok=True)
-    results: dict[Job, Result] = {}
+    page.parent.mkdir(parents=True, exist_ok=True)
+    if known:
+        for run in json.loads(known.read_text()):
+            (folder / f'{run["name"]}.json').write_text(json.dumps(run['result'], indent=1) + '\n')
+    trained = Runs({}, size)
 
     def train(jobs: Iterable[Job]) -> None:
-        results.update(train_all(jobs, data, folder, size.workers))
+        trained.results.update(train_all(jobs, data, folder, size.workers))
+        entries = [
+            {'name': result_file(job, data, folder).stem, 'setting': job.setting.name, 'seed': job.seed, 'lr': job.lr}
+            | {'result': asdict(result)}
+            for job, result in trained.results.items()
+        ]
+        _record(page, size).write_text(json.dumps(entries, indent=1) + '\n')
+        write(page, [_read(page, other) for other in SCALES.values() if _record(page, other).exists()])
 
     train(Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates)
-    lr = min(results, key=lambda job: results[job].final_loss).lr
-    done: list[Experiment] = []
-    to_come = experiments(size)
-    while to_come:
-        experiment = to_come.pop(0)
-        done.append(experiment)
-        for seed in experiment.seeds:
-            train(Job(setting, seed, lr, size) for setting in experiment.settings)
-            write(page, Runs(results, lr, size), done, to_come)
-        if experiment.title == BEYOND:
-            losses = {setting: results[Job(setting, size.seeds[0], lr, size)].final_loss for setting in beyond()}
-            to_come.insert(0, finals(size, losses))
+    done = 0
+    while done < len(planned := experiments(size, trained.at_first_seed())):
+        for seed in planned[done].seeds:
+            train(Job(setting, seed, trained.lr, size) for setting in planned[done].settings)
+        done += 1
+
+
+def _record(page: Path, scale: Scale) -> Path:
+    return page.with_name(f'{page.stem}_{scale.name}.json')
+
+
+def _read(page: Path, scale: Scale) -> Runs:
+    """The runs of a record whose settings are still those of the scale."""
+    settings = {setting.name: setting for experiment in experiments(scale) for setting in experiment.settings}
+    return Runs(
+        {
+            Job(settings[run['setting']], run['seed'], run['lr'], scale): Result(**run['result'])
+            for run in json.loads(_record(page, scale).read_text())
+            if run['setting'] in settings
+        },
+        scale,
+    )
 
 
 if __name__ == '__main__':

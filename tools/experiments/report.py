@@ -7,42 +7,73 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from bench.machine import machine
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .settings import BASELINE, BASELINES, GRID_BAGS, GRID_SHARES, PUBLISHED, Experiment, Scale, Setting, grid_cell
+from .settings import (
+    BASELINE,
+    BASELINES,
+    GRID_BAGS,
+    GRID_SHARES,
+    PUBLISHED,
+    Experiment,
+    Scale,
+    Setting,
+    experiments,
+    grid_cell,
+)
 from .training import Job, Result
 
 _SHADES = colormaps['viridis_r']
 _CHANCE = """Of settings that are no better or worse, one in 13 differs by more than two standard deviations at three
-seeds (Student's t, 2 degrees of freedom). Not tried: more steps in the time that `batch` saves, which with rows of 64
-is one in a hundred."""
+seeds (Student's t, 2 degrees of freedom)."""
+_TERMS = """Losses are next-token validation losses in nats per token. A difference is between runs of the same seed, ±
+is the sample standard deviation over seeds. Seconds a step are rough."""
+_ISO_LOSS = """How many times the steps the baseline needs for the same final loss; its interval is one standard
+deviation of the difference from the baseline to either side:"""
 _FRESH = 'A setting that was chosen for its loss at one seed is judged at others.'
 
 
 @dataclass(frozen=True)
 class Runs:
-    """All results at one learning rate, by setting and seed."""
+    """All results at a scale."""
 
     results: dict[Job, Result]
-    lr: float
     scale: Scale
+
+    @property
+    def lr(self) -> float:
+        """The learning rate at which the baseline is best, which everything else is trained at."""
+        rates = self.rates()
+        return min(rates, key=lambda lr: rates[lr])
+
+    def rates(self) -> dict[float, float]:
+        """The baseline's final loss at each learning rate, at the first seed."""
+        tuned = {job.lr: job for job in self.results if job.setting == BASELINE and job.seed == self.scale.seeds[0]}
+        return {lr: self.results[tuned[lr]].final_loss for lr in sorted(tuned)}
 
     def get(self, setting: Setting, seed: int) -> Result | None:
         """The result of a setting at a seed, None if it was not run."""
         return self.results.get(Job(setting, seed, self.lr, self.scale))
 
+    def all(self, setting: Setting, seeds: Sequence[int]) -> list[Result]:
+        """The results of a setting, of the seeds at which it was run."""
+        return [result for seed in seeds if (result := self.get(setting, seed))]
+
     def losses(self, setting: Setting, seeds: Sequence[int]) -> list[float]:
         """Final losses, by seed."""
-        return [result.final_loss for seed in seeds if (result := self.get(setting, seed))]
+        return [result.final_loss for result in self.all(setting, seeds)]
 
     def differences(self, setting: Setting, other: Setting, seeds: Sequence[int]) -> list[float]:
         """Final losses minus another setting's, where both were run; infinite or NaN if one diverged."""
         pairs = [(self.get(setting, seed), self.get(other, seed)) for seed in seeds]
         return [a.final_loss - b.final_loss for a, b in pairs if a and b]
+
+    def at_first_seed(self) -> dict[Setting, float]:
+        """Final losses at the first seed."""
+        here = [job for job in self.results if job.seed == self.scale.seeds[0] and job.lr == self.lr]
+        return {job.setting: self.results[job].final_loss for job in here}
 
 
 def spread(values: Sequence[float], digits: int = 3, signed: bool = False) -> str:
@@ -55,108 +86,129 @@ def spread(values: Sequence[float], digits: int = 3, signed: bool = False) -> st
     return text if len(values) == 1 else f'{text} ± {statistics.stdev(values):.{digits}f}'
 
 
-def table(runs: Runs, settings: Sequence[Setting], seeds: Sequence[int]) -> str:
-    """A row a setting: final losses, and differences from the baseline and the published recipe, seed by seed."""
-    lines = [
-        '| setting | seeds | final validation loss | minus baseline | minus published recipe | data tokens | s/step |',
-        '|---|---|---|---|---|---|---|',
-    ]
+def table(runs: Runs, settings: Sequence[Setting], seeds: Sequence[int], others: Sequence[Runs] = ()) -> str:
+    """A row a setting: final losses, and differences from the baseline and the published recipe, seed by seed.
+
+    Of each other scale there is a column with the final loss and the seconds a step.
+    """
+    columns = ['setting', 'seeds', 'final validation loss', 'minus baseline', 'minus published recipe', 'data tokens']
+    columns += ['s/step', *(f'{other.scale.name}: final loss, s/step' for other in others)]
+    lines = [_row(columns), '|---' * len(columns) + '|']
     for setting in settings:
-        results = [result for seed in seeds if (result := runs.get(setting, seed))]
-        tokens = f'{results[0].data_tokens / 1e6:.2f}M' if results else ''
-        pace = spread([result.seconds / result.steps for result in results])
-        lines.append(
-            f'| {setting.name} | {len(results)} | {spread(runs.losses(setting, seeds))} '
-            f'| {spread(runs.differences(setting, BASELINE, seeds), signed=True)} '
-            f'| {spread(runs.differences(setting, PUBLISHED, seeds), signed=True)} | {tokens} | {pace} |'
-        )
+        results = runs.all(setting, seeds)
+        if not results:
+            continue
+        cells = [setting.name, str(len(results)), spread(runs.losses(setting, seeds))]
+        cells += [spread(runs.differences(setting, than, seeds), signed=True) for than in (BASELINE, PUBLISHED)]
+        cells += [f'{results[0].data_tokens / 1e6:.2f}M', _pace(results)]
+        for other in others:
+            theirs = other.all(setting, other.scale.seeds)
+            cells += [f'{spread([result.final_loss for result in theirs])}, {_pace(theirs)}' if theirs else '']
+        lines.append(_row(cells))
     return '\n'.join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f'| {" | ".join(cells)} |'
+
+
+def _pace(results: Sequence[Result]) -> str:
+    return spread([result.seconds / result.steps for result in results])
 
 
 def grid(runs: Runs) -> str:
-    """The loss over s and r, minus the baseline's at the same seed."""
-    lines = ['| r | ' + ' | '.join(f's = {s}' for s in GRID_BAGS) + ' |', '|---' * (len(GRID_BAGS) + 1) + '|']
-    seed = runs.scale.seeds[0]
-    baseline = runs.get(BASELINE, seed)
+    """The loss over s and r, minus the baseline's at the same seeds, and where it is lowest."""
+    lines = [_row(['r', *(f's = {s}' for s in GRID_BAGS)]), '|---' * (len(GRID_BAGS) + 1) + '|']
+    means: dict[str, float] = {}
     for share in GRID_SHARES:
-        cells = [runs.get(grid_cell(bag_size, share), seed) for bag_size in GRID_BAGS]
-        texts = [f'{cell.final_loss - baseline.final_loss:+.3f}' if cell and baseline else 'not run' for cell in cells]
-        lines.append(f'| {share:g} | ' + ' | '.join(texts) + ' |')
+        row = [f'{share:g}']
+        for bag_size in GRID_BAGS:
+            cell = grid_cell(bag_size, share)
+            differences = runs.differences(cell, BASELINE, runs.scale.seeds)
+            row += [f'{spread(differences, signed=True)} ({len(differences)})' if differences else 'not run']
+            if differences:
+                means[cell.name] = statistics.fmean(differences)
+        lines.append(_row(row))
+    lowest = min(means, key=lambda name: means[name])
+    lines += ['', f'In brackets, the number of seeds. Lowest: {lowest}, at {means[lowest]:+.3f}.']
     return '\n'.join(lines)
 
 
-def speedups(runs: Runs, setting: Setting) -> list[tuple[str, float]]:
-    """Iso-loss speed-ups, a seed each: the baseline's steps for the setting's final loss over the setting's steps.
+def speed_up(runs: Runs, difference: float) -> tuple[str, float]:
+    """Iso-loss speed-up: how many times the steps a baseline needs to end lower by `-difference` than the baseline.
 
-    Between baselines of several lengths, each with a schedule of its own, the loss is linear in the logarithm of the
-    steps. The text is ``less than `` or ``more than `` where the baselines do not span the loss; the number is then
+    Between baselines of several lengths, each with a schedule of its own, the mean loss is linear in the logarithm of
+    the steps. The text is ``less than `` or ``more than `` where the baselines do not span the loss; the number is then
     the nearest length.
     """
-    found = []
-    for seed in runs.scale.seeds:
-        wanted = runs.get(setting, seed)
-        curve = [(b.length, result.final_loss) for b in BASELINES if (result := runs.get(b, seed))]
-        if wanted and curve:
-            found.append(_steps_at(curve, wanted.final_loss))
-    return found
-
-
-def _steps_at(curve: Sequence[tuple[float, float]], level: float) -> tuple[str, float]:
-    if level >= curve[0][1]:
-        return 'less than ' if level > curve[0][1] else '', curve[0][0]
+    seeds = runs.scale.seeds
+    curve = [(b.length, statistics.fmean(of)) for b in BASELINES if (of := runs.differences(b, BASELINE, seeds))]
+    if difference >= curve[0][1]:
+        return 'less than ' if difference > curve[0][1] else '', curve[0][0]
     for (x0, y0), (x1, y1) in itertools.pairwise(curve):
-        if y1 <= level:
-            return '', x0 * (x1 / x0) ** ((y0 - level) / (y0 - y1))
+        if y1 <= difference:
+            return '', x0 * (x1 / x0) ** ((y0 - difference) / (y0 - y1))
     return 'more than ', curve[-1][0]
 
 
 def iso_loss(runs: Runs, setting: Setting) -> str:
-    """The speed-up of a setting as a sentence."""
-    found = speedups(runs, setting)
-    each = ', '.join(f'{beyond}{ratio:.2f}' for beyond, ratio in found)
-    spanned = [ratio for beyond, ratio in found if not beyond]
-    mean = f', {spread(spanned, 2)} in the mean' if len(spanned) == len(found) else ''
-    return f'{setting.name}: {each} times at seeds {", ".join(map(str, runs.scale.seeds))}{mean}.'
+    """The speed-up of a setting as a sentence, with its interval; nothing if it was not run or diverged."""
+    differences = runs.differences(setting, BASELINE, runs.scale.seeds)
+    if not differences or not all(map(math.isfinite, differences)):
+        return ''
+    mean = statistics.fmean(differences)
+    text = f'- {setting.name}: {_times(runs, mean)}'
+    if len(differences) > 1:
+        deviation = statistics.stdev(differences)
+        text += f', from {_times(runs, mean + deviation)} to {_times(runs, mean - deviation)}'
+    return f'{text} times.'
 
 
-def verdict(runs: Runs, experiments: Sequence[Experiment]) -> str:
-    """Which settings beat the published recipe at equal steps by more than two standard deviations."""
-    lines = {}
-    for experiment in experiments:
-        for setting in experiment.settings:
-            differences = runs.differences(setting, PUBLISHED, experiment.seeds)
-            if setting == PUBLISHED or not setting.algorithm or len(differences) < 2:
-                continue
-            seeds = ', '.join(map(str, experiment.seeds))
-            if not all(map(math.isfinite, differences)):
-                lines[setting] = f'- {setting.name}: a run diverged (seeds {seeds}).'
-                continue
-            mean, deviation = statistics.fmean(differences), statistics.stdev(differences)
-            sure = 'by more than' if abs(mean) > 2 * deviation else 'which is within'
-            word = 'below' if mean < 0 else 'above'
-            # The finals come last: what was chosen at one seed is judged at others.
-            lines[setting] = (
-                f'- {setting.name} ends {abs(mean):.3f} {word} the published recipe, {sure} two standard deviations '
-                f'of the difference ({deviation:.3f}, seeds {seeds}).'
-            )
-    return '\n'.join(lines.values())
+def _times(runs: Runs, difference: float) -> str:
+    beyond, ratio = speed_up(runs, difference)
+    return f'{beyond}{ratio:.2f}'
+
+
+def verdict(runs: Runs, done: Sequence[Experiment]) -> str:
+    """Which settings beat the baseline, and which the published recipe, by more than two standard deviations."""
+    lines: dict[tuple[Setting, Setting], str] = {}
+    for experiment in done:
+        for setting in experiment.settings if experiment.form == 'table' else ():
+            for than, name in ((BASELINE, 'the baseline'), (PUBLISHED, 'the published recipe')):
+                if setting.algorithm and setting != than:
+                    # The finals come late: what was chosen at one seed is judged at others.
+                    lines[than, setting] = _says(setting, name, runs.differences(setting, than, experiment.seeds))
+    by_other = sorted(lines, key=lambda pair: pair[0] != BASELINE)
+    return '\n'.join(lines[pair] for pair in by_other if lines[pair])
+
+
+def _says(setting: Setting, than: str, differences: Sequence[float]) -> str:
+    if len(differences) < 2:
+        return ''
+    if not all(map(math.isfinite, differences)):
+        return f'- {setting.name}: a run diverged.'
+    mean, deviation = statistics.fmean(differences), statistics.stdev(differences)
+    sure = 'by more than' if abs(mean) > 2 * deviation else 'which is within'
+    return (
+        f'- {setting.name} ends {abs(mean):.3f} {"below" if mean < 0 else "above"} {than}, {sure} two standard '
+        f'deviations of the difference ({deviation:.3f}, {len(differences)} seeds).'
+    )
 
 
 def draw_grid(runs: Runs, output: Path) -> None:
-    """The grid as curves over s, one for each r."""
+    """The grid as curves over s, one for each r, in differences from the baseline."""
     figure = Figure(figsize=(6, 3.6), dpi=140, layout='constrained')
     axes = figure.subplots()
-    seed = runs.scale.seeds[0]
     for i, share in enumerate(GRID_SHARES):
-        cells = [(s, result) for s in GRID_BAGS if (result := runs.get(grid_cell(s, share), seed))]
-        losses = [result.final_loss for _, result in cells]  # one that diverged is not drawn
-        axes.plot([s for s, _ in cells], losses, 'o-', color=_SHADES(0.15 + 0.17 * i), label=f'r = {share:g}')
-    if baseline := runs.get(BASELINE, seed):
-        axes.axhline(baseline.final_loss, color='#3c3c3c', ls=(0, (4, 3)), label='baseline')
+        cells = [(s, runs.differences(grid_cell(s, share), BASELINE, runs.scale.seeds)) for s in GRID_BAGS]
+        means = [(s, statistics.fmean(differences)) for s, differences in cells if differences]
+        # One that diverged is not drawn.
+        axes.plot(*zip(*means, strict=True), 'o-', color=_SHADES(0.15 + 0.17 * i), label=f'r = {share:g}')
+    axes.axhline(0, color='#3c3c3c', ls=(0, (4, 3)), label='baseline')
     axes.set_xscale('log', base=2)
     axes.set_xticks(GRID_BAGS, [str(s) for s in GRID_BAGS])
     axes.set_xlabel('bag size s')
-    axes.set_ylabel('final validation loss')
+    axes.set_ylabel("final loss minus the baseline's")
     _finish(axes)
     axes.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     figure.savefig(output)
@@ -188,47 +240,43 @@ def _finish(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def write(output: Path, runs: Runs, experiments: Sequence[Experiment], to_come: Sequence[Experiment] = ()) -> None:
-    """Write the page on the experiments that are done, and its pictures beside it."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    settings = [setting for experiment in experiments for setting in experiment.settings]
+def write(output: Path, scales: Sequence[Runs]) -> None:
+    """Write the page on the first of the scales, with columns for the others, and its pictures beside it."""
+    runs, *others = scales
+    planned = experiments(runs.scale, runs.at_first_seed())
+    # Experiments share settings with others: one is begun when most of its own have been run at a seed.
+    done = [e for e in planned if 2 * len([s for s in e.settings if runs.all(s, e.seeds)]) > len(e.settings)]
+    settings = [setting for experiment in done for setting in experiment.settings]
     draw_settings(runs, settings, output.with_name(f'{output.stem}_settings.png'))
-    parts = [_head(runs), '## What it says', verdict(runs, experiments), _CHANCE]
+    parts = ['# Evidence', *map(_about, scales), _TERMS, '## What it says', verdict(runs, done), _CHANCE]
     parts += [_FRESH] if runs.scale.fresh_seeds else []
-    if to_come:
-        parts += [f'Not run yet: {", ".join(experiment.title for experiment in to_come)}.']
+    if missing := [
+        each.title for each in planned if not all(runs.get(s, x) for s in each.settings for x in each.seeds)
+    ]:
+        parts += [f'Not run yet, or not at every seed: {", ".join(missing)}.']
     parts += [f'![Every setting]({output.stem}_settings.png)']
-    for experiment in experiments:
+    for experiment in done:
         parts += [f'## {experiment.title}', experiment.question]
         if experiment.form == 'grid':
             draw_grid(runs, output.with_name(f'{output.stem}_grid.png'))
-            parts += [f"Final loss minus the baseline's, seed {runs.scale.seeds[0]}.", grid(runs)]
-            parts += [f'![The grid]({output.stem}_grid.png)']
+            parts += ["Final loss minus the baseline's.", grid(runs), f'![The grid]({output.stem}_grid.png)']
         else:
-            parts += [table(runs, experiment.settings, experiment.seeds)]
+            parts += [table(runs, experiment.settings, experiment.seeds, others)]
         if experiment.form == 'iso-loss':
-            parts += ['How many times the steps the baseline needs for the same final loss:']
-            parts += ['\n'.join(f'- {iso_loss(runs, s)}' for s in experiment.settings if s.algorithm)]
+            parts += [
+                _ISO_LOSS,
+                '\n'.join(filter(None, (iso_loss(runs, s) for s in experiment.settings if s.algorithm))),
+            ]
     output.write_text('\n\n'.join(part for part in parts if part) + '\n')
 
 
-def _head(runs: Runs) -> str:
-    """What was run, where, and how long it took."""
-    some = next(iter(runs.results.values()))
-    rates = ', '.join(
-        f'{job.lr:g}: {result.final_loss:.3f}'
-        for job, result in runs.results.items()
-        if job.setting == BASELINE and job.seed == runs.scale.seeds[0]
-    )
-    hours = sum(result.seconds for result in runs.results.values()) / runs.scale.workers / 3600
-    scale = runs.scale
-    return f"""# Evidence
-
-Every run that was trained at the scale `{scale.name}`: {scale.about}
-{some.parameters / 1e6:.2f}M parameters, {scale.steps:,} steps, {scale.warmup} of warmup, decay over the last tenth.
-The learning rate is the one at which the baseline is best: its final losses at seed {scale.seeds[0]} are {rates};
-all that follows is at {runs.lr:g}. Losses are next-token validation losses in nats per token. A difference is between
-runs of the same seed, ± is the sample standard deviation over seeds. Seconds a step are rough.
-
-Command: `make evidence SCALE={scale.name}`. {len(runs.results)} runs, {scale.workers} at a time,
-{hours:.1f} hours of training on {machine(torch.device(scale.device))}."""
+def _about(runs: Runs) -> str:
+    """What was run at a scale, where, and how long it took."""
+    scale, results = runs.scale, list(runs.results.values())
+    rates = runs.rates()
+    hours = sum(result.seconds for result in results) / scale.workers / 3600
+    return f"""Scale `{scale.name}`: {scale.about} {results[0].parameters / 1e6:.2f}M parameters, {scale.steps:,} steps,
+{scale.warmup} of warmup, decay over the last tenth. The learning rate is the one at which the baseline is best: its
+final losses at seed {scale.seeds[0]} are {', '.join(f'{lr:g}: {rates[lr]:.3f}' for lr in rates)}; all that follows is
+at {runs.lr:g}. {len(results)} runs, {scale.workers} at a time, {hours:.1f} hours of training on
+{'; '.join(dict.fromkeys(result.machine for result in results))}. Command: `make evidence SCALE={scale.name}`."""

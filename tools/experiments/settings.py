@@ -119,7 +119,6 @@ BASELINES = (BASELINE, *(Setting(f'baseline, {length:g} times the steps', length
 # The published recipe, with the smallest of its bag sizes that is near the optimum.
 PUBLISHED = superposed('s = 4, r = 0.3', bag_size=4, duration='0.3dur')
 COARSE_TO_FINE = phases((8, 0.1), (4, 0.2), (2, 0.3))
-BEYOND = 'Beyond the paper'
 FINALISTS = 4
 # In the operations of one run with `sequence`, at s = 4 and r = 0.3: of a token's forward pass, 4.33M operations
 # (2 layers of width 256 and a head of 2,048), attention takes 0.13M over 64 positions and 0.03M over 16.
@@ -128,8 +127,14 @@ GRID_BAGS = (2, 3, 4, 6, 8)
 GRID_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
-def experiments(scale: Scale) -> list[Experiment]:
-    """All experiments at a scale, the most telling first."""
+def experiments(scale: Scale, losses: Mapping[Setting, float] | None = None) -> list[Experiment]:
+    """All experiments at a scale, the most telling first.
+
+    Args:
+        scale: The scale.
+        losses: Final losses at its first seed: once they are there for all that is beyond the paper, the best of that
+            is judged at other seeds.
+    """
     seeds, first = scale.seeds, scale.seeds[:1]
     recipes = [PUBLISHED, grid_cell(6, 0.3), COARSE_TO_FINE]
     equal = [
@@ -156,9 +161,11 @@ def experiments(scale: Scale) -> list[Experiment]:
     batch = superposed('s = 4, r = 0.3, batch', bag_size=4, duration='0.3dur', expand='batch')
     longer = replace(batch, name=f'{batch.name}, {BATCH_SAVES:g} times the steps', length=BATCH_SAVES)
     grid = [grid_cell(bag_size, share) for share in GRID_SHARES for bag_size in GRID_BAGS]
+    chosen = all(setting in (losses or {}) for setting in beyond())
     return [
         *equal,
-        Experiment(BEYOND, 'What beats one bag size, uniform weights, a hard switch?', beyond(), first),
+        Experiment('Beyond the paper', 'What beats one bag size, uniform weights, a hard switch?', beyond(), first),
+        *([finals(scale, losses)] if losses and chosen else []),
         Experiment('Sides', 'Bags in, bags out, or both?', [BASELINE, PUBLISHED, *sides], seeds),
         Experiment(
             'Sequence or batch',
@@ -195,7 +202,8 @@ def weighted(bag_size: int) -> list[Setting]:
 
 def finals(scale: Scale, losses: Mapping[Setting, float]) -> Experiment:
     """The best of what is beyond the paper, given losses at the first seed, at seeds that had no say in choosing it."""
-    best = sorted((setting for setting in losses if setting.algorithm), key=lambda setting: losses[setting])
+    best = sorted(beyond(), key=lambda setting: losses[setting])
+    best = [setting for setting in best if setting.algorithm]
     return Experiment(
         'The best of these, again',
         f'Are the settings that were best at seed {scale.seeds[0]} better than the published recipe at other seeds?',

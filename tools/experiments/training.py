@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from bench.machine import machine
 from tqdm import tqdm
 
 from .settings import Scale, Setting
@@ -33,6 +35,7 @@ class Result:
         data_tokens: Tokens read in training.
         parameters: Parameters of the model.
         seconds: Seconds of training steps, start-up and evaluation left out.
+        machine: What it was trained on, in a line.
     """
 
     final_loss: float
@@ -40,6 +43,7 @@ class Result:
     data_tokens: int
     parameters: int
     seconds: float
+    machine: str
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def train_all(jobs: Iterable[Job], data: Path, folder: Path, workers: int) -> di
         RuntimeError: If the process of a run fails or is killed.
     """
     wanted = list(dict.fromkeys(jobs))
-    missing = [job for job in wanted if not _result_file(job, data, folder).exists()]
+    missing = [job for job in wanted if not result_file(job, data, folder).exists()]
     processes = multiprocessing.get_context('forkserver')
     processes.set_forkserver_preload(['llmfoundry.command_utils'])
 
@@ -102,10 +106,11 @@ def train_all(jobs: Iterable[Job], data: Path, folder: Path, workers: int) -> di
             pass
     finally:
         pool.shutdown(cancel_futures=True)
-    return {job: Result(**json.loads(_result_file(job, data, folder).read_text())) for job in wanted}
+    return {job: Result(**json.loads(result_file(job, data, folder).read_text())) for job in wanted}
 
 
-def _result_file(job: Job, data: Path, folder: Path) -> Path:
+def result_file(job: Job, data: Path, folder: Path) -> Path:
+    """Where the result of a run is kept."""
     return folder / f'{job.name(data)}.json'
 
 
@@ -125,16 +130,16 @@ def _train(job: Job, data: Path, folder: Path) -> None:
         data_tokens=int(trainer.state.timestamp.token),
         parameters=sum(weight.numel() for weight in trainer.state.model.parameters()),
         seconds=trainer.state.timestamp.total_wct.total_seconds(),
+        machine=machine(torch.device(job.scale.device)),
     )
     trainer.close()
     shutil.rmtree(checkpoints)
-    path = _result_file(job, data, folder)
+    path = result_file(job, data, folder)
     path.with_suffix('.part').write_text(json.dumps(asdict(result), indent=1) + '\n')
     path.with_suffix('.part').rename(path)
 
 
 def _run(overrides: list[str], attempts: int = 3) -> 'Trainer':
-    import torch
     from llmfoundry.command_utils import train_from_yaml
 
     from .variants import register
