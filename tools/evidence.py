@@ -17,7 +17,7 @@ import torch
 import typer
 from experiments.report import Runs, write
 from experiments.settings import BASELINE, SCALES, Scale, experiments
-from experiments.training import Job, Result, result_file, train_all
+from experiments.training import Job, Result, train_all
 
 
 def main(
@@ -41,21 +41,26 @@ def main(
     trained = Runs({}, size)
 
     def train(jobs: Iterable[Job]) -> None:
-        trained.results.update(train_all(jobs, data, folder, size.workers))
-        entries = [
-            {'name': result_file(job, data, folder).stem, 'setting': job.setting.name, 'seed': job.seed, 'lr': job.lr}
-            | {'result': asdict(result)}
-            for job, result in trained.results.items()
-        ]
-        _record(page, size).write_text(json.dumps(entries, indent=1) + '\n')
-        write(page, [_read(page, other) for other in SCALES.values() if _record(page, other).exists()])
+        for results in train_all(jobs, data, folder, size.workers):
+            trained.results.update(results)
+            entries = [
+                {'name': job.name(data), 'setting': job.setting.name, 'seed': job.seed, 'lr': job.lr}
+                | {'result': asdict(result)}
+                for job, result in trained.results.items()
+            ]
+            _record(page, size).write_text(json.dumps(entries, indent=1) + '\n')
+            if trained.rates():
+                write(page, [_read(page, other) for other in SCALES.values() if _record(page, other).exists()])
 
     train(Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates)
-    done = 0
-    while done < len(planned := experiments(size, trained.at_first_seed())):
-        for seed in planned[done].seeds:
-            train(Job(setting, seed, trained.lr, size) for setting in planned[done].settings)
-        done += 1
+    # Large ones at their first seed, and at the others when all else is done.
+    for large_at_all in (False, True):
+        done = 0
+        while done < len(planned := experiments(size, trained.at_first_seed())):
+            experiment = planned[done]
+            for seed in experiment.seeds if large_at_all or not experiment.large else experiment.seeds[:1]:
+                train(Job(setting, seed, trained.lr, size) for setting in experiment.settings)
+            done += 1
 
 
 def _record(page: Path, scale: Scale) -> Path:

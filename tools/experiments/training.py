@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,35 +82,38 @@ class Job:
         ]
 
 
-def train_all(jobs: Iterable[Job], data: Path, folder: Path, workers: int) -> dict[Job, Result]:
-    """Train every job that has no result in ``folder`` yet, and return the results of all.
+def train_all(jobs: Iterable[Job], data: Path, folder: Path, workers: int) -> Iterator[dict[Job, Result]]:
+    """Train every job that has no result in ``folder`` yet: yields what there is, then each result as it comes.
 
     Raises:
         RuntimeError: If the process of a run fails or is killed.
     """
     wanted = list(dict.fromkeys(jobs))
-    missing = [job for job in wanted if not result_file(job, data, folder).exists()]
+    missing = [job for job in wanted if not _result_file(job, data, folder).exists()]
+    yield {job: _result(job, data, folder) for job in wanted if job not in missing}
     processes = multiprocessing.get_context('forkserver')
     processes.set_forkserver_preload(['llmfoundry.command_utils'])
 
-    def train(job: Job) -> None:
+    def train(job: Job) -> dict[Job, Result]:
         process = processes.Process(target=_train, args=(job, data, folder))
         process.start()
         process.join()
         if process.exitcode:
             raise RuntimeError(f'{job.name(data)} ended with exit code {process.exitcode}: see above.')
+        return {job: _result(job, data, folder)}
 
     pool = ThreadPoolExecutor(workers)
     try:
-        for _ in tqdm(pool.map(train, missing), total=len(missing), unit='run', disable=None):
-            pass
+        yield from tqdm(pool.map(train, missing), total=len(missing), unit='run', disable=None)
     finally:
         pool.shutdown(cancel_futures=True)
-    return {job: Result(**json.loads(result_file(job, data, folder).read_text())) for job in wanted}
 
 
-def result_file(job: Job, data: Path, folder: Path) -> Path:
-    """Where the result of a run is kept."""
+def _result(job: Job, data: Path, folder: Path) -> Result:
+    return Result(**json.loads(_result_file(job, data, folder).read_text()))
+
+
+def _result_file(job: Job, data: Path, folder: Path) -> Path:
     return folder / f'{job.name(data)}.json'
 
 
@@ -134,7 +137,7 @@ def _train(job: Job, data: Path, folder: Path) -> None:
     )
     trainer.close()
     shutil.rmtree(checkpoints)
-    path = result_file(job, data, folder)
+    path = _result_file(job, data, folder)
     path.with_suffix('.part').write_text(json.dumps(asdict(result), indent=1) + '\n')
     path.with_suffix('.part').rename(path)
 
