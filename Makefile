@@ -49,9 +49,9 @@ $(RUNS)/%.done: yamls/quickstart/%.yaml $(DATA)/stats.json
 		|| { tail -n 20 $(RUNS)/$*.log; exit 1; }
 	@touch $@
 
-# Everything docs/evidence.md reports. What is finished is kept: run it again to go on.
+# Everything docs/evidence.md reports. What is finished is kept: run it again to go on, or elsewhere with KNOWN=record.
 evidence: $(DATA)/stats.json
-	$(PYTHON) tools/evidence.py --data $(DATA) --scale $(SCALE)
+	$(PYTHON) tools/evidence.py --data $(DATA) --scale $(SCALE) $(if $(KNOWN),--known $(KNOWN))
 
 # What superposition costs, on every core: leave the machine idle for its eleven minutes.
 benchmark: install
