@@ -92,27 +92,21 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, trained: bool) -> Tensor:
-        ctx.softmax = None
+        ctx.softmax = lse = None
         if loss_triton and loss_triton.runs_on(logits):
             lse = loss_triton.log_sum_exp(logits)
             nats = lse[:, None] - logits.gather(1, targets)
-        else:
-            lse = None
-            nats = torch.empty_like(weights)
+        elif trained and logits.is_cpu and not torch.compiler.is_compiling():
             # The buffer of the gradient, filled here already, so that exponentials are computed once: on a CPU,
             # where they take longer than reading the logits.
-            if trained and logits.is_cpu and not torch.compiler.is_compiling():
-                ctx.softmax = torch.empty(logits.shape, dtype=weights.dtype, device=logits.device)
+            ctx.softmax = torch.empty(logits.shape, dtype=weights.dtype, device=logits.device)
             for rows in _chunks(logits):
-                z = logits[rows].to(weights.dtype)
-                if ctx.softmax is None:
-                    nats[rows] = -z.log_softmax(-1).gather(1, targets[rows])
-                else:
-                    p = torch.softmax(z, -1, out=ctx.softmax[rows]).gather(1, targets[rows])
-                    if p.amin() >= torch.finfo(p.dtype).tiny:
-                        nats[rows] = -p.log()
-                    else:  # NaN, or too improbable for its logarithm to be exact
-                        nats[rows] = z.logsumexp(-1, keepdim=True) - z.gather(1, targets[rows])
+                torch.softmax(logits[rows].to(weights.dtype), -1, out=ctx.softmax[rows])
+            nats = _nats(ctx.softmax, logits, targets)
+        else:
+            nats = torch.empty_like(weights)
+            for rows in _chunks(logits):
+                nats[rows] = -logits[rows].to(weights.dtype).log_softmax(-1).gather(1, targets[rows])
         ctx.save_for_backward(logits, lse, targets, weights, nats)
         # A token that is masked out, with a logit of -inf, costs nothing where its weight is 0: not 0 * inf.
         return (weights * nats.masked_fill(weights == 0, 0)).sum(-1)
@@ -140,6 +134,17 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
         # Not `scatter_`, which on CPU makes a float32 copy of a low-precision (N, V) tensor.
         rows = torch.arange(len(targets), device=targets.device)[:, None]
         return grad.index_put_((rows, targets), at_targets.to(grad.dtype)), None, None, None
+
+
+def _nats(softmax: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    """(N, s) negative log-probabilities of the targets, from the (N, V) softmax and the logits it was made of."""
+    p = softmax.gather(1, targets)
+    nats = -p.log()
+    # NaN, or too improbable for its logarithm to be exact.
+    for row in (~(p.amin(1) >= torch.finfo(p.dtype).tiny)).nonzero().flatten():
+        z = logits[row].to(p.dtype)
+        nats[row] = z.logsumexp(-1) - z[targets[row]]
+    return nats
 
 
 def _scaled_in_place(softmax: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
