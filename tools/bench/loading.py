@@ -19,7 +19,7 @@ from .operations import BAG_SIZES
 ROWS, LENGTH, BATCH_SIZE = 4096, 2048, 4
 # Streaming sleeps and wakes in steps of milliseconds, so a call draws many batches: a multiple of every bag size.
 BATCHES = 48
-SECONDS = 20.0
+SECONDS = 40.0
 
 
 def loader_cases(device: torch.device) -> Iterator[Case]:
