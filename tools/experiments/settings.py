@@ -37,7 +37,7 @@ class Scale:
 
 CPU = Scale(
     name='cpu',
-    about='the quickstart at twice its width (its data are Python source), rows of 64, 1,024 s-tokens a step.',
+    about='the quickstart at twice its width (on Python source), in bfloat16, rows of 64, 1,024 s-tokens a step.',
     overrides=('model.d_model=256',),
     steps=2000,
     warmup=100,
