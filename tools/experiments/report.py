@@ -176,7 +176,7 @@ def verdict(runs: Runs, done: Sequence[Experiment]) -> str:
         for setting in experiment.settings if experiment.form == 'table' else ():
             for than, name in ((BASELINE, 'the baseline'), (PUBLISHED, 'the published recipe')):
                 if setting.algorithm and setting != than:
-                    # The finals come late: what was chosen at one seed is judged at others.
+                    # Of several experiments the last one: more seeds, or others than those it was chosen at.
                     lines[than, setting] = _says(setting, name, runs.differences(setting, than, experiment.seeds))
     by_other = sorted(lines, key=lambda pair: pair[0] != BASELINE)
     return '\n'.join(lines[pair] for pair in by_other if lines[pair])
