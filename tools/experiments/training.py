@@ -98,8 +98,9 @@ def train_all(jobs: Iterable[Job], data: Path, folder: Path, workers: int) -> It
         process = processes.Process(target=_train, args=(job, data, folder))
         process.start()
         process.join()
-        if process.exitcode:
-            raise RuntimeError(f'{job.name(data)} ended with exit code {process.exitcode}: see above.')
+        # Not by its exit code, which multiprocessing may lose where one thread starts a process as another's ends.
+        if not _result_file(job, data, folder).exists():
+            raise RuntimeError(f'{job.name(data)} ended without a result, exit code {process.exitcode}: see above.')
         return {job: _result(job, data, folder)}
 
     pool = ThreadPoolExecutor(workers)
