@@ -93,7 +93,7 @@ class Experiment:
 
     @property
     def large(self) -> bool:
-        """Whether it takes longer than the others together."""
+        """Whether it has so many settings that all but its first seed wait until all else is done."""
         return len(self.settings) > 7
 
 
