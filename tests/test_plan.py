@@ -7,8 +7,12 @@ from typing import Any
 
 import plan
 import pytest
+from composer.core import Time
 from conftest import REPO
 from omegaconf import OmegaConf
+from planning.config import Run
+from planning.model import Model
+from planning.published import expect
 from typer.testing import CliRunner, Result
 
 QUICKSTART = REPO / 'yamls' / 'quickstart'
@@ -129,12 +133,12 @@ def test_shards_are_counted_against_the_data_there_is(tmp_path: Path):
     assert 'its rows have 128 tokens and max_seq_len is 64' in result.stderr
 
 
-MODEL = plan.Model(267_000_000, 267_000_000, 193_000_000, 30 * 576)
-BATCH = plan.Run(1024, 2048, plan.Time.from_batch(20000), (), 'both', 'sequence', 'uniform')
+MODEL = Model(267_000_000, 267_000_000, 193_000_000, 30 * 576)
+BATCH = Run(1024, 2048, Time.from_batch(20000), (), 'both', 'sequence', 'uniform')
 
 
 def test_expected_loss_is_read_off_the_published_grid_of_the_nearest_scale():
-    found = plan.expect(BATCH, MODEL, 42e9, 0.3, 6)
+    found = expect(BATCH, MODEL, 42e9, 0.3, 6)
     assert found is not None
     # 270M, 20k steps: 3.1423 against 3.2124; the other grids with uniform weights span the range.
     assert found.change == pytest.approx(3.1423 - 3.2124)
@@ -143,22 +147,22 @@ def test_expected_loss_is_read_off_the_published_grid_of_the_nearest_scale():
     assert found.low == pytest.approx(2.9439 - 3.0186, abs=1e-4)
     assert found.high == pytest.approx(-0.0441, abs=1e-4)
     assert found.extrapolation == ''
-    between = plan.expect(BATCH, MODEL, 42e9, 0.3, 6.5)
+    between = expect(BATCH, MODEL, 42e9, 0.3, 6.5)
     assert between is not None
     assert between.change == pytest.approx((3.1423 + 3.1392) / 2 - 3.2124)
     # At no superposed step at all there is no change, and half way to the first share half of its change.
-    half = plan.expect(BATCH, MODEL, 42e9, 0.05, 2)
+    half = expect(BATCH, MODEL, 42e9, 0.05, 2)
     assert half is not None
     assert half.change == pytest.approx((3.1847 - 3.2124) / 2)
 
 
 def test_expected_loss_elsewhere_is_called_an_extrapolation():
-    large = plan.Model(3_000_000_000, 3_000_000_000, 2_700_000_000, 36 * 2048)
-    found = plan.expect(BATCH, large, 42e9, 0.3, 6)
+    large = Model(3_000_000_000, 3_000_000_000, 2_700_000_000, 36 * 2048)
+    found = expect(BATCH, large, 42e9, 0.3, 6)
     assert found is not None
     assert found.source == 'final_loss_600m_20k'
     assert 'the nearest published model has 600M' in found.extrapolation
-    assert plan.expect(BATCH, MODEL, 42e9, 0.3, 40) is None
+    assert expect(BATCH, MODEL, 42e9, 0.3, 40) is None
 
 
 def test_the_sweep_has_every_point():
