@@ -171,27 +171,38 @@ def _times(runs: Runs, difference: float) -> str:
 
 def verdict(runs: Runs, done: Sequence[Experiment]) -> str:
     """Which settings beat the baseline, and which the published recipe, by more than two standard deviations."""
-    lines: dict[tuple[Setting, Setting], str] = {}
+    found: dict[tuple[Setting, Setting], list[float]] = {}
     for experiment in done:
         for setting in experiment.settings if experiment.form == 'table' else ():
-            for than, name in ((BASELINE, 'the baseline'), (PUBLISHED, 'the published recipe')):
-                if setting.algorithm and setting != than:
+            for than in (BASELINE, PUBLISHED):
+                differences = runs.differences(setting, than, experiment.seeds)
+                if setting.algorithm and setting != than and len(differences) > 1:
                     # Of several experiments the last one: more seeds, or others than those it was chosen at.
-                    lines[than, setting] = _says(setting, name, runs.differences(setting, than, experiment.seeds))
-    by_other = sorted(lines, key=lambda pair: pair[0] != BASELINE)
-    return '\n'.join(lines[pair] for pair in by_other if lines[pair])
+                    found[than, setting] = differences
+    best = [setting.name for than, setting in found if than == PUBLISHED and _sure(found[than, setting]) < 0]
+    what = ', '.join(best) or 'nothing'
+    lines = [f'- Below the published recipe ({PUBLISHED.name}) by more than two standard deviations: {what}.']
+    by_other = sorted(found, key=lambda pair: pair[0] != BASELINE)
+    return '\n'.join(lines + [_says(than, setting, found[than, setting]) for than, setting in by_other])
 
 
-def _says(setting: Setting, than: str, differences: Sequence[float]) -> str:
-    if len(differences) < 2:
-        return ''
+def _sure(differences: Sequence[float]) -> float:
+    """The mean difference, 0 if it is within two standard deviations or a run diverged."""
+    if not all(map(math.isfinite, differences)):
+        return 0.0
+    mean = statistics.fmean(differences)
+    return mean if abs(mean) > 2 * statistics.stdev(differences) else 0.0
+
+
+def _says(than: Setting, setting: Setting, differences: Sequence[float]) -> str:
     if not all(map(math.isfinite, differences)):
         return f'- {setting.name}: a run diverged.'
     mean, deviation = statistics.fmean(differences), statistics.stdev(differences)
-    sure = 'by more than' if abs(mean) > 2 * deviation else 'which is within'
     return (
-        f'- {setting.name} ends {abs(mean):.3f} {"below" if mean < 0 else "above"} {than}, {sure} two standard '
-        f'deviations of the difference ({deviation:.3f}, {len(differences)} seeds).'
+        f'- {setting.name} ends {abs(mean):.3f} {"below" if mean < 0 else "above"} '
+        f'{"the baseline" if than == BASELINE else "the published recipe"}, '
+        f'{"by more than" if _sure(differences) else "which is within"} two standard deviations of the difference '
+        f'({deviation:.3f}, {len(differences)} seeds).'
     )
 
 
