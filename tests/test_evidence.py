@@ -79,6 +79,15 @@ def test_a_setting_wins_by_more_than_two_deviations_or_does_not():
     assert says.splitlines()[0].endswith(f'by more than two standard deviations: {sure.name}.')
 
 
+def test_a_setting_is_judged_by_most_of_its_seeds():
+    runs = runs_of({BASELINE: [3.0] * 6, PUBLISHED: [2.9, 2.8, 2.9, 2.7, 2.6, 2.7]})
+    few, most = (
+        Experiment('Some', 'Which?', [PUBLISHED], seeds) for seeds in (CPU.seeds, (*CPU.seeds, *CPU.fresh_seeds))
+    )
+    for order in ([few, most], [most, few]):
+        assert ' ends 0.233 below the baseline, ' in report.verdict(runs, order)
+
+
 def test_a_setting_that_diverged_at_a_seed_has_not_won():
     setting = phases((8, 0.1), (4, 0.2))
     runs = runs_of({BASELINE: [3.0], PUBLISHED: [3.0, 3.1, 3.2], setting: [2.9, float('inf'), 3.1]})

@@ -176,8 +176,10 @@ def verdict(runs: Runs, done: Sequence[Experiment]) -> str:
         for setting in experiment.settings if experiment.form == 'table' else ():
             for than in (BASELINE, PUBLISHED):
                 differences = runs.differences(setting, than, experiment.seeds)
-                if setting.algorithm and setting != than and len(differences) > 1:
-                    # Of several experiments the last one: more seeds, or others than those it was chosen at.
+                known = max(2, len(found.get((than, setting), ())))
+                if setting.algorithm and setting != than and len(differences) >= known:
+                    # Of several experiments the one with most seeds, of equal ones the last: at other seeds than those
+                    # that it was chosen at.
                     found[than, setting] = differences
     best = [setting.name for than, setting in found if than == PUBLISHED and _sure(found[than, setting]) < 0]
     what = ', '.join(best) or 'nothing'
