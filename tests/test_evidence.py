@@ -137,12 +137,15 @@ def test_the_page_of_every_experiment_also_with_a_run_that_diverged(tmp_path: Pa
         page, [runs_of({s: losses[s] for s in settings if s not in grid.settings or s in planned[0].settings})]
     )
     assert (
-        f'Not run yet, or not at every seed: Coarse to fine, The best of these, again, {grid.title}.'
-        in page.read_text()
+        'Not run yet, or not at every seed: Coarse to fine; The best of these, again; Coarse to fine, in rows of their '
+        f'own; {grid.title}.' in page.read_text()
     )
     assert f'## {grid.title}' not in page.read_text()
     (chosen,) = [e for e in experiments(CPU, runs_of(losses).at_first_seed()) if e.title == 'The best of these, again']
-    for setting in (*chosen.settings, COARSE_TO_FINE):
+    more = {
+        setting for experiment in planned for setting in experiment.settings if set(experiment.seeds) - {*CPU.seeds}
+    }
+    for setting in more | {*chosen.settings}:
         losses[setting] += [3.0, 3.0, 3.0]  # at seeds 20 to 22 too
     report.write(page, [runs_of(losses), runs_of({BASELINE: [2.5, 2.6, 2.7]}, GPU)])
     text = page.read_text()

@@ -266,7 +266,7 @@ def write(output: Path, scales: Sequence[Runs]) -> None:
     if missing := [
         each.title for each in planned if not all(runs.get(s, x) for s in each.settings for x in each.seeds)
     ]:
-        parts += [f'Not run yet, or not at every seed: {", ".join(missing)}.']
+        parts += [f'Not run yet, or not at every seed: {"; ".join(missing)}.']
     parts += [f'![Every setting]({output.stem}_settings.png)']
     for experiment in done:
         parts += [f'## {experiment.title}', experiment.question]

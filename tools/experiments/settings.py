@@ -123,7 +123,9 @@ BASELINE = Setting('baseline')
 BASELINES = (BASELINE, *(Setting(f'baseline, {length:g} times the steps', length=length) for length in (1.5, 2)))
 # The published recipe, with the smallest of its bag sizes that is near the optimum.
 PUBLISHED = superposed('s = 4, r = 0.3', bag_size=4, duration='0.3dur')
+PUBLISHED_BATCH = superposed('s = 4, r = 0.3, batch', bag_size=4, duration='0.3dur', expand='batch')
 COARSE_TO_FINE = phases((8, 0.1), (4, 0.2), (2, 0.3))
+COARSE_TO_FINE_BATCH = phases((8, 0.1), (4, 0.2), (2, 0.3), expand='batch')
 FINALISTS = 3
 # In the operations of one run with `sequence`, at s = 4 and r = 0.3: of a token's forward pass, 4.33M operations
 # (2 layers of width 256 and a head of 2,048), attention takes 0.13M over 64 positions and 0.03M over 16.
@@ -163,8 +165,7 @@ def experiments(scale: Scale, losses: Mapping[Setting, float] | None = None) -> 
         superposed('s = 4, r = 0.3, input only', bag_size=4, duration='0.3dur', superpose='input'),
         superposed('s = 4, r = 0.3, output only', bag_size=4, duration='0.3dur', superpose='output', expand='none'),
     ]
-    batch = superposed('s = 4, r = 0.3, batch', bag_size=4, duration='0.3dur', expand='batch')
-    longer = replace(batch, name=f'{batch.name}, {BATCH_SAVES:g} times the steps', length=BATCH_SAVES)
+    longer = f'{PUBLISHED_BATCH.name}, {BATCH_SAVES:g} times the steps'
     # The published optimum first.
     shares = sorted(GRID_SHARES, key=lambda share: abs(share - 0.3))
     grid = [grid_cell(bag_size, share) for share in shares for bag_size in GRID_BAGS]
@@ -179,6 +180,12 @@ def experiments(scale: Scale, losses: Mapping[Setting, float] | None = None) -> 
         ),
         Experiment('Beyond the paper', 'What beats one bag size, uniform weights, a hard switch?', beyond(), first),
         *([finals(scale, losses)] if losses and chosen else []),
+        Experiment(
+            'Coarse to fine, in rows of their own',
+            'Do phases gain more with `batch`, which joins no rows, at seeds at which that was not chosen?',
+            [BASELINE, PUBLISHED, PUBLISHED_BATCH, COARSE_TO_FINE, COARSE_TO_FINE_BATCH],
+            (*seeds[1:], *scale.fresh_seeds),
+        ),
         Experiment('Sides', 'Bags in, bags out, or both?', [BASELINE, PUBLISHED, *sides], seeds),
         Experiment(
             'Weightings',
@@ -191,7 +198,7 @@ def experiments(scale: Scale, losses: Mapping[Setting, float] | None = None) -> 
             'Sequence or batch',
             f'Where does the s-fold data go? With rows of 64, `batch` saves so little that {BATCH_SAVES:g} times the '
             'steps take as many operations.',
-            [PUBLISHED, batch, longer],
+            [PUBLISHED, PUBLISHED_BATCH, replace(PUBLISHED_BATCH, name=longer, length=BATCH_SAVES)],
             seeds,
         ),
     ]
@@ -238,7 +245,7 @@ def beyond() -> list[Setting]:
         phases((8, 0.133), (4, 0.267), (2, 0.4)),
         phases((8, 0.167), (4, 0.333), (2, 0.5)),
         phases((8, 0.1), (4, 0.2), (2, 0.3), weighting='power_law'),
-        phases((8, 0.1), (4, 0.2), (2, 0.3), expand='batch'),
+        COARSE_TO_FINE_BATCH,
         Setting(COARSE_TO_FINE.name + ', warm-up until 0.3', COARSE_TO_FINE.algorithm, warmup=0.3),
         Setting('baseline, warm-up until 0.3', warmup=0.3),
         rated('half the learning rate while superposed', factor=0.5),
