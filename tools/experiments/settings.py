@@ -143,7 +143,7 @@ def experiments(scale: Scale, losses: Mapping[Setting, float] | None = None) -> 
             is judged at other seeds.
     """
     seeds, first = scale.seeds, scale.seeds[:1]
-    recipes = [PUBLISHED, grid_cell(6, 0.3), COARSE_TO_FINE]
+    recipes = [PUBLISHED, grid_cell(6, 0.3), COARSE_TO_FINE, COARSE_TO_FINE_BATCH]
     equal = [
         Experiment(
             'Equal steps',
