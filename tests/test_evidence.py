@@ -67,16 +67,14 @@ def test_a_setting_that_ends_above_the_baseline_has_no_speed_up():
 
 def test_a_setting_wins_by_more_than_two_deviations_or_does_not():
     sure, unsure = phases((8, 0.1), (4, 0.2)), phases((4, 0.1), (2, 0.2))
-    losses = {BASELINE: [3.0, 3.1, 3.1], PUBLISHED: [3.0, 3.1, 3.2], sure: [2.9, 3.0, 3.08], unsure: [2.8, 3.1, 3.3]}
-    # Differences -0.1, -0.1, -0.12: mean -0.1067, deviation 0.0115; and -0.2, 0, 0.1: mean -0.033, deviation 0.153.
+    losses = {BASELINE: [3.0, 3.1, 3.1], PUBLISHED: [3.0, 3.1, 3.2], sure: [2.9, 3.0, 3.08], unsure: [2.8, 3.1, 3.33]}
+    # Differences -0.1, -0.1, -0.12: mean -0.1067, deviation 0.0115; and -0.2, 0, 0.13: mean -0.0233, deviation 0.1662.
     says = report.verdict(runs_of(losses), [Experiment('Some', 'Which?', list(losses), CPU.seeds)])
-    assert f'{sure.name} ends 0.107 below the published recipe, by more than two' in says
-    assert f'{unsure.name} ends 0.033 below the published recipe, which is within two' in says
-    # Differences 0, 0, 0.1.
-    assert f'{PUBLISHED.name} ends 0.033 above the baseline, which is within two' in says
-    assert says.count(' the published recipe,') == 2
-    assert says.count(' the baseline,') == 3
-    assert says.splitlines()[0].endswith(f'by more than two standard deviations: {sure.name}.')
+    assert f'standard deviations: {sure.name}, -0.107 ± 0.012.\n' in says
+    # From the baseline -0.1, -0.1, -0.02 and -0.2, 0, 0.23; the published recipe 0, 0, 0.1.
+    assert f'| {sure.name} | 3 | -0.073 ± 0.046 | **-0.107 ± 0.012** |\n' in says
+    assert f'| {unsure.name} | 3 | +0.010 ± 0.215 | -0.023 ± 0.166 |\n' in says
+    assert f'| {PUBLISHED.name} | 3 | +0.033 ± 0.058 |  |\n' in says
 
 
 def test_a_setting_is_judged_by_most_of_its_seeds():
@@ -85,15 +83,15 @@ def test_a_setting_is_judged_by_most_of_its_seeds():
         Experiment('Some', 'Which?', [PUBLISHED], seeds) for seeds in (CPU.seeds, (*CPU.seeds, *CPU.fresh_seeds))
     )
     for order in ([few, most], [most, few]):
-        assert ' ends 0.233 below the baseline, ' in report.verdict(runs, order)
+        assert f'| {PUBLISHED.name} | 6 | -0.233 ± 0.121 |' in report.verdict(runs, order)
 
 
 def test_a_setting_that_diverged_at_a_seed_has_not_won():
     setting = phases((8, 0.1), (4, 0.2))
     runs = runs_of({BASELINE: [3.0], PUBLISHED: [3.0, 3.1, 3.2], setting: [2.9, float('inf'), 3.1]})
     says = report.verdict(runs, [Experiment('Some', 'Which?', [PUBLISHED, setting], CPU.seeds)])
-    assert says.splitlines()[1:] == [f'- {setting.name}: a run diverged.']
     assert says.splitlines()[0].endswith('by more than two standard deviations: nothing.')
+    assert f'| {setting.name} | 3 | -0.100 | diverged |' in says
 
 
 def test_the_best_beyond_the_paper_are_judged_at_other_seeds():
@@ -112,9 +110,7 @@ def test_the_best_beyond_the_paper_are_judged_at_other_seeds():
     no_better = {PUBLISHED: [3.0, 3.0, 3.0, 3.0, 3.01, 3.0], chosen: [1.0, 1.0, 1.0, 3.01, 3.0, 3.0]}
     runs = runs_of({BASELINE: [3.0], **no_better})
     before = Experiment('Some', 'Which?', [PUBLISHED, chosen], CPU.seeds)
-    assert f'{chosen.name} ends 0.000 above the published recipe, which is within' in report.verdict(
-        runs, [before, best]
-    )
+    assert f'| {chosen.name} | 3 |  | +0.000 ± 0.010 |' in report.verdict(runs, [before, best])
 
 
 def test_the_grid_says_where_it_is_lowest():
