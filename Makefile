@@ -7,6 +7,7 @@ DATA := data/quickstart
 SCALE ?= cpu
 DEVICE ?= cpu
 RUNS := runs/quickstart/seed$(SEED)
+EVIDENCE_DATA := $(if $(filter rows,$(SCALE)),data/rows,$(DATA))
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -38,9 +39,15 @@ STDLIB = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_paths()['st
 PACKAGES = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
 
 # The standard library (but for folders in s, such as site-packages) and torch: 65 million characters of Python.
+SOURCE = "$(STDLIB)/*.py" "$(STDLIB)/[!s]*/**/*.py" "$(PACKAGES)/torch/**/*.py"
+PREPARE = $(PYTHON) tools/prepare_data.py $(SOURCE) --output $(@D) --skip-bad --split train=0.995,val=0.005
+
 $(DATA)/stats.json: | install
-	$(PYTHON) tools/prepare_data.py "$(STDLIB)/*.py" "$(STDLIB)/[!s]*/**/*.py" "$(PACKAGES)/torch/**/*.py" \
-		--output $(DATA) --seq-len 64 --train-tokenizer 2048 --skip-bad --split train=0.995,val=0.005
+	$(PREPARE) --seq-len 64 --train-tokenizer 2048
+
+# The same documents in longer rows, for `make evidence SCALE=rows`.
+data/rows/stats.json: $(DATA)/stats.json
+	$(PREPARE) --seq-len 256 --tokenizer $(DATA)/tokenizer
 
 $(RUNS)/%.done: yamls/quickstart/%.yaml $(DATA)/stats.json
 	@if [ -e $@ ]; then rm -r $@ $(RUNS)/$*; fi
@@ -50,8 +57,8 @@ $(RUNS)/%.done: yamls/quickstart/%.yaml $(DATA)/stats.json
 	@touch $@
 
 # Everything docs/evidence.md reports. What is finished is kept: run it again to go on, or elsewhere with KNOWN=record.
-evidence: $(DATA)/stats.json
-	$(PYTHON) tools/evidence.py --data $(DATA) --scale $(SCALE) $(if $(KNOWN),--known $(KNOWN))
+evidence: $(EVIDENCE_DATA)/stats.json
+	$(PYTHON) tools/evidence.py --data $(EVIDENCE_DATA) --scale $(SCALE) $(if $(KNOWN),--known $(KNOWN))
 
 # What superposition costs, on every core: leave the machine idle for its eleven minutes.
 benchmark: install
@@ -76,4 +83,4 @@ lint: install
 	$(VENV)/bin/pyright
 
 clean:
-	rm -rf $(DATA) runs/quickstart
+	rm -rf $(DATA) data/rows runs/quickstart

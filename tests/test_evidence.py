@@ -147,8 +147,8 @@ def test_the_page_of_every_experiment_also_with_a_run_that_diverged(tmp_path: Pa
     listed = [setting for experiment in planned if experiment.form != 'grid' for setting in experiment.settings]
     assert all(f'| {setting.name} |' in text for setting in listed)
     assert f'| {diverged.name} | 3 | diverged |' in text
-    assert '| gpu: final loss, s/step |' in text
-    assert '| 2.600 ± 0.100, 0.010 ± 0.000 |' in text
+    assert '| gpu: final loss, minus baseline, s/step |' in text
+    assert '| 2.600 ± 0.100, +0.000 ± 0.000, 0.010 ± 0.000 |' in text
     assert all((tmp_path / f'evidence_{name}.png').stat().st_size > 1000 for name in ('settings', 'grid'))
 
 

@@ -43,14 +43,15 @@ def main(
     def train(jobs: Iterable[Job]) -> None:
         for results in train_all(jobs, data, folder, size.workers):
             trained.results.update(results)
+            if not trained.rates():
+                continue
             entries = [
                 {'name': job.name(data), 'setting': job.setting.name, 'seed': job.seed, 'lr': job.lr}
                 | {'result': asdict(result)}
                 for job, result in trained.results.items()
             ]
             _record(page, size).write_text(json.dumps(entries, indent=1) + '\n')
-            if trained.rates():
-                write(page, [_read(page, other) for other in SCALES.values() if _record(page, other).exists()])
+            write(page, [_read(page, other) for other in SCALES.values() if _record(page, other).exists()])
 
     train(Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates)
     # Large ones at their first seed, and at the others when all else is done.

@@ -90,10 +90,10 @@ def spread(values: Sequence[float], digits: int = 3, signed: bool = False) -> st
 def table(runs: Runs, settings: Sequence[Setting], seeds: Sequence[int], others: Sequence[Runs] = ()) -> str:
     """A row a setting: final losses, and differences from the baseline and the published recipe, seed by seed.
 
-    Of each other scale there is a column with the final loss and the seconds a step.
+    Of each other scale there is a column with final losses, differences from its baseline, and seconds a step.
     """
     columns = ['setting', 'seeds', 'final validation loss', 'minus baseline', 'minus published recipe', 'data tokens']
-    columns += ['s/step', *(f'{other.scale.name}: final loss, s/step' for other in others)]
+    columns += ['s/step', *(f'{other.scale.name}: final loss, minus baseline, s/step' for other in others)]
     lines = [_row(columns), '|---' * len(columns) + '|']
     for setting in settings:
         results = runs.all(setting, seeds)
@@ -104,7 +104,9 @@ def table(runs: Runs, settings: Sequence[Setting], seeds: Sequence[int], others:
         cells += [f'{results[0].data_tokens / 1e6:.2f}M', _pace(results)]
         for other in others:
             theirs = other.all(setting, other.scale.seeds)
-            cells += [f'{spread([result.final_loss for result in theirs])}, {_pace(theirs)}' if theirs else '']
+            loss = spread([result.final_loss for result in theirs])
+            difference = spread(other.differences(setting, BASELINE, other.scale.seeds), signed=True)
+            cells += [f'{loss}, {difference}, {_pace(theirs)}' if theirs else '']
         lines.append(_row(cells))
     return '\n'.join(lines)
 

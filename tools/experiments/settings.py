@@ -61,7 +61,18 @@ GPU = Scale(
     workers=1,
     device='cuda',
 )
-SCALES = {scale.name: scale for scale in (CPU, GPU)}
+ROWS = replace(
+    CPU,
+    name='rows',
+    about='that of `cpu` and its learning rate, in rows of 256, four a step.',
+    overrides=(
+        *(*CPU.overrides, 'max_seq_len=256', 'global_train_batch_size=4', 'device_train_microbatch_size=4'),
+        'tokenizer.name=data/quickstart/tokenizer',
+    ),
+    learning_rates=(2e-3,),
+    fresh_seeds=(),
+)
+SCALES = {scale.name: scale for scale in (CPU, ROWS, GPU)}
 
 
 @dataclass(frozen=True)
