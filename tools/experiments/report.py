@@ -193,7 +193,7 @@ def verdict(runs: Runs, done: Sequence[Experiment]) -> str:
         if _sure(differences := runs.differences(setting, PUBLISHED, seeds[setting])) < 0:
             better.append(f'{setting.name}, {spread(differences, signed=True)}')
         lines.append(_row(cells))
-    return '\n'.join([f'{_BETTER} {"; ".join(better) or "nothing"}.', '', *lines, '', _BOLD])
+    return '\n'.join([f'{_BETTER} {"; ".join(better) or "nothing"}.', '', *lines])
 
 
 def _sure(differences: Sequence[float]) -> float:
@@ -253,11 +253,12 @@ def write(output: Path, scales: Sequence[Runs]) -> None:
     """Write the page on the first of the scales, with columns for the others, and its pictures beside it."""
     runs, *others = scales
     planned = experiments(runs.scale, runs.at_first_seed())
-    # Experiments share settings with others: one is begun when most of its own have been run at a seed.
-    done = [e for e in planned if 2 * len([s for s in e.settings if runs.all(s, e.seeds)]) > len(e.settings)]
+    done = _done(runs)
     settings = [setting for experiment in done for setting in experiment.settings]
     draw_settings(runs, settings, output.with_name(f'{output.stem}_settings.png'))
-    parts = ['# Evidence', *map(_about, scales), _TERMS, '## What it says', verdict(runs, done)]
+    parts = ['# Evidence', *map(_about, scales), _TERMS, '## What it says', verdict(runs, done), _BOLD]
+    for other in others:
+        parts += [f'At the scale `{other.scale.name}`:', verdict(other, _done(other))]
     parts += [_FRESH] if runs.scale.fresh_seeds else []
     if missing := [
         each.title for each in planned if not all(runs.get(s, x) for s in each.settings for x in each.seeds)
@@ -279,13 +280,21 @@ def write(output: Path, scales: Sequence[Runs]) -> None:
     output.write_text('\n\n'.join(part for part in parts if part) + '\n')
 
 
+def _done(runs: Runs) -> list[Experiment]:
+    """Experiments with most of their settings run at a seed: they share settings with others."""
+    planned = experiments(runs.scale, runs.at_first_seed())
+    return [e for e in planned if 2 * len([s for s in e.settings if runs.all(s, e.seeds)]) > len(e.settings)]
+
+
 def _about(runs: Runs) -> str:
     """What was run at a scale, where, and how long it took."""
     scale, results = runs.scale, list(runs.results.values())
     rates = runs.rates()
     hours = sum(result.seconds for result in results) / scale.workers / 3600
-    return f"""Scale `{scale.name}`: {scale.about} {results[0].parameters / 1e6:.2f}M parameters, {scale.steps:,} steps,
-{scale.warmup} of warmup, decay over the last tenth. The learning rate is the one at which the baseline is best: its
+    tuned = f"""is the one at which the baseline is best: its
 final losses at seed {scale.seeds[0]} are {', '.join(f'{lr:g}: {rates[lr]:.3f}' for lr in rates)}; all that follows is
-at {runs.lr:g}. {len(results)} runs, {scale.workers} at a time, {hours:.1f} hours of training on
+at {runs.lr:g}"""
+    return f"""Scale `{scale.name}`: {scale.about} {results[0].parameters / 1e6:.2f}M parameters, {scale.steps:,} steps,
+{scale.warmup} of warmup, decay over the last tenth. The learning rate {tuned if len(rates) > 1 else f'is {runs.lr:g}'}.
+{len(results)} runs, {scale.workers} at a time, {hours:.1f} hours of training on
 {'; '.join(dict.fromkeys(result.machine for result in results))}. Command: `make evidence SCALE={scale.name}`."""
