@@ -44,7 +44,13 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(workers: int,
         made = config(tmp_path / 'data', tmp_path / name, **LONG, **loader)
         return Run(made, tmp_path / name / 'log')
 
-    start('whole').wait()
+    whole, rows = start('whole'), tmp_path / 'whole' / 'rows-0.jsonl'
+    while whole.processes[0].is_alive() and not rows.exists():
+        time.sleep(0.01)
+    begun = time.monotonic()
+    whole.wait()
+    # So that 20 kills fit into the run, however fast it is.
+    longest = (time.monotonic() - begun) / 16
     random.seed(workers)
     kills = training = 0
     while kills < 20:
@@ -54,7 +60,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(workers: int,
         if kills % 5:  # one in five while it starts
             while run.processes[0].is_alive() and (not rows.exists() or rows.stat().st_size == size):
                 time.sleep(0.01)
-        time.sleep(random.uniform(0, 1.2))
+        time.sleep(random.uniform(0, longest))
         assert run.processes[0].is_alive(), f'it ended before it could be killed\n{run.printed()[-3000:]}'
         run.kill()
         kills += 1
