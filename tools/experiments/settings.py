@@ -193,8 +193,8 @@ def experiments(scale: Scale, losses: Mapping[Setting, float] | None = None) -> 
         *([finals(scale, losses)] if losses and chosen else []),
         Experiment(
             'Coarse to fine, in rows of their own',
-            'Do phases gain more with `batch`, which joins no rows? It was among the best at seed 17 and the best of these '
-            'at 20 to 22; 18 and 19 were added after that.',
+            'Do phases gain more with `batch`, which joins no rows? It was among the best at seed 17 and the best of '
+            'these at 20 to 22; 18 and 19 were added after that.',
             [BASELINE, PUBLISHED, PUBLISHED_BATCH, COARSE_TO_FINE, COARSE_TO_FINE_BATCH],
             (*seeds[1:], *scale.fresh_seeds),
         ),
