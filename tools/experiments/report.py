@@ -17,11 +17,12 @@ from .settings import (
     GRID_BAGS,
     GRID_SHARES,
     PUBLISHED,
+    RECOMMENDED,
     Experiment,
     Scale,
     Setting,
     experiments,
-    grid_cell,
+    one_size,
 )
 from .training import Job, Result
 
@@ -126,7 +127,7 @@ def grid(runs: Runs) -> str:
     for share in GRID_SHARES:
         row = [f'{share:g}']
         for bag_size in GRID_BAGS:
-            cell = grid_cell(bag_size, share)
+            cell = one_size(bag_size, share)
             differences = runs.differences(cell, BASELINE, runs.scale.seeds)
             row += [f'{spread(differences, signed=True)} ({len(differences)})' if differences else 'not run']
             if differences:
@@ -183,10 +184,11 @@ def verdict(runs: Runs, done: Sequence[Experiment]) -> str:
                 # that it was chosen at.
                 seeds[setting] = here
     better: list[str] = []
-    lines = [_row(['setting', 'seeds', 'minus baseline', 'minus published recipe']), '|---|---|---|---|']
+    others = {'baseline': BASELINE, 'published recipe': PUBLISHED, 'recommended': RECOMMENDED}
+    lines = [_row(['setting', 'seeds', *(f'minus {other}' for other in others)]), '|---' * (2 + len(others)) + '|']
     for setting in seeds:
         cells = [setting.name, str(len(seeds[setting]))]
-        for than in (BASELINE, PUBLISHED):
+        for than in others.values():
             differences = runs.differences(setting, than, seeds[setting])
             text = spread(differences, signed=True) if setting != than else ''
             cells.append(f'**{text}**' if _sure(differences) else text)
@@ -209,7 +211,7 @@ def draw_grid(runs: Runs, output: Path) -> None:
     figure = Figure(figsize=(6, 3.6), dpi=140, layout='constrained')
     axes = figure.subplots()
     for i, share in enumerate(GRID_SHARES):
-        cells = [(s, runs.differences(grid_cell(s, share), BASELINE, runs.scale.seeds)) for s in GRID_BAGS]
+        cells = [(s, runs.differences(one_size(s, share), BASELINE, runs.scale.seeds)) for s in GRID_BAGS]
         means = [(s, statistics.fmean(differences)) for s, differences in cells if differences]
         # One that diverged is not drawn.
         axes.plot(*zip(*means, strict=True), 'o-', color=_SHADES(0.15 + 0.17 * i), label=f'r = {share:g}')

@@ -113,6 +113,12 @@ def superposed(name: str, algorithm: str = 'token_superposition', **settings: ob
     return Setting(name, tuple(f'algorithms.{algorithm}.{key}={json.dumps(settings[key])}' for key in settings))
 
 
+def one_size(bag_size: int, share: float, **others: str) -> Setting:
+    """One bag size until a share of the steps."""
+    name = ', '.join((f's = {bag_size}', f'r = {share:g}', *others.values()))
+    return superposed(name, bag_size=bag_size, duration=f'{share:g}dur', **others)
+
+
 def rated(name: str, **scheduler: float) -> Setting:
     """The published recipe with a learning rate of its own while superposed."""
     settings = ('name=rate_of_its_own', 'until=0.3', *(f'{key}={scheduler[key]:g}' for key in scheduler))
@@ -133,10 +139,22 @@ def phases(*steps: tuple[int, float], **others: object) -> Setting:
 BASELINE = Setting('baseline')
 BASELINES = (BASELINE, *(Setting(f'baseline, {length:g} times the steps', length=length) for length in (1.5, 2)))
 # The published recipe, with the smallest of its bag sizes that is near the optimum.
-PUBLISHED = superposed('s = 4, r = 0.3', bag_size=4, duration='0.3dur')
-PUBLISHED_BATCH = superposed('s = 4, r = 0.3, batch', bag_size=4, duration='0.3dur', expand='batch')
-COARSE_TO_FINE = phases((8, 0.1), (4, 0.2), (2, 0.3))
-COARSE_TO_FINE_BATCH = phases((8, 0.1), (4, 0.2), (2, 0.3), expand='batch')
+PUBLISHED = one_size(4, 0.3)
+PUBLISHED_BATCH = one_size(4, 0.3, expand='batch')
+# Phases from coarse to fine: which bag sizes, how they share the steps, where they end.
+TO_FINE = (
+    ((8, 0.1), (4, 0.2), (2, 0.3)),
+    ((4, 0.2), (2, 0.3)),
+    ((16, 0.1), (8, 0.2), (4, 0.3), (2, 0.4)),
+    ((16, 0.075), (8, 0.15), (4, 0.225), (2, 0.3)),
+    ((8, 0.2), (4, 0.3), (2, 0.35)),  # geometric shares, most of the data first
+    ((8, 0.05), (4, 0.15), (2, 0.35)),  # geometric shares, most of the steps last
+    ((8, 0.067), (4, 0.133), (2, 0.2)),
+    ((8, 0.133), (4, 0.267), (2, 0.4)),
+    ((8, 0.167), (4, 0.333), (2, 0.5)),
+)
+COARSE_TO_FINE = phases(*TO_FINE[0])
+RECOMMENDED = phases(*TO_FINE[0], expand='batch')
 FINALISTS = 3
 # In the operations of one run with `sequence`, at s = 4 and r = 0.3: of a token's forward pass, 4.33M operations
 # (2 layers of width 256 and a head of 2,048), attention takes 0.13M over 64 positions and 0.03M over 16.
@@ -150,11 +168,12 @@ def experiments(scale: Scale, losses: Mapping[Setting, float] | None = None) -> 
 
     Args:
         scale: The scale.
-        losses: Final losses at its first seed: once they are there for all that is beyond the paper, the best of that
-            is judged at other seeds.
+        losses: Final losses at its first seed. Once they are there for every setting of an experiment that is a map,
+            the best of these are judged at other seeds.
     """
     seeds, first = scale.seeds, scale.seeds[:1]
-    recipes = [PUBLISHED, grid_cell(6, 0.3), COARSE_TO_FINE, COARSE_TO_FINE_BATCH]
+    losses = losses or {}
+    recipes = [PUBLISHED, one_size(6, 0.3), COARSE_TO_FINE, RECOMMENDED]
     equal = [
         Experiment(
             'Equal steps',
@@ -179,8 +198,7 @@ def experiments(scale: Scale, losses: Mapping[Setting, float] | None = None) -> 
     longer = f'{PUBLISHED_BATCH.name}, {BATCH_SAVES:g} times the steps'
     # The published optimum first.
     shares = sorted(GRID_SHARES, key=lambda share: abs(share - 0.3))
-    grid = [grid_cell(bag_size, share) for share in shares for bag_size in GRID_BAGS]
-    chosen = all(setting in (losses or {}) for setting in beyond())
+    grid = [one_size(bag_size, share) for share in shares for bag_size in GRID_BAGS]
     return [
         *equal,
         Experiment(
@@ -190,12 +208,31 @@ def experiments(scale: Scale, losses: Mapping[Setting, float] | None = None) -> 
             (*seeds, *scale.fresh_seeds),
         ),
         Experiment('Beyond the paper', 'What beats one bag size, uniform weights, a hard switch?', beyond(), first),
-        *([finals(scale, losses)] if losses and chosen else []),
+        *finals(
+            'The best of these, again',
+            beyond(),
+            losses,
+            [BASELINE, PUBLISHED, COARSE_TO_FINE],
+            scale.fresh_seeds,
+        ),
         Experiment(
             'Coarse to fine, in rows of their own',
             'Do phases gain more with `batch`, which joins no rows? It was among the best at seed 17 and the best of '
             'these at 20 to 22; 18 and 19 were added after that.',
-            [BASELINE, PUBLISHED, PUBLISHED_BATCH, COARSE_TO_FINE, COARSE_TO_FINE_BATCH],
+            [BASELINE, PUBLISHED, PUBLISHED_BATCH, COARSE_TO_FINE, RECOMMENDED],
+            (*seeds[1:], *scale.fresh_seeds),
+        ),
+        Experiment(
+            'A map of `batch`',
+            'Which bag sizes, which shares of the steps, and where to end, when rows are folded by themselves?',
+            in_rows_of_their_own(),
+            first,
+        ),
+        *finals(
+            'The best of the map, again',
+            in_rows_of_their_own(),
+            losses,
+            [BASELINE, PUBLISHED, PUBLISHED_BATCH, RECOMMENDED],
             (*seeds[1:], *scale.fresh_seeds),
         ),
         Experiment('Sides', 'Bags in, bags out, or both?', [BASELINE, PUBLISHED, *sides], seeds),
@@ -216,53 +253,49 @@ def experiments(scale: Scale, losses: Mapping[Setting, float] | None = None) -> 
     ]
 
 
-def grid_cell(bag_size: int, share: float) -> Setting:
-    """One cell of the grid, equal to `PUBLISHED` where it is that one."""
-    return superposed(f's = {bag_size}, r = {share:g}', bag_size=bag_size, duration=f'{share:g}dur')
-
-
 def weighted(bag_size: int) -> list[Setting]:
     """One bag size with each of the weightings, `PUBLISHED` among them where it is that one."""
     return [
-        grid_cell(bag_size, 0.3),
-        *(
-            superposed(f's = {bag_size}, r = 0.3, {rule}', bag_size=bag_size, duration='0.3dur', weighting=rule)
-            for rule in ('power_law', 'exponential', 'first')
-        ),
+        one_size(bag_size, 0.3),
+        *(one_size(bag_size, 0.3, weighting=rule) for rule in ('power_law', 'exponential', 'first')),
     ]
 
 
-def finals(scale: Scale, losses: Mapping[Setting, float]) -> Experiment:
-    """The best of what is beyond the paper, given losses at the first seed, at seeds that had no say in choosing it."""
-    best = sorted(beyond(), key=lambda setting: losses[setting])
-    best = [setting for setting in best if setting.algorithm and setting != COARSE_TO_FINE]  # which has its own
-    return Experiment(
-        'The best of these, again',
-        f'Are the settings that were best at seed {scale.seeds[0]} better than the published recipe at other seeds?',
-        [BASELINE, PUBLISHED, *best[:FINALISTS]],
-        scale.fresh_seeds,
-    )
+def finals(
+    title: str,
+    settings: Sequence[Setting],
+    losses: Mapping[Setting, float],
+    beside: Sequence[Setting],
+    seeds: Sequence[int],
+) -> list[Experiment]:
+    """The best of some settings beside others, at seeds that had no say in choosing them; empty before all have run."""
+    if not all(setting in losses for setting in settings):
+        return []
+    contenders = [setting for setting in settings if setting.algorithm and setting not in beside]
+    best = sorted(contenders, key=lambda setting: losses[setting])[:FINALISTS]
+    question = 'Are the settings that were best at the first seed better at others?'
+    return [Experiment(title, question, [*beside, *best], seeds)]
 
 
 def beyond() -> list[Setting]:
     """What the paper did not try, at the cost of the published recipe."""
     return [
-        COARSE_TO_FINE,
-        phases((4, 0.2), (2, 0.3)),
-        phases((16, 0.1), (8, 0.2), (4, 0.3), (2, 0.4)),
-        phases((16, 0.075), (8, 0.15), (4, 0.225), (2, 0.3)),
-        phases((8, 0.2), (4, 0.3), (2, 0.35)),  # geometric shares, most of the data first
-        phases((8, 0.05), (4, 0.15), (2, 0.35)),  # geometric shares, most of the steps last
-        phases((8, 0.067), (4, 0.133), (2, 0.2)),
-        phases((8, 0.133), (4, 0.267), (2, 0.4)),
-        phases((8, 0.167), (4, 0.333), (2, 0.5)),
-        phases((8, 0.1), (4, 0.2), (2, 0.3), weighting='power_law'),
-        COARSE_TO_FINE_BATCH,
+        *(phases(*steps) for steps in TO_FINE),
+        phases(*TO_FINE[0], weighting='power_law'),
+        RECOMMENDED,
         Setting(COARSE_TO_FINE.name + ', warm-up until 0.3', COARSE_TO_FINE.algorithm, warmup=0.3),
         Setting('baseline, warm-up until 0.3', warmup=0.3),
         rated('half the learning rate while superposed', factor=0.5),
         rated('twice the learning rate while superposed', factor=2),
         rated('a second warm-up until 0.35', rewarm=0.05),
-        phases((8, 0.1), (4, 0.2), (2, 0.3), weightings=['uniform', 'power_law', 'exponential']),
+        phases(*TO_FINE[0], weightings=['uniform', 'power_law', 'exponential']),
         phases((4, 0.15), (4, 0.3), weightings=['uniform', 'first']),
+    ]
+
+
+def in_rows_of_their_own() -> list[Setting]:
+    """Phases from coarse to fine, and single bag sizes, with `batch`."""
+    return [
+        *(phases(*steps, expand='batch') for steps in TO_FINE),
+        *(one_size(bag_size, share, expand='batch') for bag_size, share in ((2, 0.3), (4, 0.3), (4, 0.5), (8, 0.3))),
     ]
