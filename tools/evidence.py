@@ -59,8 +59,8 @@ def main(
         done = 0
         while done < len(planned := experiments(size, trained.at_first_seed())):
             experiment = planned[done]
-            for seed in experiment.seeds if large_at_all or not experiment.large else experiment.seeds[:1]:
-                train(Job(setting, seed, trained.lr, size) for setting in experiment.settings)
+            seeds = experiment.seeds if large_at_all or not experiment.large else experiment.seeds[:1]
+            train(Job(setting, seed, trained.lr, size) for seed in seeds for setting in experiment.settings)
             done += 1
 
 
