@@ -19,6 +19,8 @@ from experiments.settings import (
     CPU,
     FINALISTS,
     GPU,
+    GRID_BAGS,
+    GRID_SHARES,
     PUBLISHED,
     RECOMMENDED,
     Experiment,
@@ -122,9 +124,20 @@ def test_the_best_beyond_the_paper_are_judged_at_other_seeds():
 def test_the_grid_says_where_it_is_lowest():
     runs = runs_of({BASELINE: [3.0, 3.1], one_size(6, 0.2): [2.9, 3.02], one_size(2, 0.5): [3.2]})
     rows = report.grid(runs).splitlines()
-    assert '| 0.2 | not run | not run | not run | -0.090 ± 0.014 (2) | not run |' in rows
-    assert '| 0.5 | +0.200 (1) | not run | not run | not run | not run |' in rows
+    assert '| 0.2 | not run | not run | not run | -0.090 ± 0.014 (2) | not run |  |' in rows
+    assert '| 0.5 | +0.200 (1) | not run | not run | not run | not run |  |' in rows
     assert rows[-1].endswith('Lowest: s = 6, r = 0.2, at -0.090.')
+
+
+def test_the_means_of_the_grid_are_over_seeds_at_which_all_of_it_was_run():
+    losses = {one_size(s, 0.2): [3.0 + s / 10, 3.1] for s in GRID_BAGS}
+    losses[one_size(2, 0.2)] = [3.2, 3.6, 1.0]
+    rows = report.grid(runs_of({BASELINE: [3.0, 3.1, 3.1], **losses})).splitlines()
+    # 0.2, 0.3, 0.4, 0.6, 0.8 at one seed, mean 0.46; 0.5 and four times 0 at the other, mean 0.1.
+    assert any(row.startswith('| 0.2 |') and row.endswith('| +0.280 ± 0.255 |') for row in rows)
+    losses = {one_size(3, r): [3.0 + r] for r in GRID_SHARES}
+    rows = report.grid(runs_of({BASELINE: [3.0], **losses})).splitlines()
+    assert '| mean |  | +0.300 |  |  |  |  |' in rows
 
 
 def test_the_page_of_every_experiment_also_with_a_run_that_diverged(tmp_path: Path):

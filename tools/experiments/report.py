@@ -121,8 +121,8 @@ def _pace(results: Sequence[Result]) -> str:
 
 
 def grid(runs: Runs) -> str:
-    """The loss over s and r, minus the baseline's at the same seeds, and where it is lowest."""
-    lines = [_row(['r', *(f's = {s}' for s in GRID_BAGS)]), '|---' * (len(GRID_BAGS) + 1) + '|']
+    """The loss over s and r, minus the baseline's at the same seeds, its means over s and r, and where it is lowest."""
+    lines = [_row(['r', *(f's = {s}' for s in GRID_BAGS), 'mean']), '|---' * (len(GRID_BAGS) + 2) + '|']
     means: dict[str, float] = {}
     for share in GRID_SHARES:
         row = [f'{share:g}']
@@ -132,10 +132,19 @@ def grid(runs: Runs) -> str:
             row += [f'{spread(differences, signed=True)} ({len(differences)})' if differences else 'not run']
             if differences:
                 means[cell.name] = statistics.fmean(differences)
-        lines.append(_row(row))
+        lines.append(_row([*row, _mean(runs, [one_size(bag_size, share) for bag_size in GRID_BAGS])]))
+    columns = ([one_size(bag_size, share) for share in GRID_SHARES] for bag_size in GRID_BAGS)
+    lines.append(_row(['mean', *(_mean(runs, cells) for cells in columns), '']))
     lowest = min(means, key=lambda name: means[name])
     lines += ['', f'In brackets, the number of seeds. Lowest: {lowest}, at {means[lowest]:+.3f}.']
     return '\n'.join(lines)
+
+
+def _mean(runs: Runs, cells: Sequence[Setting]) -> str:
+    """The mean difference of several settings from the baseline, spread over the seeds at which all of them were run."""
+    seeds = [seed for seed in runs.scale.seeds if all(runs.differences(cell, BASELINE, [seed]) for cell in cells)]
+    of_seeds = (statistics.fmean(runs.differences(cell, BASELINE, [seed])[0] for cell in cells) for seed in seeds)
+    return spread(list(of_seeds), signed=True)
 
 
 def speed_up(runs: Runs, difference: float) -> tuple[str, float]:
