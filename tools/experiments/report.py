@@ -141,7 +141,7 @@ def grid(runs: Runs) -> str:
 
 
 def _mean(runs: Runs, cells: Sequence[Setting]) -> str:
-    """The mean difference of several settings from the baseline, spread over the seeds at which all of them were run."""
+    """The mean difference of several settings from the baseline, over the seeds at which all of them were run."""
     seeds = [seed for seed in runs.scale.seeds if all(runs.differences(cell, BASELINE, [seed]) for cell in cells)]
     of_seeds = (statistics.fmean(runs.differences(cell, BASELINE, [seed])[0] for cell in cells) for seed in seeds)
     return spread(list(of_seeds), signed=True)
