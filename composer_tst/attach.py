@@ -1,204 +1,239 @@
-"""Attaching superposition to a model, and taking it off again.
+"""Superposition on a model, for one forward and backward pass at a time.
 
-Three things change while it is attached, none of them a parameter, a buffer or a state-dict key:
+:meth:`Attachment.begin` is given a folded microbatch and gives what the model is to read: ids ``(B, P)`` and no labels,
+so that any architecture runs as it does on plain tokens and computes no loss of its own. Until :meth:`Attachment.end`,
+after the backward pass, one thing is changed on the model, which is no parameter, buffer or state-dict key: the lookup
+of the input embedding gives the mean embedding of the bag that each of these ids stands for. Whatever else the embedding
+does (Gemma's scale, MPT's tied output head) stays: only ``nn.Embedding``'s own lookup is replaced, beneath it.
 
-- A forward pre-hook on the ComposerModel takes a folded batch apart: the model gets ``(B, P)`` ids and no labels,
-  so that any architecture runs as it does on plain tokens and computes no loss of its own.
-- The input embedding's lookup returns the mean embedding of each bag instead. Whatever else the embedding does
-  (Gemma's scale, MPT's tied output head) stays: only ``nn.Embedding``'s own lookup is replaced, beneath it.
-- ``ComposerModel.loss`` is the multi-hot cross-entropy of the logits, plus the router loss that a mixture of
-  experts reports beside them. It stays one tensor, as llm-foundry's KillLossSpike needs it.
-
-A plain batch passes all three untouched, and so does every batch in evaluation mode.
+The bags are for the ids that were handed over, told by their storage, and for nothing else: any other ids are looked up
+as ever, in evaluation, by a callback, or in a backward pass that runs a part of the model again.
 """
 
-import types
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-from composer.models import ComposerModel, HuggingFaceModel
+from composer.models import ComposerModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from composer_tst.embedding import bag_embedding
+from composer_tst.folding import is_plain
 from composer_tst.loss import multi_hot_cross_entropy
+from composer_tst.models import find_embedding, with_lookup
 
-_NOT_FOR_MODELS = ('labels', 'bag_mask', 'loss_generating_tokens', 'total_tokens')
+log = logging.getLogger(__name__)
 
 
 class BagLookup(nn.Embedding):
     """The lookup of an ``nn.Embedding`` that has bags to look up.
 
     Attributes:
-        bags: The token ids ``(B, P, s)`` and the attended tokens ``(B, P, s)`` or None; None for a plain lookup.
+        bags: The token ids ``(B * P, s)`` and the attended tokens ``(B * P, s)`` or None.
+        handed_over: The ids ``(B, P)`` that stand for the bags.
+        found: Whether a bag was looked up since the bags were handed over.
+        missed: Whether other ids were.
+        compiled: Whether a compiler had to take it for granted that the ids are those handed over.
+        plain_class: The class without this one.
     """
 
-    bags: tuple[torch.Tensor, torch.Tensor | None] | None
+    bags: tuple[torch.Tensor, torch.Tensor | None]
+    handed_over: torch.Tensor
+    found: bool
+    missed: bool
+    compiled: bool
+    plain_class: type[nn.Embedding]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Mean embeddings, shape ``input.shape + (d,)``, of the bags that stand at the positions of ``input``."""
-        if self.bags is None or not self.training:
+        """Mean embeddings, shape ``input.shape + (d,)``, of the bags that ``input`` stands for."""
+        at = _places(input, self.handed_over)
+        if at is None:
+            self.missed = True
             return super().forward(input)
-        ids, mask = self.bags
+        self.found = True
+        if torch.compiler.is_compiling():
+            self.compiled = True
         if isinstance(self.weight, DTensor):
             # FSDP has made the weight whole by now.
             raise ValueError(
                 'The input embedding is divided by tensor parallelism, and superposition needs it whole: leave it out '
                 'of the layer plan.'
             )
-        return bag_embedding(self, ids, mask).view(*input.shape, -1)
+        ids, mask = self.bags
+        return bag_embedding(self, ids[at], mask if mask is None else mask[at]).view(*input.shape, -1)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy, and what is saved of it, is the embedding itself."""
+        make, (cls, *rest), state, *more = cast(tuple, super().__reduce_ex__(protocol))
+        del cls
+        state = {key: value for key, value in state.items() if key not in BagLookup.__annotations__}
+        return make, (self.plain_class, *rest), state, *more
 
 
-def _with_lookup(cls: type[nn.Embedding], lookup: type[nn.Embedding]) -> type[nn.Embedding]:
-    """The class ``cls`` with ``lookup`` between it and ``nn.Embedding``, where its ``super().forward`` looks."""
-    return lookup if cls is nn.Embedding else types.new_class(cls.__name__, (cls, lookup))
+def _places(input: torch.Tensor, handed_over: torch.Tensor) -> torch.Tensor | slice | None:
+    """Which of the flat positions of ``handed_over`` the ids ``input`` are, None if they are others.
 
-
-def find_embedding(model: ComposerModel) -> nn.Embedding:
-    """The module that turns a model's token ids into vectors.
-
-    Raises:
-        ValueError: If the model has no ``get_input_embeddings`` and not exactly one ``nn.Embedding``, or what
-            it returns is no ``nn.Embedding``.
+    A model may reshape, transpose or slice the ids that it is given: these are views of one storage.
     """
-    name = type(model).__name__
-    owners: tuple[Any, ...] = (model, getattr(model, 'model', None))
-    for owner in owners:
-        if hasattr(owner, 'get_input_embeddings'):
-            found = owner.get_input_embeddings()
-            break
-    else:
-        found = model
-    # FSDP and activation checkpointing wrap modules, so look inside what was found.
-    embeddings = [module for module in found.modules() if isinstance(module, nn.Embedding)]
-    if len(embeddings) != 1:
-        raise ValueError(
-            f'{name} has {len(embeddings)} nn.Embedding modules where its input embedding is looked for: define '
-            'get_input_embeddings() on it to return the nn.Embedding that token ids go through.'
-        )
-    return embeddings[0]
+    if torch.compiler.is_compiling():  # which knows no storages: Attachment.try_out tells
+        return slice(None) if input.numel() == handed_over.numel() else None
+    if input.untyped_storage().data_ptr() != handed_over.untyped_storage().data_ptr():
+        return None
+    if input.is_contiguous() and input.numel() == handed_over.numel():
+        return slice(None)
+    every = torch.arange(handed_over.numel(), device=input.device)
+    return every.as_strided(input.size(), input.stride(), input.storage_offset()).flatten()
 
 
-def check_model(model: Any) -> None:
-    """Refuse a model that cannot be trained superposed.
-
-    Raises:
-        ValueError: If it is no causal language model with one input embedding, is wrapped by PEFT, has an
-            embedding that does not look up through ``nn.Embedding``, or keeps a loss of its own outside its outputs.
-    """
-    name = type(model).__name__
-    if not isinstance(model, ComposerModel):
-        raise ValueError(f'{name} is no ComposerModel: wrap it, for example in composer.models.HuggingFaceModel.')
-    if isinstance(model, HuggingFaceModel):
-        if model.using_peft:
-            raise ValueError('The model is wrapped by PEFT: superposition is for pre-training, train it without.')
-        if model.config.is_encoder_decoder:
-            raise ValueError(f'{name} is an encoder-decoder: superposition needs a causal (decoder-only) model.')
-        if not model.shift_labels:
-            raise ValueError(f'{name} is no causal language model: superposition needs one (shift_labels=True).')
-        if getattr(model.config, 'output_router_logits', False) and not hasattr(model.config, 'router_aux_loss_coef'):
-            raise ValueError(
-                f'{type(model.config).__name__} does not keep the weight of its router loss in router_aux_loss_coef, '
-                'where superposition looks for it: set output_router_logits: false, or use another mixture of experts.'
-            )
-        if getattr(getattr(model.model, 'transformer', None), 'mb_args', None) is not None:
-            raise ValueError(
-                'MPT keeps the load-balancing loss of megablocks experts outside its outputs, where superposition '
-                'would lose it: use a Hugging Face mixture of experts.'
-            )
-    embedding = find_embedding(model)
-    if not _looks_up_through_embedding(embedding):
-        raise ValueError(
-            f'{type(embedding).__name__} does not look ids up through nn.Embedding.forward: call super().forward(ids) '
-            'in its forward.'
-        )
+def take_off(model: nn.Module) -> None:
+    """Leave a model as it was, also where a run that ended in the middle of a pass left it changed."""
+    for module in model.modules():
+        if isinstance(module, BagLookup):
+            _give_lookup_back(module)
+    loss = vars(model).get('loss')
+    if isinstance(loss, _Loss):
+        loss.take_off()
 
 
-def _looks_up_through_embedding(embedding: nn.Embedding) -> bool:
-    """Whether the embedding's forward reaches ``nn.Embedding.forward``, tried on one id."""
-    cls = type(embedding)
-    if cls.forward is nn.Embedding.forward:
-        return True
-    reached = []
-
-    class Probe(nn.Embedding):
-        def forward(self, input: torch.Tensor) -> torch.Tensor:
-            reached.append(True)
-            return super().forward(input)
-
-    embedding.__class__ = _with_lookup(cls, Probe)
-    try:
-        with torch.no_grad():
-            embedding(torch.zeros(1, 1, dtype=torch.long, device=embedding.weight.device))
-    finally:
-        embedding.__class__ = cls
-    return bool(reached)
+def _give_lookup_back(embedding: nn.Embedding) -> None:
+    if isinstance(embedding, BagLookup):
+        plain_class = embedding.plain_class
+        for name in BagLookup.__annotations__:
+            vars(embedding).pop(name, None)
+        object.__setattr__(embedding, '__class__', plain_class)  # nn.Module's needs an interpreter that is not ending
 
 
-class Superposition:
-    """Superposition attached to a model, until :meth:`remove`.
+class Attachment:
+    """Superposition on one model.
 
     Args:
-        model: A model that :func:`check_model` accepts.
+        model: A model that :func:`~composer_tst.models.check_model` accepts, not wrapped.
 
     Attributes:
         weights: Weights of a bag's targets, ``(s,)``, or None for uniform ones.
-        router_losses: The router loss of each microbatch since :meth:`forget`; empty without a mixture of experts.
+        router_losses: The router loss of each microbatch; empty without a mixture of experts.
     """
 
     weights: torch.Tensor | None = None
 
     def __init__(self, model: ComposerModel):
+        take_off(model)
         self.router_losses: list[torch.Tensor] = []
         self._model: Any = model
-        embedding = find_embedding(model)
-        self._embedding_class = type(embedding)
-        embedding.__class__ = _with_lookup(type(embedding), BagLookup)
-        self._embedding = cast(BagLookup, embedding)
-        self._embedding.bags = None
-        self._hook = model.register_forward_pre_hook(self._take_apart)
-        self._model.loss = self._loss
+        self._embedding = find_embedding(model)
+        self._targets: torch.Tensor | None = None
+        self._name = type(model).__name__
+        self._own_loss: Any = None
+        self._tried_out = False
 
-    def forget(self) -> None:
-        """Forget the last step; a forward pass that bypasses the hook then looks up plain ids."""
-        self._embedding.bags = None
-        self.router_losses = []
+    def begin(self, folded: Mapping[str, Any]) -> dict[str, Any]:
+        """Hand the bags of a folded microbatch over, and give what the model is to read."""
+        inputs = {key: value for key, value in folded.items() if key not in ('labels', 'bag_mask')}
+        self._targets = folded['labels']
+        if folded['input_ids'].ndim == 3:
+            # One id stands for its bag: models read its shape, and reshape it, but look it up in vain. Of its own
+            # storage, and of the type that a model would make it, which copies them.
+            ids, mask = folded['input_ids'].long(), folded.get('bag_mask')
+            inputs['input_ids'] = ids[..., -1].clone(memory_format=torch.contiguous_format)
+            bags = ids.flatten(0, 1), mask if mask is None else mask.flatten(0, 1)
+            self._change_lookup(bags, inputs['input_ids'])
+        return inputs
+
+    def _change_lookup(self, bags: tuple[torch.Tensor, torch.Tensor | None], ids: torch.Tensor) -> None:
+        embedding = self._embedding
+        if not isinstance(embedding, BagLookup):
+            plain_class = type(embedding)
+            embedding.__class__ = _lookup_class(plain_class)
+            embedding.plain_class = plain_class
+        embedding = cast(BagLookup, embedding)
+        embedding.bags, embedding.handed_over = bags, ids
+        embedding.found = embedding.missed = embedding.compiled = False
+
+    def check_forward(self) -> None:
+        """Refuse a model that has not looked up the bags, or more than them.
+
+        Raises:
+            ValueError: If the forward pass since :meth:`begin` has done so.
+        """
+        embedding = self._embedding
+        if isinstance(embedding, BagLookup) and (embedding.missed or not embedding.found):
+            what = 'looks up other ids than those of the batch' if embedding.missed else 'looks no ids of the batch up'
+            raise ValueError(
+                f'{self._name} {what} in its input embedding, so that it would not read bags: have its forward call '
+                "that module on batch['input_ids'], or a view of them, and on nothing else."
+            )
+
+    def try_out(self, model: Callable[[Any], Any], folded: Mapping[str, Any]) -> None:
+        """Check the forward pass of a compiled model once, uncompiled, on the first row of a microbatch.
+
+        Args:
+            model: The model as it is trained, wrapped or not.
+            folded: The microbatch of the pass since :meth:`begin`, which must be over.
+
+        Raises:
+            ValueError: As :meth:`check_forward`.
+        """
+        embedding = self._embedding
+        if self._tried_out or not (isinstance(embedding, BagLookup) and embedding.compiled):
+            return
+        self._tried_out = True
+        row = {key: value if is_plain(value) else value[:1] for key, value in folded.items()}
+        with torch.no_grad(), torch.random.fork_rng(), torch.compiler.set_stance('force_eager'):
+            model(self.begin(row))
+        self.check_forward()
+
+    def begin_loss(self) -> None:
+        """Have the model's loss be the multi-hot cross-entropy, until :meth:`end_loss`."""
+        own = vars(self._model).get('loss')
+        if own is not None and own is not self._own_loss:
+            self._own_loss = own
+            log.warning(
+                'A loss is set on the %s: superposed steps train on the multi-hot cross-entropy instead of it, and '
+                'recovery trains on it.',
+                self._name,
+            )
+        vars(self._model)['loss'] = _Loss(self, vars(self._model))
+
+    def end_loss(self) -> None:
+        """Give the model the loss back that it had.
+
+        Raises:
+            ValueError: If somebody else has set another one meanwhile, which this step has then trained on.
+        """
+        loss = vars(self._model).get('loss')
+        if not isinstance(loss, _Loss):
+            raise ValueError(
+                f'The loss of {self._name} was set between BEFORE_LOSS and AFTER_LOSS, where it is the multi-hot '
+                'cross-entropy: set it before.'
+            )
+        loss.take_off()
+
+    def end(self) -> None:
+        """Leave the model as it was: the forward and backward pass are done."""
+        self._targets = None
+        _give_lookup_back(self._embedding)
 
     def remove(self) -> None:
-        """Leave the model as it was before."""
-        self._hook.remove()
-        del self._model.loss
-        del self._embedding.bags
-        cast(nn.Embedding, self._embedding).__class__ = self._embedding_class
+        """Leave the model as it was, wherever a pass has ended."""
+        self._targets = None
+        take_off(self._model)
 
-    def _take_apart(self, model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Bags ``(B, P, s)`` of a folded batch go to the embedding, ids ``(B, P)`` and the rest to the model."""
-        batch = args[0]
-        self._embedding.bags = None
-        if not _is_folded(batch):
-            return None
-        inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_MODELS}
-        ids = batch['input_ids']
-        if ids.ndim == 3:
-            self._embedding.bags = (ids, batch.get('bag_mask'))
-            # One id stands for its bag: models read its shape, and reshape it, but look it up in vain.
-            inputs['input_ids'] = ids[..., -1].contiguous()
-        return (inputs,)
+    def loss(self, outputs: Any) -> torch.Tensor:
+        """Multi-hot cross-entropy of logits ``(B, P, V)`` and the targets ``(B, P, s)``, and any router loss: a scalar.
 
-    def _loss(self, outputs: Any, batch: Any) -> Any:
-        """Multi-hot cross-entropy of logits ``(B, P, V)`` and labels ``(B, P, s)``, and any router loss: a scalar.
+        It stays one tensor, as llm-foundry's KillLossSpike needs it.
 
         Raises:
             ValueError: If the logits are not one for each position.
         """
-        if not _is_folded(batch):
-            return type(self._model).loss(self._model, outputs, batch)
-        logits = _logits(outputs)
-        targets = batch['labels'].to(logits.device)
-        if logits.shape[:2] != targets.shape[:2]:
+        logits, targets = self._logits(outputs), self._targets
+        assert targets is not None
+        targets = targets.to(logits.device)
+        if logits.shape[:-1] != targets.shape[:2]:
             raise ValueError(
-                f'{type(self._model).__name__} returns logits of shape {tuple(logits.shape)} for bags of shape '
+                f'{self._name} returns logits of shape {tuple(logits.shape)} for bags of shape '
                 f'{tuple(targets.shape)}: have its forward return logits (B, P, V), one for each position.'
             )
         if self.weights is not None:
@@ -212,13 +247,40 @@ class Superposition:
         self.router_losses.append(router.detach())
         return mce + router
 
+    def _logits(self, outputs: Any) -> torch.Tensor:
+        if isinstance(outputs, Mapping):
+            logits, names = outputs.get('logits'), ', '.join(outputs)
+        else:
+            logits, names = (outputs[0] if isinstance(outputs, (tuple, list)) else outputs), type(outputs).__name__
+        if not isinstance(logits, torch.Tensor):
+            raise ValueError(
+                f'{self._name} returns {names} from its forward: have it return logits (B, P, V), under the name '
+                'logits, first in a tuple, or alone.'
+            )
+        return logits
 
-def _is_folded(batch: Any) -> bool:
-    labels = batch.get('labels') if isinstance(batch, Mapping) else None
-    return labels is not None and labels.ndim == 3
+
+class _Loss:
+    """The loss on a model's instance while one is computed."""
+
+    def __init__(self, attachment: 'Attachment', instance: dict[str, Any]):
+        self._attachment = attachment
+        self._instance = instance
+        self._had = instance.get('loss')
+
+    def __call__(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        del batch, args, kwargs
+        return self._attachment.loss(outputs)
+
+    def take_off(self) -> None:
+        del self._instance['loss']
+        if self._had is not None:
+            self._instance['loss'] = self._had
 
 
-def _logits(outputs: Any) -> torch.Tensor:
-    if isinstance(outputs, Mapping):
-        return outputs['logits']
-    return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+_LOOKUP_CLASSES: dict[type[nn.Embedding], type[nn.Embedding]] = {}
+
+
+def _lookup_class(cls: type[nn.Embedding]) -> type[nn.Embedding]:
+    """The class of an embedding with bags, one for each class: a compiler compiles for each anew."""
+    return _LOOKUP_CLASSES.setdefault(cls, with_lookup(cls, BagLookup))
