@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -245,4 +246,5 @@ class _UndoAtClose(Callback):
     def close(self, state: State, logger: Logger) -> None:
         """Undo what a fit has left changed."""
         del state, logger
-        self._trainer.close()
+        if not sys.is_finalizing():
+            self._trainer.close()

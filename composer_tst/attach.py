@@ -3,19 +3,20 @@
 :meth:`Attachment.begin` is given a folded microbatch and gives what the model is to read: ids ``(B, P)`` and no labels,
 so that any architecture runs as it does on plain tokens and computes no loss of its own. Until :meth:`Attachment.end`,
 after the backward pass, one thing is changed on the model, which is no parameter, buffer or state-dict key: the lookup
-of the input embedding gives the mean embedding of the bag that each of these ids stands for. Whatever else the embedding
-does (Gemma's scale, MPT's tied output head) stays: only ``nn.Embedding``'s own lookup is replaced, beneath it.
+of the input embedding gives the mean embedding of the bag that each of these ids stands for. Whatever else the
+embedding does (Gemma's scale, MPT's tied output head) stays: only ``nn.Embedding``'s own lookup is replaced.
 
 The bags are for the ids that were handed over, told by their storage, and for nothing else: any other ids are looked up
 as ever, in evaluation, by a callback, or in a backward pass that runs a part of the model again.
 """
 
+import copyreg
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-from composer.models import ComposerModel
+from composer.models import ComposerModel, HuggingFaceModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -66,10 +67,10 @@ class BagLookup(nn.Embedding):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy, and what is saved of it, is the embedding itself."""
-        make, (cls, *rest), state, *more = cast(tuple, super().__reduce_ex__(protocol))
-        del cls
-        state = {key: value for key, value in state.items() if key not in BagLookup.__annotations__}
-        return make, (self.plain_class, *rest), state, *more
+        del protocol
+        state = {key: value for key, value in vars(self).items() if key not in BagLookup.__annotations__}
+        reconstruct: Any = getattr(copyreg, '_reconstructor')  # noqa: B009
+        return reconstruct, (self.plain_class, object, None), state
 
 
 def _places(input: torch.Tensor, handed_over: torch.Tensor) -> torch.Tensor | slice | None:
@@ -131,6 +132,8 @@ class Attachment:
     def begin(self, folded: Mapping[str, Any]) -> dict[str, Any]:
         """Hand the bags of a folded microbatch over, and give what the model is to read."""
         inputs = {key: value for key, value in folded.items() if key not in ('labels', 'bag_mask')}
+        if not isinstance(self._model, HuggingFaceModel):  # which would compute its loss of any labels
+            inputs['labels'] = _NoLabels(self._name)
         self._targets = folded['labels']
         if folded['input_ids'].ndim == 3:
             # One id stands for its bag: models read its shape, and reshape it, but look it up in vain. Of its own
@@ -145,7 +148,7 @@ class Attachment:
         embedding = self._embedding
         if not isinstance(embedding, BagLookup):
             plain_class = type(embedding)
-            embedding.__class__ = _lookup_class(plain_class)
+            object.__setattr__(embedding, '__class__', _lookup_class(plain_class))
             embedding.plain_class = plain_class
         embedding = cast(BagLookup, embedding)
         embedding.bags, embedding.handed_over = bags, ids
@@ -258,6 +261,27 @@ class Attachment:
                 'logits, first in a tuple, or alone.'
             )
         return logits
+
+
+class _NoLabels:
+    """What a model finds in place of labels: whatever it does with them is refused."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            f"{self._name} reads batch['labels'] in its forward, and a bag has several: have its forward return logits "
+            'and its loss read the labels.'
+        )
+
+    __getitem__ = __eq__ = __ne__ = __len__ = __torch_function__ = _refuse
+    __hash__ = object.__hash__
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('_'):
+            raise AttributeError(name)
+        return self._refuse()
 
 
 class _Loss:

@@ -69,6 +69,7 @@ class Drawing:
     def _install(self, draws: int) -> Callable[[], None]:
         state = self._state
         limit = None if state.dataloader_len is None else int(state.dataloader_len)
+        assert state.dataloader is not None
         loader = BagLoader(state.dataloader, self._joins_rows, limit, self._resumption)
         loader.draws = draws
         state.set_dataloader(loader, state.dataloader_label, -1 if limit is None else limit)

@@ -116,7 +116,9 @@ def plan_steps(
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if walk(middle).total <= middle else (middle + 1, high)
-    return walk(high)
+    # Where whole epochs fall out, the share may not be met; then rather a little less than no recovery.
+    plan, less = walk(high), walk(high - 1)
+    return less if phases and plan.ends[-1] >= plan.total and less.ends[-1] < less.total else plan
 
 
 def _walk(ends: Sequence[Time], draws: Sequence[int], max_duration: Time, data: Data, now: Moment) -> Plan:

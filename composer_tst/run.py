@@ -143,7 +143,7 @@ class Run:
             return
         settings, bag_size = self._settings, self.schedule.bag_size
         layout = lay_out(state.batch, bag_size, settings.expand, settings.superpose, settings.weights(bag_size))
-        check_batch(layout.batch, bag_size, settings.superpose, state.model)
+        check_batch(layout.batch, state.batch, bag_size, settings.superpose, state.model)
         if layout.dropped and not self._warned_of_tail:
             self._warned_of_tail = True
             report_dropped(layout.dropped, state.batch['input_ids'].shape[1], bag_size, settings.expand)

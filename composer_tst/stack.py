@@ -7,6 +7,7 @@ from typing import Any
 from composer import algorithms
 from composer.callbacks import EarlyStopper, ThresholdStopper
 from composer.core import Algorithm, Callback, State
+from composer.models import HuggingFaceModel
 
 _IMAGES = 'it changes images, and superposition trains on tokens'
 _REFUSED = {
@@ -91,18 +92,23 @@ def check_loader(loader: Any) -> None:
         collator = getattr(collator, 'base_collator', None)
 
 
-def check_batch(batch: Mapping[str, Any], bag_size: int, superpose: str, model: Any) -> None:
+def check_batch(batch: Mapping[str, Any], given: Mapping[str, Any], bag_size: int, superpose: str, model: Any) -> None:
     """Refuse data that would be trained on otherwise than meant.
 
     Args:
         batch: Rows as :func:`~composer_tst.folding.lay_out` makes them.
+        given: The batch that they are made of.
         bag_size: Tokens in a bag.
         superpose: ``both``, ``input`` or ``output``.
         model: The model, wrapped or not.
 
     Raises:
-        ValueError: If a label is below 0 but not -100; or MPT's flash attention would leave positions out.
+        ValueError: If the model needs labels and there are none; a label is below 0 but not -100; or MPT's flash
+            attention would leave positions out.
     """
+    model = getattr(model, 'module', model)
+    if 'labels' not in given and isinstance(model, HuggingFaceModel):
+        raise ValueError(f'The batch has no labels (it has {", ".join(given)}): have the collator add them.')
     labels = batch['labels']
     if bool(((labels < 0) & (labels != -100)).any()):
         other = int(labels[(labels < 0) & (labels != -100)][0])
@@ -127,8 +133,7 @@ def check_batch(batch: Mapping[str, Any], bag_size: int, superpose: str, model: 
 
 def _attends_by_length(model: Any) -> bool:
     """Whether it is an MPT that gives flash attention the lengths of the sequences in a row."""
-    model = getattr(model, 'module', model)
-    transformer = getattr(getattr(model, 'model', None), 'transformer', None)
+    transformer: Any = getattr(getattr(model, 'model', None), 'transformer', None)
     return bool(getattr(transformer, 'attn_uses_sequence_id', False)) and transformer.attn_impl == 'flash'
 
 
