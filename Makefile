@@ -5,6 +5,7 @@ PYTHON := $(VENV)/bin/python
 SEED ?= 17
 DATA := data/quickstart
 SCALE ?= cpu
+MINUTES ?= 15
 DEVICE ?= cpu
 RUNS := runs/quickstart/seed$(SEED)
 EVIDENCE_DATA := $(if $(filter rows,$(SCALE)),data/rows,$(DATA))
@@ -18,11 +19,14 @@ export PYTHONDONTWRITEBYTECODE :=
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
-.PHONY: install quickstart evidence benchmark test test-faults test-slow lint clean
+.PHONY: install quickstart evidence benchmark test test-faults test-slow test-fuzz test-pythons mutants lint clean
 
 install: $(VENV)/.installed
 
+# uv does not mind a Python that is too new: so it is looked at first.
 $(VENV)/.installed: pyproject.toml
+	@$(PYTHON3) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 14) else \
+		"$(PYTHON3) is Python %d.%d: composer-tst needs 3.10 to 3.13, name one as in make PYTHON3=python3.12." % v)'
 	$(PYTHON3) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet uv
 	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --editable '.[dev]'
@@ -73,6 +77,18 @@ test: install
 # Random kills, two nodes, other ranks, no package, a lost S3 server: what takes too long for `make test`.
 test-faults: install
 	$(PYTHON) -m pytest -m faults -rP
+
+# Whole runs of all kinds against a plain simulation, for MINUTES from a SEED.
+test-fuzz: install
+	cd tests && $(abspath $(PYTHON)) fuzz_runs.py --seed $(SEED) --minutes $(MINUTES)
+
+# One-place changes of the core, each through the tests that cover it: which of them no test notices.
+mutants: install
+	cd tests && $(abspath $(PYTHON)) mutants.py
+
+# An environment and a short test for every Python that is found.
+test-pythons: install
+	bash tests/pythons.sh $(abspath $(VENV)/bin/uv)
 
 # torch.compile with its own compiler.
 test-slow: install

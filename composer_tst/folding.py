@@ -173,7 +173,9 @@ def _only_targets(batch: Mapping[str, Any], bag_size: int, superpose: str) -> to
 def _weigh_rows(batch: dict[str, Any], bag_size: int, superpose: str, weights: torch.Tensor) -> None:
     """Say what each row's targets weigh."""
     valid = (_targets(batch['labels'], bag_size, superpose) != IGNORE_INDEX).double()
-    batch['loss_generating_tokens'] = (valid @ weights.to(valid)).sum(1)
+    tokens = (valid @ weights.to(valid)).sum(1)
+    # Composer divides by the sum: where nothing at all is to be predicted, rows weigh next to nothing, not nothing.
+    batch['loss_generating_tokens'] = tokens if bool(tokens.any()) else tokens + 1e-12
     if 'total_tokens' in batch:
         batch['loss_generating_tokens'] = batch['loss_generating_tokens'].tolist()
     else:

@@ -43,6 +43,7 @@ class Run:
         self._positions = 0
         self._dropped = 0
         self._warned_of_tail = False
+        self._losses_are_of_other_bags = False
 
     @property
     def superposed(self) -> bool:
@@ -101,6 +102,9 @@ class Run:
         """Make the batch of a superposed step the rows that the model will see; one in recovery is left alone."""
         state = self._state
         self._drawing.check_step(self.superposed)
+        if self._losses_are_of_other_bags:  # and only now are all of them there: callbacks come after algorithms
+            self._losses_are_of_other_bags = False
+            forget_losses(state.callbacks)
         if not self.superposed:
             self._undo.close()
             ids = state.batch.get('input_ids') if isinstance(state.batch, Mapping) else None
@@ -157,7 +161,7 @@ class Run:
         else:
             self._undo.close()
             self._drawing.set_draws(1)
-        forget_losses(self._state.callbacks)
+        self._losses_are_of_other_bags = True
         report_change(before, self.schedule.bag_size, self._state.timestamp)
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from composer_tst import TokenSuperposition
 from composer_tst.attach import Attachment
 from composer_tst.folding import fold_batch
 
@@ -96,7 +97,27 @@ def run(yaml: str, overrides: list[str]) -> dict[str, Any]:
         'losses': [float(value) for _, value in logger.data['loss/train/total']],
         'eval': [float(value) for _, value in logger.data['metrics/eval/LanguageCrossEntropy']],
         'weights': weights_of(trainer.state.model),
+        'counts': {
+            key: [float(value) for _, value in logger.data[f'superposition/{key}']]
+            for key in ('bag_size', 'data_tokens', 's_tokens', 'samples_left_out')
+            if f'superposition/{key}' in logger.data
+        },
     }
+
+
+def counts_of_epochs() -> dict[str, list[float]]:
+    """What is counted where a run in epochs leaves samples out, on any ranks, and drops the ends of rows."""
+    from trainers import Rows, llama, logged, make_trainer
+
+    dataset = Rows(22, 9)
+    ranks = dist.get_world_size()
+    sampler = dist.get_sampler(dataset, drop_last=True)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4 // ranks, sampler=sampler, drop_last=True)
+    algorithm = TokenSuperposition(4, '0.5dur', expand='batch')
+    trainer, logger = make_trainer(llama(), loader, algorithm, '3ep')
+    trainer.fit()
+    keys = ('bag_size', 'data_tokens', 's_tokens', 'samples_left_out')
+    return {key: logged(logger, f'superposition/{key}') for key in keys}
 
 
 def tensor_parallel_embedding() -> str:
@@ -138,6 +159,7 @@ def main() -> None:
                 run(plain_yaml, [*plain, *case.overrides])
             results['collectives'][name] = collectives.counts, of_plain_run.counts
     results['tensor parallel embedding'] = tensor_parallel_embedding()
+    results['counts of epochs'] = counts_of_epochs()
     if dist.get_global_rank() == 0:
         Path(output).write_text(json.dumps(results))
 

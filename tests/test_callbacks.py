@@ -133,6 +133,29 @@ def test_the_jump_at_the_switch_is_no_loss_spike():
     assert len(losses) == 125
 
 
+def test_the_patience_with_loss_spikes_begins_anew_at_a_switch():
+    killer = KillLossSpike(log_only=False, patience=3, outlier_multiplier=2, window_size=2)
+
+    class Outliers(Callback):
+        seen: list[Any]
+
+        def batch_start(self, state: Any, logger: Any) -> None:
+            self.seen.append((killer.outlier_counter, len(killer.loss_window)))
+
+        def after_train_batch(self, state: Any, logger: Any) -> None:
+            killer.outlier_counter = 2
+
+    outliers = Outliers()
+    outliers.seen = []
+    phases = [{'bag_size': 3, 'until': '2ba'}, {'bag_size': 2, 'until': '4ba'}]
+    algorithm = TokenSuperposition(phases=phases)
+    make_trainer(llama(), random_loader(), algorithm, '6ba', callbacks=[killer, outliers])[0].fit()
+    counters, windows = zip(*outliers.seen, strict=True)
+    assert [counters[step] for step in (2, 4)] == [0, 0]
+    assert [windows[step] for step in (2, 4)] == [0, 0]
+    assert windows[1] > 0
+
+
 def test_a_loss_spike_within_a_phase_still_kills_the_run():
     class Spikes(Counting):
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:

@@ -62,6 +62,34 @@ def test_what_was_trained_with_cannot_change(saved: Path, batch: int, settings: 
         resume(saved, batch, **settings)
 
 
+@pytest.fixture(scope='module')
+def one_phase(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of a run with bags of 4 until step 2."""
+    folder = tmp_path_factory.mktemp('one')
+    trainer, _ = make_trainer(
+        llama(), random_loader(96), TokenSuperposition(4, '2ba'), save_folder=str(folder), save_interval='1ba'
+    )
+    trainer.fit()
+    trainer.close()
+    return folder
+
+
+def test_the_end_of_the_only_phase_is_that_it_was_trained_with(one_phase: Path):
+    changed: dict[str, Any] = {'phases': None, 'bag_size': 4, 'duration': '3ba'}
+    with pytest.raises(ValueError, match='duration is 3ba but the checkpoint was trained with 2ba: set it back or'):
+        resume(one_phase, 1, **changed)
+    # At its very end, and later, its end is past: the run is in recovery, whatever is set.
+    for batch in (2, 4):
+        assert resume(one_phase, batch, **changed) == [1] * (8 - batch)
+
+
+@pytest.mark.parametrize('batch', [2, 4])
+def test_at_a_switch_what_was_trained_with_cannot_change(saved: Path, batch: int):
+    for settings in ({'expand': 'batch'}, {'superpose': 'input'}, {'weighting': 'first'}):
+        with pytest.raises(ValueError, match=f'{next(iter(settings))} is .* but the checkpoint was trained with'):
+            resume(saved, batch, **settings)
+
+
 @pytest.mark.parametrize(
     ('batch', 'settings', 'sizes'),
     [

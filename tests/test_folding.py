@@ -7,6 +7,8 @@ import reference
 import torch
 
 from composer_tst import functional as F_tst
+from composer_tst.folding import bag_rows, lay_out
+from composer_tst.weighting import target_weights
 
 
 def make_batch(rows: int, length: int, padded: bool = False, packed: bool = False) -> dict[str, Any]:
@@ -45,6 +47,51 @@ def test_fold_equals_the_definition(bag_size: int, expand: str, superpose: str, 
             assert folded['bag_mask'].tolist() == [[p.attended for p in row] for row in rows]
     else:
         assert set(folded) == {'input_ids', 'labels'}
+
+
+@pytest.mark.parametrize('length', [3, 4, 5])
+def test_single_tokens_predict_a_bag_in_rows_shorter_than_two(length: int):
+    batch = make_batch(2, length)
+    folded = F_tst.fold_batch(batch, bag_size=3, expand='none', superpose='output')
+    rows = reference.fold([batch], 3, 'none', 'output')
+    assert folded['labels'].tolist() == [[p.targets for p in row] for row in rows]
+
+
+@pytest.mark.parametrize(('bag_size', 'expand', 'superpose'), SHAPES)
+@pytest.mark.parametrize('padded', [False, True])
+@pytest.mark.parametrize('weighting', ['uniform', 'power_law'])
+def test_rows_laid_out_stay_plain_and_bag_by_themselves(
+    bag_size: int, expand: str, superpose: str, padded: bool, weighting: str
+):
+    """Any part of them, as a microbatch is, whose weight is that of its targets."""
+    batch = make_batch(2 * bag_size, 35, padded, packed=True)
+    weights = target_weights(weighting, bag_size)
+    layout = lay_out(batch, bag_size, expand, superpose, weights)
+    rows = reference.fold([batch], bag_size, expand, superpose)
+    assert layout.positions == sum(len(row) for row in rows)
+    kept = 35 if expand == 'sequence' or superpose == 'output' else 35 // bag_size * bag_size
+    cut = batch.get('attention_mask', torch.ones(2 * bag_size, 35))[:, kept:]
+    assert layout.dropped == int(cut.sum())
+    whole = F_tst.fold_batch(batch, bag_size, expand, superpose)
+    for row in range(len(rows)):
+        part = {key: value[row : row + 1] for key, value in layout.batch.items()}
+        assert part['input_ids'].tolist() == [[token for p in rows[row] for token in p.tokens]]
+        bags = bag_rows(part, bag_size, superpose)
+        for key in ('input_ids', 'labels', 'attention_mask', 'sequence_id', 'bag_mask'):
+            if key in bags and key in whole:
+                assert torch.equal(bags[key][0], whole[key][row]), key
+        weight = sum(float(weights[k]) for p in rows[row] for k in range(bag_size) if p.targets[k] != -100)
+        assert float(part['loss_generating_tokens']) == pytest.approx(weight, rel=1e-6, abs=1e-11)
+        attended = torch.tensor([flag for p in rows[row] for flag in p.attended])
+        assert int(part['total_tokens']) == int(attended.sum())
+
+
+def test_a_batch_without_a_target_weighs_next_to_nothing():
+    ids = torch.zeros(2, 4).long()
+    batch = {'input_ids': ids, 'labels': torch.full_like(ids, -100)}
+    weight = lay_out(batch, 2, 'batch', 'both', torch.ones(2) / 2).batch['loss_generating_tokens']
+    assert (weight > 0).all()
+    assert (weight < 1e-9).all()
 
 
 @pytest.mark.parametrize('expand', ['sequence', 'batch', 'none'])

@@ -97,6 +97,13 @@ def test_a_collator_may_make_as_many_rows_as_it_likes():
     assert drawn(bag_loader(loader, 2, joins=False)) == [[0, 2, 3], [4, 5, 6], [8, 9, 10, 11]]
 
 
+def test_lists_are_cut_with_their_rows():
+    bags = bag_loader(numbers(16), 3)
+    *_, last = bags
+    assert len(last['input_ids']) == len(last['total_tokens']) == len(last['labels']) == 3
+    assert last['flag'] is True
+
+
 class Begun(torch.utils.data.IterableDataset):
     """Counts how often it began, as a StreamingDataset counts its epochs: when the first sample is asked for."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import REPO, SEQ_LEN, VOCAB_SIZE
-from parallel_runs import CASES, run
+from parallel_runs import CASES, counts_of_epochs, run
 
 RUN = [
     f'max_seq_len={SEQ_LEN}',
@@ -66,11 +66,24 @@ def test_every_kind_of_parallelism_trains_as_a_single_process(
         place = [f'variables.data={dataset}', f'device_eval_batch_size={EVAL_ROWS}']
         one = run(YAMLS[0], [*RUN, *place, *CASES[name].overrides])
     assert len(two['losses']) == 4
+    assert two['counts'] == one['counts']
+    assert two['counts']['s_tokens'] == [8 * SEQ_LEN * step for step in range(1, 5)]
     assert two['losses'] == pytest.approx(one['losses'], rel=1e-4)
     assert two['eval'] == pytest.approx(one['eval'], rel=1e-4)
     assert two['weights'].keys() == one['weights'].keys()
     for key, value in one['weights'].items():
         assert two['weights'][key] == pytest.approx(value, rel=1e-3), key
+
+
+def test_what_is_left_out_and_dropped_is_counted_over_all_ranks(on_two: dict[str, Any]):
+    """And the plan, that shares of epochs are placed by, is that of one process."""
+    assert on_two['counts of epochs'] == counts_of_epochs()
+    # 5 batches an epoch: a step of 4 and one that is left out; of 3 epochs 2 steps of 6 or 7.
+    counts = on_two['counts of epochs']
+    assert counts['bag_size'][:2] == [4, 4]
+    assert counts['samples_left_out'][:2] == [4, 8]
+    assert counts['data_tokens'][0] == 16 * 8
+    assert counts['s_tokens'][0] == 16 * 2
 
 
 def test_sequence_ids_reach_the_attention(on_two: dict[str, Any]):

@@ -222,6 +222,20 @@ def test_a_batch_without_labels():
         train(without)
 
 
+def test_what_weighs_microbatches_does_not_reach_the_model():
+    keys = []
+
+    class Notes(Own):
+        def forward(self, batch: Any) -> Any:
+            keys.append(set(batch))
+            return super().forward(batch)
+
+    train(
+        collated(lambda batch: {**batch, 'total_tokens': [12] * 4, 'loss_generating_tokens': [11] * 4}), model=Notes()
+    )
+    assert keys[0] == keys[1] == {'input_ids', 'labels'}
+
+
 def test_recovery_does_not_touch_the_batch():
     class Anything(Callback):
         def after_dataloader(self, state: Any, logger: Any) -> None:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from composer import Callback
 from conftest import SEQ_LEN, VOCAB_SIZE
-from streaming import MDSWriter
+from streaming import MDSWriter, StreamingDataset
+from torch.utils.data import DataLoader
 from trainers import llama, logged, make_trainer, mpt, random_loader, text_loader
 from trainings import Run, assert_same_end, checkpoint, config, drawn, write_rows
 from transformers import PreTrainedTokenizerBase
 
 from composer_tst import TokenSuperposition
+from composer_tst.loader import check_epoch_is_whole
 
 ROWS = 59
 STREAMING: dict[str, Any] = {}
@@ -142,6 +144,46 @@ def test_superposition_new_to_a_run_needs_a_loader_that_is_spun(tmp_path: Path):
     trainer.fit()
     assert logged(logger, 'superposition/bag_size') == [3, 3, 1, 1, 1, 1, 1]
     assert logged(logger, 'superposition/s_tokens')[0] == 2 * 4 * 12
+
+
+@pytest.mark.parametrize(
+    ('until', 'sizes', 's_tokens'),
+    [
+        ('5ba', [3, 3, 1, 1, 1], [192, 240, 288, 336, 384]),
+        ('3ba', [1] * 5, [192, 240, 288, 336, 384]),  # exactly where it is added: past
+        ('2ba', [1] * 5, [192, 240, 288, 336, 384]),
+    ],
+)
+def test_superposition_added_to_a_run_under_way(until: str, sizes: list, s_tokens: list, tmp_path: Path):
+    """After 3 plain steps of 48 tokens."""
+    make_trainer(llama(), random_loader(96), None, '3ba', save_folder=str(tmp_path))[0].fit()
+    algorithm = TokenSuperposition(3, until)
+    load = {'load_path': str(tmp_path / 'latest-rank0.pt')}
+    trainer, logger = make_trainer(llama(), random_loader(96), algorithm, '8ba', **load)
+    trainer.fit()
+    assert logged(logger, 'superposition/bag_size') == sizes
+    assert logged(logger, 'superposition/s_tokens') == s_tokens
+    assert algorithm.state_dict()['began'] == 3
+    assert algorithm.state_dict()['ended'] == [max(3, int(until[:-2]))]
+
+
+@pytest.mark.parametrize(('workers', 'missing'), [(0, 1), (1, 1), (2, 2), (3, 3)])
+def test_an_epoch_is_whole_but_for_a_batch_of_each_worker(workers: int, missing: int, tmp_path: Path):
+    with MDSWriter(out=str(tmp_path), columns={'x': 'int'}) as writer:
+        for index in range(8):
+            writer.write({'x': index})
+
+    def loader(**settings: Any) -> DataLoader:
+        dataset = StreamingDataset(local=str(tmp_path), batch_size=2, **settings)
+        return DataLoader(dataset, batch_size=2, num_workers=workers)
+
+    streaming = loader()
+    check_epoch_is_whole(streaming, 10, 10 - missing)
+    with pytest.raises(RuntimeError, match=f'The epoch ended after {9 - missing} of 10 loader batches: if data could'):
+        check_epoch_is_whole(streaming, 10, 9 - missing)
+    check_epoch_is_whole(random_loader(), 10, 0)  # says of itself how long it is
+    streaming.dataset.batching_method = 'stratified'  # pyright: ignore: leaves out rows of each stream
+    check_epoch_is_whole(streaming, 10, 0)
 
 
 def test_raw_text_in_padded_rows_resumes_in_a_later_phase(tmp_path: Path, tokenizer: PreTrainedTokenizerBase):

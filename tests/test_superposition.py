@@ -354,6 +354,7 @@ def test_what_cannot_be_superposed_is_refused_before_training():
     refuses('bag_size is 13 but a row has 12 tokens', bag_size=13, expand='none')
     refuses('first token alone', superpose='input', weighting=[0, 1, 1])
     refuses('weighting has 2 numbers but bag_size is 3', weighting=[1, 1])
+    refuses('weighting has 4 numbers but bag_size is 3', weighting=[1, 1, 1, 1])
     refuses('set expand: none', superpose='output')
 
 
