@@ -1,1 +1,1 @@
-"""What `plan.py` is made of."""
+"""What ``composer-tst plan`` is made of."""

@@ -1,86 +1,16 @@
-"""What a run will take before it is run: steps, data, shards, time, and the gain that the published grids suggest.
-
-    python tools/plan.py YAML [KEY=VALUE ...] [--stats STATS.json] [--gpu h100 --gpus 8 --mfu 0.4] [--json]
-    python tools/plan.py YAML --sweep
-    python tools/plan.py YAML --bag-size 6 --duration 0.3dur --write NEW.yaml
-
-FLOPs are those of matrix products, forward and backward: 6 for each active parameter that multiplies (all but the
-input embedding) and 12 * layers * width of attention * length for attention, each per model position.
-"""
+"""``composer-tst plan``: what a run will take before it is run, and the gain that the published grids suggest."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from planning.config import PlanError, Run, change_settings, equal_steps, fill_in, load, read_run, train_split, write
-from planning.cost import cost_phases
-from planning.model import Model, build
-from planning.published import expect
-from planning.stats import read_stats, split_of
-from planning.tables import sweep_table, table
 
 # Dense bf16 peaks in FLOP/s, by their makers.
 GPUS = {'a100': 312e12, 'h100': 989e12, 'h200': 989e12, 'b200': 2250e12}
-SWEEP_BAGS = (2, 3, 4, 6, 8, 12, 16)
-SWEEP_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-def make_plan(run: Run, model: Model, stats: dict | None, split: str, speed: float) -> dict[str, Any]:
-    """Everything there is to say, as JSON.
-
-    Args:
-        stats: what `tools/prepare_data.py` wrote, if it is there.
-        speed: FLOP/s of all GPUs together, at the MFU reached.
-    """
-    data = split_of(stats, split, run) if stats is not None else None
-    costs = cost_phases(run, model, data['rows'] if data else None)
-    flops = sum(cost.steps * cost.flops_per_step for cost in costs)
-    steps = sum(cost.steps for cost in costs)
-    tokens = sum(cost.data_tokens for cost in costs)
-    equivalent = flops / model.flops(run.length)
-    superposed = costs[:-1]
-    share = sum(cost.steps for cost in superposed) / steps
-    plan: dict[str, Any] = {
-        'parameters': model.parameters,
-        'active_parameters': model.active,
-        'phases': [asdict(cost) for cost in costs],
-        'steps': steps,
-        'superposed_share_of_steps': share,
-        'data_tokens': tokens,
-        'equivalent_tokens': equivalent,
-        'flops': flops,
-        'hours': flops / speed / 3600,
-        'shard_bytes': tokens * (data['bytes'] / data['tokens'] if data else 4),
-        'passes_over_data': tokens / data['tokens'] if data else None,
-        'expected': None,
-    }
-    if superposed:
-        bag = sum(cost.steps * cost.bag_size for cost in superposed) / sum(cost.steps for cost in superposed)
-        expected = expect(run, model, equivalent, share, bag)
-        plan['expected'] = expected and asdict(expected)
-    return plan
-
-
-def sweep(run: Run, model: Model) -> list[dict[str, Any]]:
-    """The plain run's steps with every bag size and share of them: data tokens and the expected change."""
-    plain = replace(run, max_duration=equal_steps(run), phases=())
-    steps = int(plain.max_duration.value)
-    found = []
-    for bag in SWEEP_BAGS:
-        for share in SWEEP_SHARES:
-            superposed = int(share * steps)
-            drawn = bag if run.expand != 'none' else 1
-            tokens = (superposed * drawn + steps - superposed) * run.rows * run.length
-            expected = expect(plain, model, steps * run.rows * run.length, share, bag)
-            found.append(
-                {'bag_size': bag, 'share': share, 'data_tokens': tokens, 'expected': expected and asdict(expected)}
-            )
-    return found
 
 
 @app.command()
@@ -98,6 +28,13 @@ def main(
     out: Annotated[str | None, typer.Option('--write', metavar='NEW.yaml', help='The YAML to run, filled in.')] = None,
 ) -> None:
     """Say what a run will take and what it may bring."""
+    from composer_tst.planning.config import PlanError, change_settings, load, read_run, train_split
+    from composer_tst.planning.filling import fill_in, write
+    from composer_tst.planning.model import build
+    from composer_tst.planning.plan import make_plan, sweep
+    from composer_tst.planning.stats import read_data
+    from composer_tst.planning.tables import sweep_table, table
+
     try:
         if gpu not in GPUS:
             raise PlanError(f'--gpu {gpu}: give one of {", ".join(GPUS)}')
@@ -106,19 +43,22 @@ def main(
         config = load(yaml, overrides or [])
         change_settings(config, bag_size, duration)
         run = read_run(config)
+        changes: list[str] = []
         if out:
-            config = fill_in(config, run)
+            config, changes = fill_in(config, run)
             run = read_run(config)  # what is printed is what is written
+        split = train_split(config)
+        data = read_data(stats, split, run.length) if stats else None
         model = build(config)
-        speed = gpus * GPUS[gpu] * mfu
         if sweeping:
-            points = sweep(run, model)
+            points = sweep(run, model, data)
             print(json.dumps(points, indent=2) if as_json else sweep_table(points))
         else:
-            plan = make_plan(run, model, read_stats(stats) if stats else None, train_split(config), speed)
+            plan = make_plan(run, model, data, gpus * GPUS[gpu] * mfu)
             print(json.dumps(plan, indent=2) if as_json else table(plan, f'{gpus} {gpu.upper()} at MFU {mfu:g}'))
         if out:
             write(config, out)
+            typer.echo('\n'.join(['', f'{out} is written; in it', *(f'  {change}' for change in changes)]), err=as_json)
     except PlanError as error:
         typer.echo(f'error: {error}', err=True)
         raise typer.Exit(1) from None

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-from .config import PlanError, Run
+from .config import PlanError
 
 
-def read_stats(path: str) -> dict:
-    """Read a `stats.json`."""
+@dataclass(frozen=True)
+class Data:
+    """A split in numbers."""
+
+    rows: int
+    tokens: int
+    bytes: int
+
+
+def read_data(path: str, split: str, length: int) -> Data:
+    """Read a split from a `stats.json`, whose rows must have `length` tokens."""
     try:
-        return json.loads(Path(path).read_text())
+        stats = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise PlanError(f'--stats {path}: cannot be read: {error}') from error
-
-
-def split_of(stats: dict, split: str, run: Run) -> dict:
-    """The rows, tokens and bytes of a split, which must fit the run's `max_seq_len`."""
-    if stats.get('seq_len') != run.length:
+    if not isinstance(stats, dict) or 'seq_len' not in stats or not isinstance(stats.get('splits'), dict):
+        raise PlanError(f'--stats {path}: it is not what prepare-data writes: give its stats.json')
+    if stats['seq_len'] != length:
         raise PlanError(
-            f'--stats: its rows have {stats.get("seq_len")} tokens and max_seq_len is {run.length}: '
-            f'prepare the data with --seq-len {run.length}'
+            f'--stats {path}: its rows have {stats["seq_len"]} tokens and max_seq_len is {length}: '
+            f'prepare the data with --seq-len {length}'
         )
-    found = stats.get('splits', {}).get(split)
+    found = stats['splits'].get(split)
     if not found or not found['tokens']:
-        raise PlanError(f'--stats: it has no split {split!r} with rows in it: prepare one')
-    return found
+        raise PlanError(f'--stats {path}: it has no split {split!r} with rows in it: prepare one')
+    return Data(found['rows'], found['tokens'], found['bytes'])
