@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -99,8 +100,9 @@ def _read_file(path: Path, wanted: Callable[[str], bool]) -> tuple[float, dict[s
         if record is None:
             whole = False
             break
+        event: Any = Event()
         try:
-            event = Event.FromString(record)
+            event.ParseFromString(record)
         except DecodeError:
             raise CompareError(f'{path} is damaged: copy it again, or remove it to leave out what it logged.') from None
         begun = begun if index else event.wall_time

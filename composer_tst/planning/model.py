@@ -78,8 +78,8 @@ def _hugging_face(settings: dict[str, Any]) -> Any:
         hf = AutoConfig.from_pretrained(named)
     except OSError as error:
         raise PlanError(
-            f'model.pretrained_model_name_or_path is {named!r}, which is no folder with a config.json, and the hub does '
-            'not answer for it: give such a folder'
+            f'model.pretrained_model_name_or_path is {named!r}, which is no folder with a config.json, and the hub '
+            'does not answer for it: give such a folder'
         ) from error
     set_config_overrides(hf, settings.get('config_overrides') or {})
     with torch.device('meta'), no_init_weights():
