@@ -114,7 +114,7 @@ def warnings_of(course: Course) -> list[str]:
         assert course.batches_an_epoch is not None
         plain = course.total / course.batches_an_epoch
         found.append(
-            f'The run reads its data {_round(course.epochs)} times (a plain run of as many steps: {_round(plain)}), and '
+            f'The run reads its data {_round(course.epochs)} times (a plain run of these steps: {_round(plain)}), and '
             'superposition gains from fresh data: give it more, or a smaller bag_size or duration, or expand: none.'
         )
     if course.decay_begins is not None and course.decay_begins < end:

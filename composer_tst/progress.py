@@ -41,7 +41,7 @@ def progress(total: int, unit: str, name: str, position: int = 0, every: float =
         return tqdm(position=position, dynamic_ncols=True, **common)
     lines: Any = _Lines(sys.stderr)
     # Every update is asked for the time: how many fit into an interval cannot be told from the first.
+    line = _LINE.replace(' {unit}', '{unit}')
     return tqdm(
-        file=lines, mininterval=every, maxinterval=every, miniters=1, bar_format=_LINE.replace(' {unit}', '{unit}'),
-        **common,
+        file=lines, position=0, mininterval=every, maxinterval=every, miniters=1, bar_format=line, **common
     )  # fmt: skip

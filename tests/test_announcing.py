@@ -52,10 +52,10 @@ def test_without_more_data_a_run_reads_what_a_plain_one_does():
     ('changed', 'warning'),
     [
         # 12 batches, bags of 4 for half of 40 steps: (20 * 4 + 20) / 12 = 8.33
-        (Course([4], [20], 40, [4], batches_an_epoch=12), 'The run reads its data 8.3 times (a plain run of as many st'),
+        (Course([4], [20], 40, [4], batches_an_epoch=12), 'The run reads its data 8.3 times (a plain run of these'),
         # 160 / 159 is more than once and must not be rounded to it
         (Course([4], [20], 100, [4], batches_an_epoch=159), 'The run reads its data 1.007 times'),
-        (replace(QUICKSTART, decay_begins=899), 'The learning rate decays from step 899, and superposition lasts until'),
+        (replace(QUICKSTART, decay_begins=899), 'The learning rate decays from step 899, and superposition'),
         (replace(QUICKSTART, warmup_ends=901), 'The learning rate warms up until step 901, and superposition'),
         (replace(QUICKSTART, total=1799), 'Recovery has 899 of 1,799 steps, less than half'),
     ],
