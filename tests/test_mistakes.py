@@ -105,27 +105,27 @@ def rows_of(change: Callable[[dict[str, Any]], Any], **settings: Any) -> DataLoa
 def t5() -> Any:
     from composer.models import HuggingFaceModel
 
-    sizes = {'d_model': 16, 'd_kv': 8, 'd_ff': 16, 'num_layers': 1, 'num_heads': 2, 'vocab_size': 300}
+    sizes: dict[str, Any] = {'d_model': 16, 'd_kv': 8, 'd_ff': 16, 'num_layers': 1, 'num_heads': 2, 'vocab_size': 300}
     return HuggingFaceModel(T5ForConditionalGeneration(T5Config(**sizes)))
 
 
 RUNS: list[tuple[str, dict[str, Any], str]] = [
     # what is unusual of a run of 8 batches, bags of 4 until 3ba     its settings                         what it says
-    ('no recovery', {'duration': '8ba'}, 'lasts until 8ba but training ends at 8ba, so there would be no recovery phase'),
+    ('no recovery', {'duration': '8ba'}, 'lasts until 8ba but training ends at 8ba, so there would be no recovery'),
     ('superposed past the end', {'duration': '9ba'}, 'lasts until 9ba but training ends at 8ba'),
-    ('in tokens, past the end', {'duration': '200tok', 'max_duration': '100tok'}, 'lasts until 200tok but training ends'),
+    ('in tokens, past the end', {'duration': '200tok', 'max_duration': '100tok'}, 'until 200tok but training ends'),
     ('a phase without a step', {'duration': '0.01dur'}, 'The phase with bag_size 4 until 0.01dur has no steps'),
     ('a small loader', {'train': random_loader(rows=12)}, 'loader has 3 batches but one superposed step reads 4: use'),
     ('rows of tuples', {'train': rows_of(lambda row: tuple(row.values()))}, 'The train loader yields list'),
     ('no labels', {'train': rows_of(lambda row: {'input_ids': row['input_ids']})}, 'labels'),
     ('no input_ids', {'train': rows_of(lambda row: {'labels': row['labels']})}, 'input_ids'),
     ('an unknown key', {'train': rows_of(lambda row: row | {'weights': torch.ones(12)})}, 'cannot fold weights: have'),
-    ('embeddings', {'train': rows_of(lambda row: row | {'inputs_embeds': torch.ones(12, 16)})}, 'give input_ids instead'),
-    ('a short mask', {'train': rows_of(lambda row: row | {'attention_mask': torch.ones(6)})}, 'attention_mask has shape'),
+    ('embeddings', {'train': rows_of(lambda row: row | {'inputs_embeds': torch.ones(12, 16)})}, 'give input_ids'),
+    ('a short mask', {'train': rows_of(lambda row: row | {'attention_mask': torch.ones(6)})}, 'attention_mask has'),
     ('short rows', {'train': random_loader(length=6), 'expand': 'none'}, 'bag_size is 4 but a row has 6 tokens'),
     ('an encoder-decoder', {'model': t5}, 'encoder-decoder: superposition needs a causal (decoder-only) model.'),
-    ('another method', {'beside': algorithms.LabelSmoothing()}, 'LabelSmoothing cannot be combined with TokenSuperposi'),
-    ('for images', {'beside': algorithms.MixUp()}, 'MixUp cannot be combined with TokenSuperposition, because it changes'),
+    ('another method', {'beside': algorithms.LabelSmoothing()}, 'LabelSmoothing cannot be combined with Token'),
+    ('for images', {'beside': algorithms.MixUp()}, 'MixUp cannot be combined with TokenSuperposition, because'),
     ('a stopper', {'callbacks': [EarlyStopper('LanguageCrossEntropy', 'train')]}, 'set its dataloader_label to eval.'),
 ]  # fmt: skip
 

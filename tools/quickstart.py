@@ -21,6 +21,8 @@ RUNS = ('baseline', 'tst')
 LAST_LINES = 20
 # StreamingDatasets made at one moment may choose one name for their shared memory: the second run goes on where it was.
 ATTEMPTS = 2
+# A line in the log now and then, which says at what step a run is.
+SHOWN = ('log_to_console=true', 'console_log_interval=100ba')
 _STEP = re.compile(r'\[batch=(\d+)/(\d+)\]')
 
 
@@ -102,7 +104,7 @@ def main(
 ) -> None:
     """Train a baseline and a TST run."""
     runs.mkdir(parents=True, exist_ok=True)
-    settings = [f'variables.data={data}', f'variables.folder={runs}', f'seed={seed}', *(overrides or [])]
+    settings = [*SHOWN, f'variables.data={data}', f'variables.folder={runs}', f'seed={seed}', *(overrides or [])]
     trainings = [Training(runs, name, settings) for name in RUNS if not is_done(runs, name, data)]
     for training in trainings:
         typer.echo(f'{training.name}: training, log in {training.log}', err=True)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from bench.machine import machine
-from tqdm import tqdm
 
 from .settings import Scale, Setting
 
@@ -105,7 +104,7 @@ def train_all(jobs: Iterable[Job], data: Path, folder: Path, workers: int) -> It
 
     pool = ThreadPoolExecutor(workers)
     try:
-        yield from tqdm(pool.map(train, missing), total=len(missing), unit='run', disable=None)
+        yield from pool.map(train, missing)
     finally:
         pool.shutdown(cancel_futures=True)
 
