@@ -11,7 +11,7 @@ import pytest
 import trainings
 from composer.core import Time, Timestamp, TimeUnit
 from conftest import SEQ_LEN, VOCAB_SIZE
-from experiments import report
+from experiments import pictures, report
 from experiments.page import write
 from experiments.settings import (
     BASELINE,
@@ -22,6 +22,7 @@ from experiments.settings import (
     GPU,
     GRID_BAGS,
     GRID_SHARES,
+    PUBLISHED,
     RECOMMENDED,
     S4,
     Experiment,
@@ -76,9 +77,9 @@ def test_a_setting_wins_by_more_than_two_deviations_or_does_not():
     says = report.verdict(runs_of(losses), [Experiment('Some', 'Which?', list(losses), CPU.seeds)])
     assert f'standard deviations: {sure.name}, -0.107 ± 0.012.\n' in says
     # From the baseline -0.1, -0.1, -0.02 and -0.2, 0, 0.23; bags of 4 0, 0, 0.1.
-    assert f'| {sure.name} | 3 | -0.073 ± 0.046 | **-0.107 ± 0.012** |  |\n' in says
-    assert f'| {unsure.name} | 3 | +0.010 ± 0.215 | -0.023 ± 0.166 |  |' in says
-    assert f'| {S4.name} | 3 | +0.033 ± 0.058 |  |  |\n' in says
+    assert f'| {sure.name} | 3 | -0.073 ± 0.046 |  | **-0.107 ± 0.012** |  |\n' in says
+    assert f'| {unsure.name} | 3 | +0.010 ± 0.215 |  | -0.023 ± 0.166 |  |' in says
+    assert f'| {S4.name} | 3 | +0.033 ± 0.058 |  |  |  |\n' in says
     # The setting that is recommended, and the same differences from it.
     losses = {BASELINE: [3.5] * 3, RECOMMENDED: [3.0, 3.1, 3.2], sure: losses[sure]}
     says = report.verdict(runs_of(losses), [Experiment('Some', 'Which?', list(losses), CPU.seeds)])
@@ -92,12 +93,33 @@ def test_a_setting_is_judged_by_most_of_its_seeds():
         assert f'| {S4.name} | 6 | -0.233 ± 0.121 |' in report.verdict(runs, order)
 
 
+def test_nothing_is_sure_of_the_published_recipe_at_fewer_than_three_seeds():
+    setting = phases((8, 0.1), (4, 0.2))
+    losses = {BASELINE: [3.0] * 5, PUBLISHED: [2.9, 2.91], setting: [2.5, 2.5, 2.51, 2.5, 2.49]}
+    says = report.verdict(runs_of(losses), [Experiment('Some', 'Which?', [setting], (17, 18, 19, 20, 21))])
+    assert f'| {setting.name} | 5 | **-0.500 ± 0.007** | -0.405 ± 0.007 (2) |  |  |' in says
+    assert 'Below the published s = 6 with r = 0.3, by more than two standard deviations: nothing.' in says
+    losses[PUBLISHED] += [2.9]
+    says = report.verdict(runs_of(losses), [Experiment('Some', 'Which?', [setting], (17, 18, 19, 20, 21))])
+    assert f'two standard deviations: {setting.name}, -0.400 ± 0.010 (3).' in says
+
+
+def test_only_what_was_run_at_three_seeds_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn: list[str] = []
+    monkeypatch.setattr(pictures.Figure, 'savefig', lambda figure, path: drawn.extend(
+        label.get_text() for label in figure.axes[0].get_yticklabels()
+    ))  # fmt: skip
+    losses = {BASELINE: [3.0] * 3, PUBLISHED: [2.9] * 3, S4: [2.8, 2.8], RECOMMENDED: [2.7, 2.6, 2.7]}
+    pictures.draw_settings(runs_of(losses), list(losses), tmp_path / 'x.png')
+    assert drawn == [f'published recipe: {PUBLISHED.name}', f'recommended: {RECOMMENDED.name}']
+
+
 def test_a_setting_that_diverged_at_a_seed_has_not_won():
     setting = phases((8, 0.1), (4, 0.2))
     runs = runs_of({BASELINE: [3.0], S4: [3.0, 3.1, 3.2], setting: [2.9, float('inf'), 3.1]})
     says = report.verdict(runs, [Experiment('Some', 'Which?', [S4, setting], CPU.seeds)])
-    assert says.splitlines()[0].endswith('by more than two standard deviations: nothing.')
-    assert f'| {setting.name} | 3 | -0.100 | diverged |' in says
+    assert says.count('by more than two standard deviations: nothing.') == 2
+    assert f'| {setting.name} | 3 | -0.100 (1) |  | diverged |' in says
 
 
 def test_the_best_beyond_the_paper_are_judged_at_other_seeds():
@@ -117,7 +139,7 @@ def test_the_best_beyond_the_paper_are_judged_at_other_seeds():
     no_better = {S4: [3.0, 3.0, 3.0, 3.0, 3.01, 3.0], chosen: [1.0, 1.0, 1.0, 3.01, 3.0, 3.0]}
     runs = runs_of({BASELINE: [3.0], **no_better})
     before = Experiment('Some', 'Which?', [S4, chosen], CPU.seeds)
-    assert f'| {chosen.name} | 3 |  | +0.000 ± 0.010 |' in report.verdict(runs, [before, best])
+    assert f'| {chosen.name} | 3 |  |  | +0.000 ± 0.010 |' in report.verdict(runs, [before, best])
 
 
 def test_the_grid_says_where_it_is_lowest():

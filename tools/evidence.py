@@ -43,7 +43,7 @@ def main(
             (folder / f'{run["name"]}.json').write_text(json.dumps(run['result'], indent=1) + '\n')
     trained = Runs({}, size)
 
-    bar = progress(0, 'runs', 'evidence')
+    bar = progress(len(_planned(size, trained)), 'runs', 'evidence')
 
     def train(jobs: Iterable[Job]) -> None:
         for at, results in enumerate(train_all(jobs, data, folder, size.workers)):
