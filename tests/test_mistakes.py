@@ -73,6 +73,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ),
 ]
 
+WARMUP: dict[str, Any] = {'t_warmup': '2ba'}
 SCHEDULER: list[tuple[dict[str, Any], str]] = [
     # settings of warmup_stable_decay                              what it says in a run of 8 batches
     ({'t_warmup': None}, "t_warmup=None is not a Composer time; write a number and a unit, as '2000ba'."),
