@@ -165,9 +165,7 @@ def test_settings(settings: dict[str, Any], says: str):
 @pytest.mark.parametrize(('settings', 'says'), SCHEDULER)
 def test_scheduler(settings: dict[str, Any], says: str):
     with pytest.raises(ValueError, match=re.escape(says)) as caught:
-        make_trainer(
-            llama(), random_loader(), schedulers=WarmupStableDecayScheduler(**({'t_warmup': '2ba'} | settings))
-        )
+        make_trainer(llama(), random_loader(), schedulers=WarmupStableDecayScheduler(**{**WARMUP, **settings}))
     one_sentence(caught.value, says)
 
 
