@@ -79,10 +79,10 @@ class DiskLock:
     def __getstate__(self) -> Any:
         # Only workers that are being started here can share it; those of Spark do without.
         starting = multiprocessing.context.get_spawning_popen() is not None
-        return {'shared': DupFd(self.descriptor) if starting else None}
+        return DupFd(self.descriptor) if starting else False
 
-    def __setstate__(self, state: Any) -> None:
-        self.descriptor = state['shared'].detach() if state['shared'] else None
+    def __setstate__(self, shared: Any) -> None:
+        self.descriptor = shared.detach() if shared else -1
 
     def check(self) -> None:
         """The system sees to it."""

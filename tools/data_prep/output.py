@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .address import Address
+from .disk import Disk
 from .errors import PrepareError, shown
-from .stores import S3, Disk, store_of
+from .s3 import S3
+from .stores import store_of
 
 RECORDS = '.records'
 BEGUN = 'begun.json'

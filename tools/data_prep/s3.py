@@ -119,7 +119,7 @@ class S3:
         with explained('delete', path):
             client().delete_object(Bucket=bucket, Key=key)
 
-    def open(self, path: str, size: int, stamp: str) -> S3Input:
+    def open(self, path: str, size: int, stamp: str) -> 'S3Input':
         """Open an input that was listed with this size and stamp."""
         return S3Input(path, size, stamp)
 

@@ -3,6 +3,7 @@
 The bytes are those of streaming's own writer, as a test compares, whose import costs ten seconds of every run.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -130,3 +131,8 @@ def _streaming(name: str) -> Any:
 def stored(entry: dict[str, Any]) -> dict[str, Any]:
     """What an entry of the index says of the file that is stored."""
     return entry['zip_data'] or entry['raw_data']
+
+
+def digest_of(data: bytes) -> str:
+    """What a record keeps of a file's content."""
+    return hashlib.sha256(data).hexdigest()

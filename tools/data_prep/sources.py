@@ -1,5 +1,6 @@
 """The input files behind the addresses that the user gives."""
 
+import contextlib
 import os
 import re
 import stat
@@ -154,10 +155,8 @@ class _Listing:
         check_bucket(address)
         store, key = S3(), address.path.split('/', 3)[3]
         if key and not address.folder:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 self._found(Source(address.path, *store.head(address.path)))
-            except FileNotFoundError:
-                pass
         root, pattern = address.path, Pattern(['**'])
         below = f'{root}/' if key else root
         some: list[dict] = []

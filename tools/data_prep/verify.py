@@ -17,9 +17,9 @@ def summarize(shards: Mapping[str, list], count: PartCount, settings: Settings, 
     """Sum up a data set: what `stats.json` holds.
 
     Returns:
-        For each split: documents, characters, rows, tokens (in rows), dropped tokens, documents of which some or all tokens
-        were dropped, unknown tokens, characters without a token, tokens per document, shards, and bytes (of the
-        shards as stored); and the length of rows, the vocabulary and the bad documents.
+        For each split: documents, characters, rows, tokens (in rows), dropped tokens, documents of which some or
+        all tokens were dropped, unknown tokens, characters without a token, tokens per document, shards, and bytes
+        (of the shards as stored); and the length of rows, the vocabulary and the bad documents.
     """
     splits = {}
     for name, counted in count.splits.items():
