@@ -138,11 +138,11 @@ def pack_part(
     end_of_text = np.array([tokenizer.eos_id], np.int32)
     for batch in _batches(part, tokenizer, settings, count):
         documents, tokens = 0, 0
-        encoded, lost = tokenizer.encode_counting([text for _, text, _ in batch])
-        for (split, text, last), ids, characters in zip(batch, encoded, lost, strict=True):
+        encoded = tokenizer.encode([text for _, text, _ in batch])
+        for (split, text, last), ids in zip(batch, encoded, strict=True):
             counted = count.splits[split]
             counted.characters += len(text)
-            counted.lost_characters += characters
+            counted.lost_characters += tokenizer.count_lost(text)
             if tokenizer.unknown_id is not None:
                 counted.unknown_tokens += int(np.count_nonzero(ids == tokenizer.unknown_id))
             packers[split].add(ids)

@@ -4,10 +4,10 @@ import json
 import re
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,7 +74,12 @@ class TextTokenizer:
     @cached_property
     def drops(self) -> bool:
         """Whether it drops, without a token, what its vocabulary does not know."""
-        return any(len(ids) == 0 for ids in self._encode(RARE, fast=True)[0])
+        return any(len(ids) == 0 for ids in self.encode(RARE))
+
+    @cached_property
+    def _dropped(self) -> dict[str, bool]:
+        """Whether a character comes to no token, for those that were met."""
+        return {}
 
     def __reduce__(self) -> tuple:
         # Not the backend: its own pickling forgets `encode_special_tokens`.
@@ -86,24 +91,29 @@ class TextTokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, texts: list[str]) -> list[NDArray[np.int32]]:
-        """Tokenise each text by itself, without end-of-text; one array[T] for each."""
-        return self._encode(texts, fast=True)[0]
+        """Tokenise each text by itself, without end-of-text; one array[T] for each.
 
-    def encode_counting(self, texts: list[str]) -> tuple[list[NDArray[np.int32]], list[int]]:
-        """Tokenise as `encode` does, and count for each text the characters, but for space, that no token holds."""
-        return self._encode(texts, fast=not self.drops)
-
-    def _encode(self, texts: list[str], fast: bool) -> tuple[list[NDArray[np.int32]], list[int]]:
-        encode: Any = self.backend.encode_batch_fast if fast else self.backend.encode_batch
+        Raises:
+            PrepareError: if the tokenizer cannot.
+        """
         try:
-            encodings = encode(texts, add_special_tokens=False)
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:
             raise PrepareError(
                 f'--tokenizer: it has no token for some of the text ({error}): use one with an unknown token or bytes'
             ) from error
-        arrays = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-        lost = [0 if fast else _uncovered(text, each.offsets) for text, each in zip(texts, encodings, strict=True)]
-        return arrays, lost
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def count_lost(self, text: str) -> int:
+        """Count the characters, but for space, that come to no token."""
+        if not self.drops:
+            return 0
+        return sum(count for letter, count in Counter(text).items() if self._is_dropped(letter))
+
+    def _is_dropped(self, letter: str) -> bool:
+        if letter not in self._dropped:
+            self._dropped[letter] = not letter.isspace() and len(self.encode([letter])[0]) == 0
+        return self._dropped[letter]
 
     def pieces(self, chunks: Iterable[str]) -> Iterator[str]:
         """Cut a document into pieces whose tokens, one after another, are the tokens of the whole.
@@ -167,15 +177,6 @@ def _without_special_names(definition: dict, eos_id: int) -> dict:
     # It adds special tokens, by their names, and none are asked for.
     definition['post_processor'] = None
     return definition
-
-
-def _uncovered(text: str, offsets: list[tuple[int, int]]) -> int:
-    """Count the characters, but for space, that are in no token."""
-    covered = np.zeros(len(text) + 1, np.int32)
-    for start, end in offsets:
-        covered[start] += 1
-        covered[end] -= 1
-    return sum(not text[at].isspace() for at in np.flatnonzero(np.cumsum(covered[:-1]) == 0))
 
 
 def check_vocabulary(size: int) -> None:
