@@ -369,6 +369,19 @@ def test_shards_are_the_bytes_of_the_writer_of_streaming(tmp_path: Path, length:
     assert sum(entry['samples'] for entry in theirs) == len(rows)
 
 
+@pytest.mark.parametrize('compression', ['gz', 'zstd:3', 'bz2', 'br:1', 'snappy'])
+def test_a_shard_made_again_is_the_same(compression: str, monkeypatch: pytest.MonkeyPatch):
+    """Of any time of day, which gzip writes down."""
+    import numpy as np
+
+    options = shards.ShardOptions(compression, ['sha1'])
+    rows = np.arange(4 * L, dtype=np.int32).reshape(4, L)
+    first = options.pack(options.encode(rows), 'shard')
+    monkeypatch.setattr(time, 'time', lambda: 1e9)
+    assert options.pack(options.encode(rows), 'shard') == first
+    assert np.array_equal(options.decode(options.unpack(first[0]), 4, L), rows)
+
+
 def test_what_was_made_before_is_refused_and_kept(common: list[object], tmp_path: Path):
     """A data set of the older format, which training reads as it does the new ones."""
     with MDSWriter(out=str(tmp_path / 'out' / 'train'), columns={'tokens': 'ndarray:int32'}) as writer:

@@ -19,6 +19,7 @@ from .errors import PrepareError
 SHARD_BYTES = 1 << 26
 # A row must be within reach of the 32-bit offsets of a shard.
 LONGEST_ROW = 1 << 28
+GZIP = b'\x1f\x8b\x08'
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ class ShardOptions:
         if self.compression:
             known = _streaming('compression')
             packed = known.compress(self.compression, data)
+            if packed.startswith(GZIP):
+                # Without the time, which would make other bytes of a part that is converted again.
+                packed = packed[:4] + bytes(4) + packed[8:]
             extension = known.get_compression_extension(self.compression)
             entry['zip_data'] = self._info(packed, f'{name}.{extension}')
         return packed, {**entry, **self.config()}

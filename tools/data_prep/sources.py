@@ -65,14 +65,15 @@ def list_sources(inputs: list[str], output: Address) -> list[Source]:
     if listing.left_out:
         print(f'left out: {listing.left_out:,} hidden files and markers, as {shown(listing.example)}', file=sys.stderr)
     unique: dict[str, Source] = {}
-    for path in sorted(listing.sources):
-        # A file reached by two ways, as through a link, is read once.
+    # A file reached by several ways, as through links, is read once, and named by the shortest of them.
+    for path in sorted(listing.sources, key=lambda path: (path.count('/'), path)):
         real = path if path.startswith('s3://') else os.path.realpath(path)
         unique.setdefault(real, listing.sources[path])
-    for source in unique.values():
+    sources = sorted(unique.values(), key=lambda source: source.path)
+    for source in sources:
         if source.path.lower().endswith(PACKED):
             raise PrepareError(f'{source.path} is packed in a way that is not read here: unpack it, or leave it out')
-    return list(unique.values())
+    return sources
 
 
 class _Listing:
