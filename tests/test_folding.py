@@ -104,7 +104,6 @@ ids = torch.zeros(4, 6, dtype=torch.long)
     ('batch', 'settings', 'message'),
     [
         ({'labels': ids}, {}, 'The batch has no input_ids'),
-        ({'input_ids': ids}, {}, 'The batch has no labels'),
         ({'input_ids': ids, 'labels': ids, 'inputs_embeds': ids}, {}, 'inputs_embeds'),
         ((ids, ids), {}, 'yields tuple'),
         ({'input_ids': ids, 'labels': ids, 'position_ids': ids}, {}, 'cannot fold position_ids'),
