@@ -47,8 +47,8 @@ def multi_hot_cross_entropy(
         The loss in nats, float32 (float64 for float64 logits): (N,) for 'none', else a scalar.
 
     Raises:
-        ValueError: a wrong shape, targets that are no integers, an unknown reduction, or unusable weights (the values of weights on a GPU are
-            not checked, which would stall it).
+        ValueError: a wrong shape, targets that are no integers, an unknown reduction, or unusable weights (the
+            values of weights on a GPU are not checked, which would stall it).
         RuntimeError: on CPU, a target outside [0, V) that is not `ignore_index`.
     """
     if logits.ndim != 2:
@@ -108,7 +108,9 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
                 torch.softmax(logits[rows].to(weights.dtype), -1, out=ctx.softmax[rows])
             nats = _nats(ctx.softmax, logits, targets)
         else:
-            chunks = (-logits[rows].to(weights.dtype).log_softmax(-1).gather(1, targets[rows]) for rows in _chunks(logits))
+            chunks = (
+                -logits[rows].to(weights.dtype).log_softmax(-1).gather(1, targets[rows]) for rows in _chunks(logits)
+            )
             nats = torch.cat(list(chunks))
         ctx.save_for_backward(logits, lse, targets, weights, nats)
         # A token that is masked out, with a logit of -inf, costs nothing where its weight is 0: not 0 * inf.

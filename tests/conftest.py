@@ -50,7 +50,7 @@ def seed():
 @pytest.fixture(scope='session')
 def device(pytestconfig: pytest.Config) -> torch.device:
     """Where to compute: that of `pytest --device`."""
-    return torch.device(pytestconfig.getoption('device'))
+    return torch.device(str(pytestconfig.getoption('device')))
 
 
 @pytest.fixture(scope='session')
