@@ -33,7 +33,19 @@ from s3_server import serve
 
 # First, since it makes the tools importable.
 from preparing import Bucket, Folder, of_split, prepare  # isort: skip
-from data_prep import convert, disk, documents, lock, parts, pipeline, reading, s3, shards, tokenizer, verify
+from composer_tst.data_prep import (
+    convert,
+    disk,
+    documents,
+    lock,
+    parts,
+    pipeline,
+    reading,
+    s3,
+    shards,
+    tokenizer,
+    verify,
+)
 
 SPLITS = ['train=1', 'train=0.8,val=0.2', 'val=0.3,train=0.6,a-b=0.1']
 NAMES = ['out', 'out[1]', 'o?t', 'a*b', 'deep/er/out', 'x#y%20z', 'é']
@@ -327,8 +339,9 @@ def spark_session() -> Any:
             '--conf spark.ui.enabled=false --conf spark.ui.showConsoleProgress=false '
             '--driver-java-options -XX:TieredStopAtLevel=1 pyspark-shell'
         )
-        from data_prep import spark
         from pyspark import SparkContext
+
+        from composer_tst.data_prep import spark
 
         stop, added, add = spark.SparkSession.stop, [], SparkContext.addPyFile
         spark.SparkSession.stop = lambda session: None  # pyright: ignore

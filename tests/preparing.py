@@ -16,9 +16,9 @@ from typer.testing import CliRunner, Result
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'tools'))
 
-from data_prep import convert, parts, sources, workers
-from data_prep.address import Address
-from prepare_data import app
+from composer_tst.data_prep import convert, parts, sources, workers
+from composer_tst.data_prep.address import Address
+from composer_tst.data_prep.command import app
 
 # A test wants its worker at once; a single run imports this in the one worker that needs it.
 workers.PRELOADED.append('transformers.models.auto.tokenization_auto')

@@ -9,7 +9,7 @@ from s3_server import s3_server  # noqa: F401
 
 # First, since it makes the tools importable.
 from preparing import Bucket, Folder, make_text  # isort: skip
-from data_prep import lock, tokenizer
+from composer_tst.data_prep import lock, tokenizer
 
 
 @pytest.fixture(scope='module')

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_prep import convert, parts, shards, split, tokenizer
-from data_prep.errors import PrepareError
-from data_prep.output import Output
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +30,10 @@ from preparing import (
     write_jsonl,
 )  # isort: skip
 from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+from composer_tst.data_prep import convert, parts, shards, split, tokenizer
+from composer_tst.data_prep.errors import PrepareError
+from composer_tst.data_prep.output import Output
 
 pytest_plugins = ['preparing_fixtures']
 

@@ -17,8 +17,8 @@ from streaming import MDSWriter
 from preparing import (  # isort: skip
     L, Bucket, Folder, define_rows, make_text, prepare, prepare_until_killed, read_rows, refuse, succeed, write_jsonl,
 )  # fmt: skip
-from data_prep import parts, shards, tokenizer
-from data_prep.lock import locked
+from composer_tst.data_prep import parts, shards, tokenizer
+from composer_tst.data_prep.lock import locked
 
 pytest_plugins = ['preparing_fixtures']
 
@@ -232,7 +232,7 @@ def test_a_second_run_is_refused_while_the_first_lives(place: Folder | Bucket, c
 def test_a_run_whose_lock_was_taken_over_makes_no_index(common: list[object], tmp_path: Path, place: Folder | Bucket):
     if isinstance(place, Folder):
         pytest.skip('the system holds the lock')
-    from data_prep import pipeline
+    from composer_tst.data_prep import pipeline
 
     def stolen(*arguments: Any) -> Any:
         place.put('out/.records/lock', b'another')
@@ -253,8 +253,8 @@ def test_a_lock_lives_as_long_as_any_worker_of_the_run(common: list[object], tmp
     """A run is killed; until its workers are gone too, nobody else may write."""
     script = f"""
 import multiprocessing, os, sys, time
-sys.path.insert(0, {os.path.dirname(os.path.dirname(shards.__file__))!r})
-from data_prep.lock import DiskLock
+sys.path.insert(0, {os.path.dirname(os.path.dirname(os.path.dirname(shards.__file__)))!r})
+from composer_tst.data_prep.lock import DiskLock
 def work(lock, path):
     open(path, 'w').close()
     time.sleep(2)

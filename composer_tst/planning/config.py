@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
-from composer_tst.schedule import Phase
+from composer_tst.settings import Phase
 
 SETTINGS = sorted(inspect.signature(TokenSuperposition).parameters)
 
@@ -83,11 +83,10 @@ def read_run(config: DictConfig) -> Run:
     if settings is None:
         return Run(rows, length, max_duration, (), 'both', 'sequence', 'uniform')
     try:
-        algorithm = TokenSuperposition(**settings)
+        found = TokenSuperposition(**settings).settings
     except (TypeError, ValueError) as error:
         raise PlanError(f'algorithms.token_superposition: {error}') from error
-    phases, weighting = tuple(algorithm.schedule.phases), algorithm.weighting
-    return Run(rows, length, max_duration, phases, algorithm.superpose, algorithm.expand, weighting)
+    return Run(rows, length, max_duration, found.phases, found.superpose, found.expand, found.weighting)
 
 
 def check_scheduler(config: DictConfig, max_duration: Time) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 
-from composer.core import TimeUnit
-
-from composer_tst.schedule import plan_steps
+from composer_tst.plan import Data, Moment, plan_steps
 
 from .config import PlanError, Run
 from .model import Model
@@ -27,10 +24,12 @@ class PhaseCost:
 def cost_phases(run: Run, model: Model, rows_in_data: int | None) -> list[PhaseCost]:
     """The phases of a run, recovery last."""
     draws = [phase.bag_size if run.expand != 'none' else 1 for phase in run.phases]
-    per_batch = {TimeUnit.TOKEN: Fraction(run.rows * run.length), TimeUnit.SAMPLE: Fraction(run.rows)}
-    if rows_in_data:
-        per_batch[TimeUnit.EPOCH] = Fraction(1, max(1, rows_in_data // run.rows))
-    plan = plan_steps(run.phases, draws, run.max_duration, per_batch)
+    batches = max(1, rows_in_data // run.rows) if rows_in_data else None
+    data = Data(batches, samples=run.rows, tokens=run.rows * run.length)
+    try:
+        plan = plan_steps(run.phases, draws, run.max_duration, data, Moment())
+    except ValueError as error:
+        raise PlanError(str(error)) from error
     if plan is None:
         raise PlanError('a time is given in epochs, which needs --stats to know the length of one')
     for phase, start, end in zip(run.phases, [0, *plan.ends], plan.ends, strict=False):

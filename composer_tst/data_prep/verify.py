@@ -1,4 +1,4 @@
-"""Reading every shard back, and the summary that `tools/plan.py` reads."""
+"""Reading every shard back, and the summary that `composer-tst plan` reads."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

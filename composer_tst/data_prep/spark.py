@@ -29,8 +29,8 @@ def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[
         session = _session()
         context = session.sparkContext
         # The workers of a cluster have no copy of this package.
-        package = os.path.dirname(os.path.abspath(__file__))
-        archive = os.path.join(folder, 'data_prep')
+        package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        archive = os.path.join(folder, 'composer_tst')
         context.addPyFile(shutil.make_archive(archive, 'zip', os.path.dirname(package), os.path.basename(package)))
         told = context.broadcast(job)
         endpoint = os.environ.get('S3_ENDPOINT_URL')
