@@ -4,6 +4,7 @@ What needs Composer is imported when it is first asked for, so that `composer_ts
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == '__version__':
+        return version('composer-tst')
     if name not in _MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     value = globals()[name] = getattr(import_module(f'{__name__}.{_MODULES[name]}'), name)

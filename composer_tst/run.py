@@ -13,7 +13,15 @@ from composer_tst.drawing import Drawing
 from composer_tst.folding import lay_out
 from composer_tst.microbatch import Microbatches, MicrobatchSize
 from composer_tst.plan import Plan, plan_steps, same
-from composer_tst.reporting import report_change, report_dropped, report_moved_ends, report_no_recovery, report_shares
+from composer_tst.reporting import (
+    report_change,
+    report_course,
+    report_dropped,
+    report_end,
+    report_moved_ends,
+    report_no_recovery,
+    report_shares,
+)
 from composer_tst.schedule import Progress, Schedule
 from composer_tst.settings import Settings
 from composer_tst.stack import check_batch, forget_losses
@@ -89,6 +97,7 @@ class Run:
             report_moved_ends(schedule, before)
         schedule.check(state.timestamp, plan, whole)
         report_shares(schedule, plan, draws_more=self._settings.expand != 'none')
+        report_course(schedule, self._settings, plan, self._drawing.data()[0], state)
         bag_size = schedule.bag_size
         if schedule.advance(state.timestamp):
             report_change(bag_size, schedule.bag_size, state.timestamp)
@@ -199,6 +208,7 @@ class Run:
         """End the fit."""
         if self.superposed:
             report_no_recovery(self.schedule, self._state.timestamp)
+        report_end(self._progress, self._state.timestamp)
         self.close()
 
     def close(self) -> None:

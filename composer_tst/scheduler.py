@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from composer.core import State, Time, TimeUnit
 from composer.optim import ComposerScheduler
 from composer.optim.scheduler import _convert_time
+
+from composer_tst.settings import refuse_unknown
 
 __all__ = ['WarmupStableDecayScheduler']
 
@@ -58,7 +61,9 @@ class WarmupStableDecayScheduler(ComposerScheduler):
         t_decay: str | Time = '0.1dur',
         alpha_f: float = 0.0,
         scale_warmup: bool = False,
+        **unknown: Any,
     ):
+        refuse_unknown('scheduler', unknown, ('t_warmup', 't_decay', 'alpha_f', 'scale_warmup'))
         if isinstance(alpha_f, bool) or not isinstance(alpha_f, (int, float)) or not 0 <= alpha_f <= 1:
             raise ValueError(f'alpha_f={alpha_f!r} must be a number from 0 to 1: it is a share of the learning rate.')
         self.t_warmup = _parse('t_warmup', t_warmup)
@@ -103,6 +108,30 @@ class WarmupStableDecayScheduler(ComposerScheduler):
             left = remaining.value / t_decay.value if remaining.value > 0 else 0.0
             return self.alpha_f + (1 - self.alpha_f) * left
         return 1.0
+
+    def turns(self, state: State) -> tuple[int | None, int | None]:
+        """The batches at which the warmup ends and the decay begins; None for what is not measured in batches."""
+        t_warmup = _convert('t_warmup', self.t_warmup, state)
+        t_decay = _convert('t_decay', self.t_decay, state)
+        t_max = _convert('max_duration', Time.from_duration(1.0), state)
+        in_batches = t_max.unit == t_decay.unit == TimeUnit.BATCH
+        return (
+            int(t_warmup.value) if t_warmup.unit == TimeUnit.BATCH else None,
+            int(t_max.value - t_decay.value) if in_batches else None,
+        )
+
+
+def turns_of(state: State) -> tuple[int | None, int | None]:
+    """The batches at which the learning rate has warmed up and begins to decay, where this schedule sets it.
+
+    Composer keeps no schedule but in the functions of torch's ``LambdaLR`` that it makes of them.
+    """
+    for compiled in state.schedulers:
+        for function in getattr(compiled, 'lr_lambdas', ()):
+            for cell in getattr(function, '__closure__', None) or ():
+                if isinstance(cell.cell_contents, WarmupStableDecayScheduler):
+                    return cell.cell_contents.turns(state)
+    return None, None
 
 
 def _parse(name: str, value: str | Time) -> Time:

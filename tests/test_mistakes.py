@@ -26,8 +26,20 @@ NO_TIME = 'which is no Composer Time: write it as 0.3dur, 6000ba, 100000tok, 500
 SETTINGS: list[tuple[dict[str, Any], str]] = [
     # settings of token_superposition                              what it says
     ({}, 'Superposition needs bag_size and duration, or phases'),
-    ({'bag_size': 4}, 'needs bag_size and duration'),
-    ({'duration': '0.3dur'}, 'needs bag_size and duration'),
+    ({'bag_size': 4}, 'bag_size is 4 but there is no duration: say when it ends, as duration: 0.3dur.'),
+    ({'duration': '0.3dur'}, "duration is '0.3dur' but there is no bag_size: say how many tokens, as bag_size: 6."),
+    (
+        BAG | {'bagsize': 4},
+        'token_superposition.bagsize is no setting (did you mean bag_size?): use bag_size, duration',
+    ),
+    (
+        BAG | {'colour': 'red'},
+        'token_superposition.colour is no setting: use bag_size, duration, phases, superpose, exp',
+    ),
+    (BAG | {'duration': 'nandur'}, 'duration is nandur, so no step would be superposed: give a positive time.'),
+    ({'phases': 8}, 'phases is 8: give a list of {bag_size, until}, from coarse to fine.'),
+    ({'phases': '8,4,2'}, "phases is '8,4,2': give a list of {bag_size, until}, from coarse to fine."),
+    ({'phases': BAG}, "phases is {'bag_size': 4, 'duration': '0.3dur'}: give a list of {bag_size, until}"),
     (BAG | {'bag_size': 1}, 'bag_size is 1: give an integer of at least 2.'),
     (BAG | {'bag_size': 0}, 'bag_size is 0: give an integer of at least 2.'),
     (BAG | {'bag_size': -4}, 'bag_size is -4: give an integer of at least 2.'),
@@ -86,6 +98,7 @@ SCHEDULER: list[tuple[dict[str, Any], str]] = [
     ({'t_decay': '9ba'}, 't_decay=9ba is longer than max_duration=8ba; shorten it or train for longer.'),
     ({'t_decay': '1.5dur'}, 't_decay=1.5dur is longer than max_duration=8ba'),
     ({'t_warmup': '6ba', 't_decay': '4ba'}, 't_warmup=6ba and t_decay=4ba overlap in max_duration=8ba'),
+    ({'twarmup': '2ba'}, 'scheduler.twarmup is no setting (did you mean t_warmup?): use t_warmup, t_decay, alpha_f'),
     ({'alpha_f': '0.0'}, "alpha_f='0.0' must be a number from 0 to 1: it is a share of the learning rate."),
     ({'alpha_f': None}, 'alpha_f=None must be a number from 0 to 1'),
     ({'alpha_f': 1.1}, 'alpha_f=1.1 must be a number from 0 to 1'),
@@ -115,6 +128,8 @@ RUNS: list[tuple[str, dict[str, Any], str]] = [
     ('no recovery', {'duration': '8ba'}, 'lasts until 8ba but training ends at 8ba, so there would be no recovery'),
     ('superposed past the end', {'duration': '9ba'}, 'lasts until 9ba but training ends at 8ba'),
     ('in tokens, past the end', {'duration': '200tok', 'max_duration': '100tok'}, 'until 200tok but training ends'),
+    ('two of them', {'beside': TokenSuperposition(2, '1ba')}, 'has TokenSuperposition more than once: give'),
+    ('in tokens, by the rows', {'duration': '500000tok', 'train': random_loader()}, 'until 500000tok but training'),
     ('a phase without a step', {'duration': '0.01dur'}, 'The phase with bag_size 4 until 0.01dur has no steps'),
     ('a small loader', {'train': random_loader(rows=12)}, 'loader has 3 batches but one superposed step reads 4: use'),
     ('rows of tuples', {'train': rows_of(lambda row: tuple(row.values()))}, 'The train loader yields list'),
@@ -190,6 +205,18 @@ def test_command(command: Any, arguments: str, says: str, tmp_path: Path, monkey
     assert result.stderr.count('\n') == 1
     assert says in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_class_for_an_instance():
+    stack: Any = [TokenSuperposition]
+    with pytest.raises(ValueError, match='algorithms has the class TokenSuperposition: give an instance') as caught:
+        make_trainer(llama(), random_loader(), stack)
+    one_sentence(caught.value, 'duration=')
+
+
+def test_a_setting_of_a_callback_that_has_none():
+    with pytest.raises(ValueError, match='phase_checkpointer.every is no setting: it has none.'):
+        PhaseCheckpointer(every='1ba')
 
 
 def test_a_callback_without_its_algorithm():

@@ -15,6 +15,8 @@ import pytest
 from conftest import REPO
 from torch.utils.tensorboard import SummaryWriter
 
+import composer_tst
+
 REPOSITORY = 'https://example.org/someone/composer-tst'
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -104,6 +106,10 @@ def test_without_the_extra_one_sentence_says_what_to_install(command: Command, i
     assert result.stderr.splitlines()[-1] == (
         "error: composer-tst plan needs matplotlib, typer: pip install 'composer-tst[tools]'"
     )
+
+
+def test_the_package_knows_its_version(command: Command):
+    assert command('--version').stdout == f'{composer_tst.__version__}\n'
 
 
 def test_from_a_recipe_to_its_plan(command: Command, tmp_path: Path):

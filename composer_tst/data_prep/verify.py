@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from composer_tst.progress import progress
+
 from .convert import Job
 from .errors import PrepareError
 from .parts import PartCount, Settings
@@ -76,7 +78,9 @@ def verify(job: Job, records: list[dict], count: PartCount) -> None:
     items = [(split, file) for record in records for split, files in record['files'].items() for file in files]
     rows = dict.fromkeys(count.splits, 0)
     ends = dict.fromkeys(count.splits, 0)
+    bar = progress(len(items), 'shards', 'verify', delay=5)
     for split, read_rows, read_ends in parallel(_verify_shard, job, items):
+        bar.update(1)
         rows[split] += read_rows
         ends[split] += read_ends
     for split, counted in count.splits.items():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -15,8 +13,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
 from composer_tst.settings import Phase
-
-SETTINGS = sorted(inspect.signature(TokenSuperposition).parameters)
 
 
 class PlanError(Exception):
@@ -117,11 +113,6 @@ def superposition_settings(config: DictConfig) -> dict[str, Any] | None:
     if found is not None and not isinstance(found, DictConfig):
         raise PlanError(f'algorithms.token_superposition is {found!r}: give its settings by name')
     settings: Any = OmegaConf.to_container(found, resolve=True) if found is not None else {}
-    unknown = sorted(set(settings) - set(SETTINGS))
-    if unknown:
-        nearest = difflib.get_close_matches(unknown[0], SETTINGS, 1)
-        meant = f' (did you mean {nearest[0]}?)' if nearest else ''
-        raise PlanError(f'algorithms.token_superposition.{unknown[0]} is no setting{meant}: use {", ".join(SETTINGS)}')
     return settings
 
 
