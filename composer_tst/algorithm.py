@@ -14,6 +14,7 @@ from composer.loggers import Logger
 from composer_tst.attach import take_off
 from composer_tst.models import check_model
 from composer_tst.plan import same
+from composer_tst.reporting import report_end, report_no_recovery
 from composer_tst.resumption import check_resumed_settings
 from composer_tst.run import Run
 from composer_tst.schedule import Progress, Schedule
@@ -166,7 +167,7 @@ class TokenSuperposition(Algorithm):
         elif event == Event.AFTER_FORWARD:
             run.microbatches.after_forward(state)
         elif event == Event.BEFORE_LOSS:
-            run.microbatches.before_loss()
+            run.microbatches.before_loss(state)
         elif event == Event.AFTER_LOSS:
             run.microbatches.after_loss()
         elif event == Event.AFTER_BACKWARD:
@@ -177,7 +178,10 @@ class TokenSuperposition(Algorithm):
             self._of.has_drawn = True
             run.end_epoch(logger)
         elif event == Event.FIT_END:
-            run.end()
+            if run.superposed:
+                report_no_recovery(run.schedule, state.timestamp)
+            report_end(run.schedule.progress, state.timestamp)
+            run.close()
 
     def _join(self, state: State) -> None:
         """Become part of a Trainer; where it is another's already, a copy does."""

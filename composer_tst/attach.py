@@ -10,100 +10,31 @@ The bags are for the ids that were handed over, told by their storage, and for n
 as ever, in evaluation, by a callback, or in a backward pass that runs a part of the model again.
 """
 
-import copyreg
+import functools
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from composer.models import ComposerModel, HuggingFaceModel
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from composer_tst.embedding import bag_embedding
 from composer_tst.folding import is_plain
+from composer_tst.lookup import BagLookup, change_lookup, give_lookup_back
 from composer_tst.loss import multi_hot_cross_entropy
-from composer_tst.models import find_embedding, with_lookup
+from composer_tst.models import find_embedding
 
 log = logging.getLogger(__name__)
-
-
-class BagLookup(nn.Embedding):
-    """The lookup of an ``nn.Embedding`` that has bags to look up.
-
-    Attributes:
-        bags: The token ids ``(B * P, s)`` and the attended tokens ``(B * P, s)`` or None.
-        handed_over: The ids ``(B, P)`` that stand for the bags.
-        found: Whether a bag was looked up since the bags were handed over.
-        missed: Whether other ids were.
-        compiled: Whether a compiler had to take it for granted that the ids are those handed over.
-        plain_class: The class without this one.
-    """
-
-    bags: tuple[torch.Tensor, torch.Tensor | None]
-    handed_over: torch.Tensor
-    found: bool
-    missed: bool
-    compiled: bool
-    plain_class: type[nn.Embedding]
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Mean embeddings, shape ``input.shape + (d,)``, of the bags that ``input`` stands for."""
-        at = _places(input, self.handed_over)
-        if at is None:
-            self.missed = True
-            return super().forward(input)
-        self.found = True
-        if torch.compiler.is_compiling():
-            self.compiled = True
-        if isinstance(self.weight, DTensor):
-            # FSDP has made the weight whole by now.
-            raise ValueError(
-                'The input embedding is divided by tensor parallelism, and superposition needs it whole: leave it out '
-                'of the layer plan.'
-            )
-        ids, mask = self.bags
-        return bag_embedding(self, ids[at], mask if mask is None else mask[at]).view(*input.shape, -1)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy, and what is saved of it, is the embedding itself."""
-        del protocol
-        state = {key: value for key, value in vars(self).items() if key not in BagLookup.__annotations__}
-        reconstruct: Any = getattr(copyreg, '_reconstructor')  # noqa: B009
-        return reconstruct, (self.plain_class, object, None), state
-
-
-def _places(input: torch.Tensor, handed_over: torch.Tensor) -> torch.Tensor | slice | None:
-    """Which of the flat positions of ``handed_over`` the ids ``input`` are, None if they are others.
-
-    A model may reshape, transpose or slice the ids that it is given: these are views of one storage.
-    """
-    if torch.compiler.is_compiling():  # which knows no storages: Attachment.try_out tells
-        return slice(None) if input.numel() == handed_over.numel() else None
-    if input.untyped_storage().data_ptr() != handed_over.untyped_storage().data_ptr():
-        return None
-    if input.is_contiguous() and input.numel() == handed_over.numel():
-        return slice(None)
-    every = torch.arange(handed_over.numel(), device=input.device)
-    return every.as_strided(input.size(), input.stride(), input.storage_offset()).flatten()
 
 
 def take_off(model: nn.Module) -> None:
     """Leave a model as it was, also where a run that ended in the middle of a pass left it changed."""
     for module in model.modules():
         if isinstance(module, BagLookup):
-            _give_lookup_back(module)
+            give_lookup_back(module)
     loss = vars(model).get('loss')
     if isinstance(loss, _Loss):
         loss.take_off()
-
-
-def _give_lookup_back(embedding: nn.Embedding) -> None:
-    if isinstance(embedding, BagLookup):
-        plain_class = embedding.plain_class
-        for name in BagLookup.__annotations__:
-            vars(embedding).pop(name, None)
-        object.__setattr__(embedding, '__class__', plain_class)  # nn.Module's needs an interpreter that is not ending
 
 
 class Attachment:
@@ -128,6 +59,7 @@ class Attachment:
         self._name = type(model).__name__
         self._own_loss: Any = None
         self._tried_out = False
+        self._hook: Any = None
 
     def begin(self, folded: Mapping[str, Any]) -> dict[str, Any]:
         """Hand the bags of a folded microbatch over, and give what the model is to read."""
@@ -141,18 +73,10 @@ class Attachment:
             ids, mask = folded['input_ids'].long(), folded.get('bag_mask')
             inputs['input_ids'] = ids[..., -1].clone(memory_format=torch.contiguous_format)
             bags = ids.flatten(0, 1), mask if mask is None else mask.flatten(0, 1)
-            self._change_lookup(bags, inputs['input_ids'])
+            change_lookup(self._embedding, bags, inputs['input_ids'])
+            # What a callback has looked up before is not of the pass.
+            self._hook = self._model.register_forward_pre_hook(_forget_lookups, with_kwargs=True)
         return inputs
-
-    def _change_lookup(self, bags: tuple[torch.Tensor, torch.Tensor | None], ids: torch.Tensor) -> None:
-        embedding = self._embedding
-        if not isinstance(embedding, BagLookup):
-            plain_class = type(embedding)
-            object.__setattr__(embedding, '__class__', _lookup_class(plain_class))
-            embedding.plain_class = plain_class
-        embedding = cast(BagLookup, embedding)
-        embedding.bags, embedding.handed_over = bags, ids
-        embedding.found = embedding.missed = embedding.compiled = False
 
     def check_forward(self) -> None:
         """Refuse a model that has not looked up the bags, or more than them.
@@ -161,6 +85,7 @@ class Attachment:
             ValueError: If the forward pass since :meth:`begin` has done so.
         """
         embedding = self._embedding
+        self._unhook()
         if isinstance(embedding, BagLookup) and (embedding.missed or not embedding.found):
             what = 'looks up other ids than those of the batch' if embedding.missed else 'looks no ids of the batch up'
             raise ValueError(
@@ -187,8 +112,8 @@ class Attachment:
             model(self.begin(row))
         self.check_forward()
 
-    def begin_loss(self) -> None:
-        """Have the model's loss be the multi-hot cross-entropy, until :meth:`end_loss`."""
+    def begin_loss(self, state: Any) -> None:
+        """Have the model's loss of ``state.outputs`` be the multi-hot cross-entropy, until :meth:`end_loss`."""
         own = vars(self._model).get('loss')
         if own is not None and own is not self._own_loss:
             self._own_loss = own
@@ -197,7 +122,7 @@ class Attachment:
                 'recovery trains on it.',
                 self._name,
             )
-        vars(self._model)['loss'] = _Loss(self, vars(self._model))
+        vars(self._model)['loss'] = _Loss(self, self._model, state)
 
     def end_loss(self) -> None:
         """Give the model the loss back that it had.
@@ -213,13 +138,19 @@ class Attachment:
             )
         loss.take_off()
 
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
     def end(self) -> None:
         """Leave the model as it was: the forward and backward pass are done."""
         self._targets = None
-        _give_lookup_back(self._embedding)
+        give_lookup_back(self._embedding)
 
     def remove(self) -> None:
         """Leave the model as it was, wherever a pass has ended."""
+        self._unhook()
         self._targets = None
         take_off(self._model)
 
@@ -263,6 +194,15 @@ class Attachment:
         return logits
 
 
+def _forget_lookups(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Count lookups from here on, if it is the pass that the bags are for."""
+    embedding, batch = find_embedding(model), [*args, *kwargs.values()][0]  # pyright: ignore[reportArgumentType]
+    if torch.compiler.is_compiling() or not isinstance(embedding, BagLookup) or not isinstance(batch, Mapping):
+        return
+    if batch.get('input_ids') is embedding.handed_over:
+        embedding.found = embedding.missed = False
+
+
 class _NoLabels:
     """What a model finds in place of labels: whatever it does with them is refused."""
 
@@ -285,26 +225,30 @@ class _NoLabels:
 
 
 class _Loss:
-    """The loss on a model's instance while one is computed."""
+    """The loss on a model's instance while a Trainer computes one."""
 
-    def __init__(self, attachment: 'Attachment', instance: dict[str, Any]):
+    def __init__(self, attachment: 'Attachment', model: Any, state: Any):
         self._attachment = attachment
-        self._instance = instance
-        self._had = instance.get('loss')
+        self._model = model
+        self._state = state
+        self._had = vars(model).get('loss')
 
-    def __call__(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        del batch, args, kwargs
-        return self._attachment.loss(outputs)
+    def __call__(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if outputs is self._state.outputs:
+            return self._attachment.loss(outputs)
+        # A callback's; or another Trainer's, after a fit that failed here.
+        return functools.partial(*self._own)(outputs, *args, **kwargs)
+
+    @property
+    def _own(self) -> tuple[Any, ...]:
+        """The model's loss without this one, as a function and its first arguments."""
+        return (type(self._model).loss, self._model) if self._had is None else (self._had,)
+
+    def __reduce__(self) -> Any:
+        """A copy of the model has its own loss."""
+        return functools.partial, self._own
 
     def take_off(self) -> None:
-        del self._instance['loss']
+        del vars(self._model)['loss']
         if self._had is not None:
-            self._instance['loss'] = self._had
-
-
-_LOOKUP_CLASSES: dict[type[nn.Embedding], type[nn.Embedding]] = {}
-
-
-def _lookup_class(cls: type[nn.Embedding]) -> type[nn.Embedding]:
-    """The class of an embedding with bags, one for each class: a compiler compiles for each anew."""
-    return _LOOKUP_CLASSES.setdefault(cls, with_lookup(cls, BagLookup))
+            vars(self._model)['loss'] = self._had

@@ -1,6 +1,7 @@
 """Drawing the data of a fit: which loader stands in for the train loader, and what was drawn of the epoch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,13 +23,15 @@ class Drawing:
         state: The Trainer's.
         progress: Where the counts are kept.
         joins_rows: Whether the rows of a step are joined.
-        fresh: Whether this Trainer has not drawn yet.
+        fresh: Whether this Trainer has not drawn yet: a dataset's state from a checkpoint is still to be taken up.
+        undo: Where to register what puts the train loader back.
     """
 
-    def __init__(self, state: State, progress: Progress, joins_rows: bool, fresh: bool):
+    def __init__(self, state: State, progress: Progress, joins_rows: bool, fresh: bool, undo: ExitStack):
         self._state = state
         self._progress = progress
         self._joins_rows = joins_rows
+        self._undo = undo
         self._loader: BagLoader | None = None
         self._steps = 0
         self._resumption = self._resume(fresh)
@@ -52,28 +55,25 @@ class Drawing:
         progress.drawn = drawn
         return Resumption(drawn, steps)
 
-    def begin(self, draws: int) -> Callable[[], None] | None:
-        """Stand in for the train loader, if a step draws several batches, or the epoch under way is to be gone on with.
-
-        Returns:
-            Callable | None: What puts the train loader back.
-        """
+    def begin(self, draws: int) -> None:
+        """Stand in for the train loader, where a step draws several batches or an epoch is under way."""
         drawn, steps = self._resumption
-        goes_on = drawn > 0 and drawn != steps
-        return self._install(draws) if draws > 1 or goes_on else None
+        if draws > 1 or (drawn > 0 and drawn != steps):
+            self._install(draws)
 
-    def begin_epoch(self, draws: int) -> Callable[[], None] | None:
+    def begin_epoch(self, draws: int) -> None:
         """Draw from a loader that was set since the last epoch, as llm-foundry's CurriculumLearning does."""
-        if draws == 1 or isinstance(self._state.dataloader, BagLoader):
-            return None
-        self.check(draws)
-        self._resumption = Resumption()
-        return self._install(draws)
+        if draws > 1 and not isinstance(self._state.dataloader, BagLoader):
+            self.check(draws)
+            self._resumption = Resumption()
+            self._install(draws)
+        elif self._state.dataloader is not self._loader:
+            self._loader = None
 
-    def _install(self, draws: int) -> Callable[[], None]:
+    def _install(self, draws: int) -> None:
         state = self._state
-        limit = None if state.dataloader_len is None else int(state.dataloader_len)
         assert state.dataloader is not None
+        limit = None if state.dataloader_len is None else int(state.dataloader_len)
         loader = BagLoader(state.dataloader, self._joins_rows, limit, self._resumption)
         loader.draws = draws
         state.set_dataloader(loader, state.dataloader_label, -1 if limit is None else limit)
@@ -85,7 +85,7 @@ class Drawing:
                 limit = -1 if state.dataloader_len is None else int(state.dataloader_len)
                 state.set_dataloader(loader.__wrapped__, state.dataloader_label, limit)
 
-        return put_back
+        self._undo.callback(put_back)
 
     def set_draws(self, draws: int) -> None:
         """Have the coming steps draw as many loader batches."""
@@ -146,8 +146,6 @@ class Drawing:
             raise too_short(drawn, draws)
         self._progress.drawn, self._steps = 0, 0
         self._is_judged, self._resumed = True, False
-        if not superposed:
-            self._loader = None
 
     def data(self) -> tuple[Data, Moment]:
         """What the loader tells of itself, and where the run stands."""

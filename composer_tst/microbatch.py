@@ -1,6 +1,6 @@
 """What a superposed microbatch goes through, from before its forward pass to after its backward pass."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -69,9 +69,9 @@ class Microbatches:
         self._attachment.check_forward()
         state.batch = self._plain
 
-    def before_loss(self) -> None:
+    def before_loss(self, state: State) -> None:
         """Have the loss be that of bags."""
-        self._attachment.begin_loss()
+        self._attachment.begin_loss(state)
 
     def after_loss(self) -> None:
         """Give the model's loss back."""
@@ -101,6 +101,21 @@ class Microbatches:
     def remove(self) -> None:
         """Leave the model as it was, wherever a pass has ended."""
         self._attachment.remove()
+
+
+def put_train_metrics_aside(state: State) -> Callable[[], None]:
+    """Have no train metrics: a next-token metric has nothing to measure in a superposed step.
+
+    Returns:
+        Callable: What gives them back, unless others were set meanwhile.
+    """
+    metrics, state.train_metrics = state.train_metrics, {}
+
+    def give_back() -> None:
+        if not state.train_metrics:
+            state.train_metrics = metrics
+
+    return give_back
 
 
 class MicrobatchSize:

@@ -11,17 +11,9 @@ from composer.utils import dist
 
 from composer_tst.drawing import Drawing
 from composer_tst.folding import lay_out
-from composer_tst.microbatch import Microbatches, MicrobatchSize
-from composer_tst.plan import Plan, plan_steps, same
-from composer_tst.reporting import (
-    report_change,
-    report_course,
-    report_dropped,
-    report_end,
-    report_moved_ends,
-    report_no_recovery,
-    report_shares,
-)
+from composer_tst.microbatch import Microbatches, MicrobatchSize, put_train_metrics_aside
+from composer_tst.placement import place_phases
+from composer_tst.reporting import report_change, report_dropped
 from composer_tst.schedule import Progress, Schedule
 from composer_tst.settings import Settings
 from composer_tst.stack import check_batch, forget_losses
@@ -75,40 +67,12 @@ class Run:
         state, progress = self._state, self._progress
         if progress.began is None:
             progress.began, progress.s_tokens = int(state.timestamp.batch), int(state.timestamp.token)
-        self._drawing = Drawing(state, progress, self._settings.expand == 'sequence', fresh)
+        self._drawing = Drawing(state, progress, self._settings.expand == 'sequence', fresh, self._undo)
         if self.superposed:
-            self._place_phases(whole)
+            place_phases(self.schedule, self._settings, self._drawing, state, whole)
         if self.superposed:
             self._superpose()
-        self._undo_later(self._drawing.begin(self._draws))
-
-    def _undo_later(self, undo: Any) -> None:
-        if undo is not None:
-            self._undo.callback(undo)
-
-    def _place_phases(self, whole: bool) -> None:
-        """Fix when each phase ends, and begin with the one whose time it is."""
-        state, progress, schedule = self._state, self._progress, self.schedule
-        assert state.max_duration is not None
-        plan = self._plan()
-        before = list(progress.ends)
-        if not same(progress.max_duration, state.max_duration):
-            schedule.resolve(state.max_duration, plan)
-            report_moved_ends(schedule, before)
-        schedule.check(state.timestamp, plan, whole)
-        report_shares(schedule, plan, draws_more=self._settings.expand != 'none')
-        report_course(schedule, self._settings, plan, self._drawing.data()[0], state)
-        bag_size = schedule.bag_size
-        if schedule.advance(state.timestamp):
-            report_change(bag_size, schedule.bag_size, state.timestamp)
-
-    def _plan(self) -> Plan | None:
-        """Expected steps of the phases to come."""
-        phases = self.schedule.phases[len(self._progress.ended) :]
-        draws = [self._settings.draws(phase.bag_size) for phase in phases]
-        self._drawing.check(max(draws))
-        assert self._state.max_duration is not None
-        return plan_steps(phases, draws, self._state.max_duration, *self._drawing.data())
+        self._drawing.begin(self._draws)
 
     def _superpose(self) -> None:
         """Change the model, the train metrics and the microbatch size, until recovery."""
@@ -118,15 +82,7 @@ class Run:
             model = model.module
         self.microbatches = Microbatches(model, self._settings)
         self._undo.callback(self.microbatches.remove)
-
-        # A next-token metric has nothing to measure in a superposed step.
-        metrics, state.train_metrics = state.train_metrics, {}
-
-        def give_metrics_back() -> None:
-            if not state.train_metrics:
-                state.train_metrics = metrics
-
-        self._undo.callback(give_metrics_back)
+        self._undo.callback(put_train_metrics_aside(state))
         self._microbatch_size = MicrobatchSize(state)
         self._undo.callback(self._microbatch_size.scale, 1)
         self._enter_phase()
@@ -139,7 +95,7 @@ class Run:
 
     def begin_epoch(self) -> None:
         """Draw from the loader there is now."""
-        self._undo_later(self._drawing.begin_epoch(self._draws))
+        self._drawing.begin_epoch(self._draws)
 
     def lay_out(self) -> None:
         """Make the batch of a superposed step the rows that the model will see; one in recovery is left alone."""
@@ -203,13 +159,6 @@ class Run:
             self._drawing.set_draws(1)
         forget_losses(self._state.callbacks)
         report_change(before, self.schedule.bag_size, self._state.timestamp)
-
-    def end(self) -> None:
-        """End the fit."""
-        if self.superposed:
-            report_no_recovery(self.schedule, self._state.timestamp)
-        report_end(self._progress, self._state.timestamp)
-        self.close()
 
     def close(self) -> None:
         """Undo what is changed, wherever the fit has ended; once."""

@@ -156,8 +156,12 @@ class Schedule:
         if plan is None:
             return
         start, began = int(now.batch), Time(int(now.batch), TimeUnit.BATCH)
+        begun = self.phases_begun(int(now.batch))
         for index, end in zip(to_come, plan.ends, strict=True):
             moment, phase = self.progress.ends[index], self.phases[index]
+            if index < begun:  # it has had steps
+                start, began = max(start, end), moment
+                continue
             # One that is past already is left out, and said to be.
             if end <= start and moment.value > 0 and now.get(moment.unit) < moment:
                 problem = (

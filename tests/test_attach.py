@@ -2,6 +2,7 @@
 
 import copy
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,8 +127,10 @@ def test_a_model_is_changed_for_one_pass_alone(make: Any):
     assert type(embedding) is not cls
     assert isinstance(embedding, cls)
     assert list(model.state_dict()) == keys
-    attachment.begin_loss()
-    assert float(model.loss(model(attachment.begin(folded_rows())), None)) == pytest.approx(float(loss))
+    outputs = model(attachment.begin(folded_rows()))
+    attachment.check_forward()
+    attachment.begin_loss(SimpleNamespace(outputs=outputs))
+    assert float(model.loss(outputs, None)) == float(loss)
     attachment.end_loss()
     loss.backward()
     attachment.end()
@@ -244,10 +247,10 @@ def test_what_a_pass_that_failed_has_left_is_taken_off():
     batch = {'input_ids': ids, 'labels': ids.clone()}
     before = model(batch)
     attachment = Attachment(model)
-    model(attachment.begin(folded_rows()))
-    attachment.begin_loss()
+    attachment.begin_loss(SimpleNamespace(outputs=model(attachment.begin(folded_rows()))))
     after = model(batch)
     assert torch.equal(after.logits, before.logits)
+    assert torch.equal(model.loss(after, batch), before.loss)
     Attachment(model)
     assert type(embedding) is nn.Embedding
     assert 'loss' not in vars(model)
@@ -263,7 +266,7 @@ def test_a_loss_set_on_the_instance_is_given_back(caplog: pytest.LogCaptureFixtu
     model.loss = own
     for _ in range(2):
         outputs = model(attachment.begin(folded_rows()))
-        attachment.begin_loss()
+        attachment.begin_loss(SimpleNamespace(outputs=outputs))
         assert model.loss is not own
         model.loss(outputs, None).backward()
         attachment.end_loss()
@@ -271,7 +274,7 @@ def test_a_loss_set_on_the_instance_is_given_back(caplog: pytest.LogCaptureFixtu
         assert model.loss is own
     assert caplog.text.count('superposed steps train on the multi-hot cross-entropy instead of it') == 1
     attachment.begin(folded_rows())
-    attachment.begin_loss()
+    attachment.begin_loss(SimpleNamespace(outputs=None))
     model.loss = own
     with pytest.raises(ValueError, match='The loss of HuggingFaceModel was set between BEFORE_LOSS and AFTER_LOSS'):
         attachment.end_loss()
