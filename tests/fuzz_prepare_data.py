@@ -194,6 +194,8 @@ class Attack:
                 assert 'was not begun by this command: name an empty or a new folder' in output, output
                 assert self.place.files()[name] == b'of others'
                 self.place.delete(name)
+                if isinstance(self.place, Folder):
+                    shutil.rmtree(f'{self.place.root}/{self.name}/train')
             else:
                 self.foreign[name] = b'of others'
         elif action == 'input' and '.records' in ''.join(own):
