@@ -3,6 +3,7 @@ PYTHON3 ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 SEED ?= 17
+MINUTES ?= 15
 DATA := data/quickstart
 SCALE ?= cpu
 DEVICE ?= cpu
@@ -18,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
-.PHONY: help install quickstart evidence benchmark wheel test test-faults test-slow lint clean
+.PHONY: help install quickstart evidence benchmark benchmark-data wheel test test-faults test-slow test-fuzz-data lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -61,6 +62,11 @@ benchmark: install ## what superposition costs (DEVICE=cpu), twelve minutes on a
 
 benchmark: export OMP_NUM_THREADS := $(shell nproc)
 
+# What preparing data costs beside llm-foundry's converter, datatrove (in an environment of its own, DATATROVE=PYTHON of
+# it, where there is one) and a plain pool of processes, on every core: leave the machine idle.
+benchmark-data: install ## what preparing data costs, on an idle machine
+	$(PYTHON) tools/benchmark_data.py speed $(if $(DATATROVE),--datatrove $(DATATROVE))
+
 wheel: install ## dist/*.whl; with REPOSITORY=https://... links of the page are absolute, as an index needs them
 	$(PYTHON) -m build
 
@@ -75,7 +81,15 @@ test-faults: install ## kills, lost nodes, a lost server; five to ten minutes
 test-slow: install ## torch.compile with its own compiler
 	$(PYTHON) -m pytest -m slow
 
+<<<<<<< HEAD
 lint: install ## formatting, lint and type check
+=======
+# Random inputs, outputs and mishaps of prepare_data.py, for MINUTES from SEED on.
+test-fuzz-data: install ## random inputs and kills of prepare-data
+	$(PYTHON) tests/fuzz_prepare_data.py --seed $(SEED) --minutes $(MINUTES)
+
+lint: install
+>>>>>>> origin/data-prep
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright

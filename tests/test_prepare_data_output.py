@@ -41,6 +41,8 @@ def test_what_is_there_before_is_a_reason_to_refuse(place: Folder | Bucket, comm
     sentence = refuse(*common, '--output', f'{place.root}/out')
     assert 'out holds mine.txt and was not begun by this command: name an empty or a new folder' in sentence
     assert place.files() == before
+    # Not even a lock is left there.
+    assert isinstance(place, Bucket) or os.listdir(f'{place.root}/out') == ['mine.txt']
 
 
 @pytest.mark.parametrize('name', ['out[1]', 'o?t', 'a#b%20'])

@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from .errors import PrepareError, explained
@@ -19,6 +20,10 @@ class Disk:
                     return file.read()
             except FileNotFoundError:
                 return None
+
+    def names(self, folder: str) -> Iterator[str]:
+        """The names of what is in a folder."""
+        return iter(self.sizes(folder))
 
     def sizes(self, folder: str) -> dict[str, int]:
         """The sizes of what is in a folder, by name."""

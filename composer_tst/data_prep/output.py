@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from .address import Address
 from .disk import Disk
 from .errors import PrepareError, shown
 from .s3 import S3
@@ -91,30 +90,29 @@ def _seal(record: Any) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def open_output(address: Address, fingerprint: dict[str, Any]) -> Output:
-    """Begin an output, or go on with one that was begun with the same fingerprint.
+def check_output(output: Output, fingerprint: dict[str, Any]) -> bool:
+    """Look whether an output is new or was begun with the same fingerprint; return whether it was begun.
 
     Args:
+        output: is not written to.
         fingerprint: what decides the rows, by the words that a refusal uses for it.
 
     Raises:
         PrepareError: if the output holds anything of others, or was begun with another fingerprint.
     """
-    output = Output(address.path)
-    fingerprint = json.loads(json.dumps(fingerprint))
     begun = output.recorded(BEGUN)
     if begun is None:
-        others = sorted(name for name in output.store.sizes(output.path) if not name.startswith('.'))
-        others = [name for name in others if name.split('/')[0] != LOST_AND_FOUND]
-        if others:
-            raise PrepareError(
-                f'output {output.path} holds {shown(others[0])} and was not begun by this command: name an empty or a '
-                'new folder'
-            )
-        output.record(BEGUN, fingerprint)
-    elif begun != fingerprint:
-        changed = [key for key in fingerprint if begun.get(key) != fingerprint[key]] or ['version of this program']
+        for name in output.store.names(output.path):
+            if not name.startswith('.') and name != LOST_AND_FOUND:
+                raise PrepareError(
+                    f'output {output.path} holds {shown(name)} and was not begun by this command: '
+                    'name an empty or a new folder'
+                )
+        return False
+    fingerprint = json.loads(json.dumps(fingerprint))
+    if begun != fingerprint:
+        changed = [key for key in fingerprint if begun.get(key) != fingerprint[key]]
         raise PrepareError(
             f'{output.path} was begun with another {" and ".join(changed)}: run with the same, or name another output'
         )
-    return output
+    return True

@@ -12,7 +12,7 @@ from .address import Address, parse_address
 from .convert import Engine, Job, convert, convert_locally, merged
 from .errors import PrepareError, explained
 from .lock import locked
-from .output import Output, open_output
+from .output import BEGUN, Output, check_output
 from .parts import Part, PartCount, Settings, plan_parts
 from .sample import sample_texts
 from .shards import LONGEST_ROW, ShardOptions
@@ -76,8 +76,12 @@ def prepare(
         'listing of INPUT (names, sizes and times)': _digest([(s.path, s.size, s.stamp) for s in sources]),
         'plan of parts': _digest([[(p.source.path, p.start, p.end) for p in part] for part in parts]),
     }
-    with locked(address.path) as lock:
-        output = open_output(address, fingerprint)
+    output = Output(address.path)
+    # Before anything is written there, be it a lock; and again under the lock.
+    check_output(output, fingerprint)
+    with locked(output.path) as lock:
+        if not check_output(output, fingerprint):
+            output.record(BEGUN, fingerprint)
         tokenizer = loaded or _trained(output, parts, settings, vocab_size or 0)
         job = Job(tokenizer, settings, shard_options, output, lock)
         records = convert(parts, job, run)

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -46,26 +46,23 @@ class S3:
             raise
         return found['ContentLength'], found['ETag']
 
-    def list(self, path: str, found: Callable[[dict], None], limit: int | None = None) -> None:
-        """Call `found` with each object whose address begins with `path`."""
+    def list(self, path: str) -> Iterator[dict]:
+        """The objects whose addresses begin with `path`, as S3 lists them."""
         bucket, prefix = _bucket_and_key(path)
         with explained('read', path):
-            pages = (
-                client()
-                .get_paginator('list_objects_v2')
-                .paginate(Bucket=bucket, Prefix=prefix, PaginationConfig={'MaxItems': limit})
-            )
-            for page in pages:
-                for item in page.get('Contents', []):
-                    found(item)
+            for page in client().get_paginator('list_objects_v2').paginate(Bucket=bucket, Prefix=prefix):
+                yield from page.get('Contents', [])
+
+    def names(self, folder: str) -> Iterator[str]:
+        """The names of what is in a folder, some more than once."""
+        folder = folder.rstrip('/') + '/'
+        start = len(_bucket_and_key(folder)[1])
+        return (item['Key'][start:].split('/')[0] for item in self.list(folder))
 
     def sizes(self, folder: str) -> dict[str, int]:
         """The sizes of the objects below a prefix, by what follows it."""
-        sizes: dict[str, int] = {}
-        folder = folder.rstrip('/') + '/'
-        start = len(_bucket_and_key(folder)[1])
-        self.list(folder, lambda item: sizes.update({item['Key'][start:]: item['Size']}))
-        return sizes
+        start = len(_bucket_and_key(folder)[1]) + 1
+        return {item['Key'][start:]: item['Size'] for item in self.list(f'{folder}/')}
 
     def create(self, path: str, data: bytes) -> None:
         """Write an object.
@@ -159,6 +156,8 @@ class S3Input(Input):
                 answer = client().get_object(
                     Bucket=bucket, Key=key, Range=f'bytes={start}-{end - 1}', IfMatch=self.stamp
                 )
+                if answer['ETag'] != self.stamp:
+                    raise self.changed()
                 data = answer['Body'].read()
                 if len(data) != end - start:
                     raise OSError(f'{len(data):,} of {end - start:,} bytes came')
@@ -166,7 +165,8 @@ class S3Input(Input):
             except ClientError as error:
                 if error.response['ResponseMetadata']['HTTPStatusCode'] in (404, 412, 416):
                     raise self.changed() from error
-                raise PrepareError(f'cannot read {self.path}: {reason(error)}') from error
+                if error.response['ResponseMetadata']['HTTPStatusCode'] < 500 or not left:
+                    raise PrepareError(f'cannot read {self.path}: {reason(error)}') from error
             except FAILURES as error:
                 if not left:
                     raise PrepareError(

@@ -16,6 +16,14 @@ COMPRESSIONS = {'.gz': 'gzip', '.zst': 'zstd', '.zstd': 'zstd', '.bz2': 'bzip2',
 PACKED = ('.zip', '.tar', '.tgz', '.7z', '.rar', '.lz4', '.br', '.sz', '.snappy', '.lzma', '.lzo', '.z')
 # What Spark and its kind leave beside their files.
 MARKER = re.compile(r'_SUCCESS|_(common_)?metadata|_(started|committed)_\d+')
+# Such files an output has, so none of them may be among what is read.
+OWN_FILES = [
+    'stats.json',
+    'bad_documents.txt',
+    'train/index.json',
+    'train/shard.00000.00000.mds',
+    'train/shard.mds.zstd',
+]
 # The stamp of a link that leads nowhere.
 MISSING = 'missing'
 
@@ -94,7 +102,7 @@ class _Listing:
         """Refuse an output whose files would be among the inputs of the next run."""
         output = self.output.path if self.output.is_s3 else os.path.realpath(self.output.path)
         root = root if self.output.is_s3 else os.path.realpath(root)
-        for name in ('stats.json', 'train/index.json', 'train/shard.00000.00000.mds', 'tokenizer/tokenizer.json'):
+        for name in OWN_FILES:
             path = f'{output.rstrip("/")}/{name}'
             if path.startswith(root.rstrip('/') + '/') and pattern.matches(path[len(root.rstrip('/')) + 1 :]):
                 raise PrepareError(
@@ -159,8 +167,7 @@ class _Listing:
                 self._found(Source(address.path, *store.head(address.path)))
         root, pattern = address.path, Pattern(['**'])
         below = f'{root}/' if key else root
-        some: list[dict] = []
-        store.list(below, some.append, 1)
+        some = next(store.list(below), None)
         if address.path in self.sources:
             if some:
                 print(
@@ -177,17 +184,15 @@ class _Listing:
         root = root.rstrip('/')
         self._check_output(root, pattern)
 
-        def found(item: dict) -> None:
+        for item in store.list(below):
             path = f'{address.path[: address.path.index("/", 5)]}/{item["Key"]}'
             name = path[len(root) + 1 :]
             if path.endswith('/') and item['Size'] == 0:
-                return  # how some tools mark a folder
+                continue  # how some tools mark a folder
             if pattern.matches(name) and not MARKER.fullmatch(name.rpartition('/')[2]):
                 self._found(Source(path, item['Size'], item['ETag']))
             elif pattern.matches('/'.join(map(_unhidden, name.split('/')))):
                 self._leave_out(path)
-
-        store.list(below, found)
 
 
 def _unhidden(name: str) -> str:
