@@ -1,25 +1,47 @@
-"""Token superposition as a Composer algorithm: the one place that knows Composer's events."""
+"""Token superposition as a Composer algorithm: the settings, and what happens at which event."""
 
+import copy
 import logging
+import sys
+import weakref
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from composer.core import Algorithm, Event, State, Time, TimeUnit
+from composer.core import Algorithm, Callback, Event, State, Time
 from composer.loggers import Logger
-from composer.utils import dist
 
-from composer_tst.attach import Superposition, check_model
-from composer_tst.folding import IGNORE_INDEX, check_fold_settings, fold_batch
-from composer_tst.loader import BagLoader, check_epoch_is_whole
-from composer_tst.reporting import report_change, report_moved_ends, report_no_recovery, report_shares
+from composer_tst.attach import take_off
+from composer_tst.models import check_model
+from composer_tst.plan import same
+from composer_tst.reporting import report_no_recovery
 from composer_tst.resumption import check_resumed_settings
-from composer_tst.schedule import Plan, Schedule, parse_phases, plan_steps
-from composer_tst.stack import check_algorithms, check_callbacks, check_loader, forget_losses, put_first
-from composer_tst.weighting import Weighting, target_weights
+from composer_tst.run import Run
+from composer_tst.schedule import Progress, Schedule
+from composer_tst.settings import parse_settings
+from composer_tst.stack import check_algorithms, check_callbacks, put_first
+from composer_tst.weighting import Weighting
 
 log = logging.getLogger(__name__)
+
+_OF_A_RUN = (
+    Event.INIT,
+    Event.AFTER_LOAD,
+    Event.FIT_START,
+    Event.EPOCH_START,
+    Event.AFTER_DATALOADER,
+    Event.BATCH_END,
+    Event.EPOCH_END,
+    Event.FIT_END,
+)
+_OF_A_SUPERPOSED_STEP = (
+    Event.BEFORE_TRAIN_BATCH,
+    Event.BEFORE_FORWARD,
+    Event.AFTER_FORWARD,
+    Event.BEFORE_LOSS,
+    Event.AFTER_LOSS,
+    Event.AFTER_BACKWARD,
+)
 
 
 class TokenSuperposition(Algorithm):
@@ -35,13 +57,16 @@ class TokenSuperposition(Algorithm):
     are absent while superposed: the multi-hot cross-entropy is logged as ``loss/train/total``.
 
     Logs every step ``superposition/bag_size`` (1 in recovery), and, cumulative over all ranks,
-    ``superposition/data_tokens`` and ``superposition/s_tokens`` (model positions, padding included). A mixture of
+    ``superposition/data_tokens`` (read, without the tails of rows that ``expand`` ``batch`` and ``none`` drop) and
+    ``superposition/s_tokens`` (model positions, padding included). A mixture of
     experts also logs ``superposition/router_loss`` while superposed, the mean over this rank's microbatches. At the end
     of each epoch it logs ``superposition/samples_left_out``, cumulative too: the tails that did not fill a step.
 
     A resumed run goes on as if it had not stopped. Settings that concern only phases to come may differ from the
     checkpoint's, and a share of the duration (``0.3dur``) is one of the duration as it now is; but a phase that has
-    ended never begins again.
+    ended never begins again, unless the clock does (``reset_time``).
+
+    All that belongs to a run is of the Trainer: in a second one, and when it is copied, the algorithm starts clean.
 
     ``device_train_microbatch_size`` keeps its meaning: where rows become shorter (``expand`` ``batch`` or ``none``), a
     microbatch has ``bag_size`` times as many of them.
@@ -77,320 +102,152 @@ class TokenSuperposition(Algorithm):
         weighting: Weighting = 'uniform',
         phases: Sequence[Mapping[str, Any]] | None = None,
     ):
-        self.schedule = Schedule(parse_phases(bag_size, duration, phases))
-        check_fold_settings(expand, superpose)
-        self.superpose = superpose
-        self.expand = expand
-        self.weighting = weighting
-        for phase in self.schedule.phases:
-            weights = target_weights(weighting, phase.bag_size)
-            if superpose == 'input' and weights[0] == 0:
-                raise ValueError(
-                    f'weighting is {weighting} but superpose: input predicts the first token alone: '
-                    'give that one a positive weight.'
-                )
-        self._superposition: Superposition | None = None
-        self._weights = torch.empty(0)
-        self._train_metrics: dict[str, Any] | None = None
-        self._s_tokens = 0
-        self._positions = 0
-        self._microbatch_scale = 1
-        self._left_out = 0
-        self._left_out_of_epoch = 0
-        self._saved_settings: Mapping[str, Any] | None = None
-        self._warned_of_tail = False
+        self.settings = parse_settings(bag_size, duration, superpose, expand, weighting, phases)
+        self._of = _Trainer()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the settings, and no Trainer."""
+        return {**vars(self), '_of': _Trainer()}
 
     def __repr__(self) -> str:
         """The settings."""
-        return f'{type(self).__name__}({", ".join(f"{name}={value!r}" for name, value in self._settings().items())})'
+        settings = ', '.join(f'{name}={value!r}' for name, value in self.settings.as_dict().items())
+        return f'{type(self).__name__}({settings})'
 
-    def _settings(self) -> dict[str, Any]:
-        """The settings, in plain Python types."""
-        return {
-            'phases': [
-                {'bag_size': phase.bag_size, 'until': phase.until.to_timestring()} for phase in self.schedule.phases
-            ],
-            'superpose': self.superpose,
-            'expand': self.expand,
-            'weighting': self.weighting if isinstance(self.weighting, str) else [float(w) for w in self.weighting],
-        }
+    @property
+    def schedule(self) -> Schedule:
+        """The phases, and which of them have ended."""
+        return Schedule(self.settings, self._of.progress)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know, in plain Python types."""
-        return {
-            **super().state_dict(),
-            'settings': self._settings(),
-            'began': self.schedule.began,
-            'ended': list(self.schedule.ended),
-            'ends': [end.to_timestring() for end in self.schedule.ends],
-            's_tokens': self._s_tokens,
-            'left_out': self._left_out,
-        }
+        return {**super().state_dict(), 'settings': self.settings.as_dict(), **self._of.progress.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where a checkpoint left off; the settings are compared once all of it is loaded."""
-        self.schedule.began = state['began']
-        self.schedule.ended = list(state['ended'])
-        self.schedule.ends = [Time.from_timestring(end) for end in state['ends']]
-        self._s_tokens = state['s_tokens']
-        self._left_out = state['left_out']
-        self._saved_settings = state['settings']
-
-    _EVENTS = (
-        Event.INIT,
-        Event.AFTER_LOAD,
-        Event.FIT_START,
-        Event.EPOCH_START,
-        Event.AFTER_DATALOADER,
-        Event.BATCH_END,
-        Event.EPOCH_END,
-        Event.FIT_END,
-    )
+        self._of.progress = Progress.from_state_dict(state)
+        self._of.saved_settings = state['settings']
 
     def match(self, event: Event, state: State) -> bool:
         """Whether to run at this event."""
         del state
-        return event in self._EVENTS
+        superposed = self._of.run is not None and self._of.run.superposed
+        return event in _OF_A_RUN or (superposed and event in _OF_A_SUPERPOSED_STEP)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Superpose, fold, count, or step back, as the event asks."""
+        """Check, superpose, fold, count, or step back, as the event asks."""
         if event == Event.INIT:
-            # Composer sets its own logger's level by the trainer's python_log_level: follow it.
-            if level := logging.getLogger('composer').level:
-                logging.getLogger('composer_tst').setLevel(level)
-            check_algorithms(state.algorithms)
-            check_callbacks(state.callbacks)
-            put_first(state, self)
-            check_model(state.model)
+            self._join(state)
         elif event == Event.AFTER_LOAD:
-            self._check_resumed_settings(int(state.timestamp.batch))
+            self._of.max_duration = state.max_duration
+            self._compare_settings(state)
         elif event == Event.FIT_START:
             self._start(state)
-        elif event == Event.EPOCH_START:
-            self._renew_loader(state)
-        elif event == Event.AFTER_DATALOADER:
-            self._fold(state)
-        elif event == Event.BATCH_END:
-            self._count(state, logger)
-            self._advance(state)
-        elif event == Event.EPOCH_END:
-            self._check_epoch_is_whole(state)
-            logger.log_metrics({'superposition/samples_left_out': self._left_out})
-            self._advance(state)
-        elif event == Event.FIT_END:
-            self._stop(state)
+        else:
+            assert self._of.run is not None
+            self._go_on(self._of.run, event, state, logger)
 
-    def _check_resumed_settings(self, batch: int) -> None:
-        if self._saved_settings is None:
+    def _go_on(self, run: Run, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.EPOCH_START:
+            run.begin_epoch()
+        elif event == Event.AFTER_DATALOADER:
+            self._of.has_drawn = True
+            run.lay_out()
+        elif event == Event.BEFORE_TRAIN_BATCH:
+            run.microbatches.begin_try()
+        elif event == Event.BEFORE_FORWARD:
+            run.microbatches.before_forward(state)
+        elif event == Event.AFTER_FORWARD:
+            run.microbatches.after_forward(state)
+        elif event == Event.BEFORE_LOSS:
+            run.microbatches.before_loss(state)
+        elif event == Event.AFTER_LOSS:
+            run.microbatches.after_loss()
+        elif event == Event.AFTER_BACKWARD:
+            run.microbatches.after_backward(state)
+        elif event == Event.BATCH_END:
+            run.end_step(logger)
+        elif event == Event.EPOCH_END:
+            self._of.has_drawn = True
+            run.end_epoch(logger)
+        elif event == Event.FIT_END:
+            if run.superposed:
+                report_no_recovery(run.schedule, state.timestamp)
+            run.close()
+
+    def _join(self, state: State) -> None:
+        """Become part of a Trainer; where it is another's already, a copy does."""
+        # Composer sets its own logger's level by the trainer's python_log_level: follow it.
+        if level := logging.getLogger('composer').level:
+            logging.getLogger('composer_tst').setLevel(level)
+        check_algorithms(state.algorithms, TokenSuperposition)
+        check_callbacks(state.callbacks)
+        take_off(state.model)
+        check_model(state.model)
+        put_first(state, self)
+        ours = self if self._of.state is None else copy.copy(self)
+        state.algorithms[0] = ours
+        ours._of.state = weakref.ref(state)
+        state.callbacks.append(_UndoAtClose(ours._of))
+
+    def _compare_settings(self, state: State) -> None:
+        """Refuse a checkpoint that was trained with other settings."""
+        saved, self._of.saved_settings = self._of.saved_settings, None
+        batch = int(state.timestamp.batch)
+        if saved is None or batch == 0:
             return
         begun = self.schedule.phases_begun(batch)
-        under_way = begun > len(self.schedule.ended)
-        changes = check_resumed_settings(self._saved_settings, self._settings(), begun, under_way)
+        under_way = begun > len(self._of.progress.ended)
+        changes = check_resumed_settings(saved, self.settings.as_dict(), begun, under_way)
         if changes:
             log.info('Superposition resumes with other settings, where they change nothing of the past: %s.', changes)
-            self.schedule.ends = []
-        self._saved_settings = None
+            self._of.progress.max_duration = None
 
     def _start(self, state: State) -> None:
-        assert state.max_duration is not None
-        self._detach(state)
-        self._restore_loader(state)
-        batch = int(state.timestamp.batch)
-        if self.schedule.began is None:
-            self.schedule.began = batch
-            self._s_tokens = int(state.timestamp.token)
-        # Where the clock began again after superposition, its end is past all the same.
-        self.schedule.began = min(self.schedule.began, batch)
-        self.schedule.ended = [min(end, batch) for end in self.schedule.ended]
-        if not self.schedule.finished:
-            self._check_loader(state)
-            plan = self._plan(state)
-            before = self.schedule.ends
-            self.schedule.resolve(state.max_duration, plan, resumed=batch > self.schedule.began)
-            report_moved_ends(self.schedule, before, state.max_duration)
-            report_shares(self.schedule, state.max_duration, plan, draws_more=self.expand != 'none')
-            bag_size = self.schedule.bag_size
-            if self.schedule.advance(state.timestamp):
-                report_change(bag_size, self.schedule.bag_size, state.timestamp)
-        if not self.schedule.finished:
-            self._attach(state)
-        superposed_in_epoch = not self.schedule.finished or self._epoch_start(state) < self.schedule.ended[-1]
-        if (superposed_in_epoch and self.expand != 'none') or self._resumes_within_epoch(state):
-            self._install_loader(state)
+        """Begin a fit; what one that failed has left changed is put right first."""
+        self._of.close()
+        if int(state.timestamp.batch) == 0:
+            # The clock begins, or begins again; but a dataset may go on where a checkpoint left it.
+            self._of.progress = Progress(drawn=self._of.progress.drawn)
+        self._of.run = Run(self.settings, self._of.progress, state)
+        self._of.run.start(whole=same(self._of.max_duration, state.max_duration), fresh=not self._of.has_drawn)
 
-    def _check_loader(self, state: State) -> None:
-        check_loader(state.train_dataloader)
-        needed = max(self._draws(phase.bag_size) for phase in self.schedule.phases)
-        if state.dataloader_len is not None and int(state.dataloader_len) < needed:
-            raise ValueError(
-                f'The train loader has {int(state.dataloader_len)} batches but one superposed step reads {needed}: '
-                'use a smaller bag_size, more data, or a smaller batch.'
-            )
 
-    def _renew_loader(self, state: State) -> None:
-        """Draw from a loader that was set since the last epoch, as llm-foundry's CurriculumLearning does."""
-        if not self.schedule.finished and self.expand != 'none' and not isinstance(state.dataloader, BagLoader):
-            self._check_loader(state)
-            self._install_loader(state)
+@dataclass
+class _Trainer:
+    """What an algorithm has of the Trainer that it is part of.
 
-    def _plan(self, state: State) -> Plan | None:
-        """Expected steps, from what the loader tells of itself."""
-        assert state.max_duration is not None
-        loader = state.train_dataloader
-        draws = [self._draws(phase.bag_size) for phase in self.schedule.phases]
-        per_batch: dict[TimeUnit, int | Fraction] = {}
-        if state.dataloader_len is not None:
-            per_batch[TimeUnit.EPOCH] = Fraction(1, int(state.dataloader_len))
-        batch_size = getattr(loader, 'batch_size', None)
-        if batch_size is not None:
-            per_batch[TimeUnit.SAMPLE] = batch_size * dist.get_world_size()
-            row_length = getattr(getattr(loader, 'dataset', None), 'max_seq_len', None)
-            if row_length is not None:
-                per_batch[TimeUnit.TOKEN] = per_batch[TimeUnit.SAMPLE] * row_length
-        began = self.schedule.began or 0
-        return plan_steps(self.schedule.placed, draws, state.max_duration, per_batch, began)
+    Attributes:
+        state: The Trainer's, None as long as there is none.
+        max_duration: That of the Trainer, None if each fit has its own.
+        progress: How far training has come.
+        saved_settings: Those of a checkpoint that is being loaded.
+        run: The fit under way, or the last.
+        has_drawn: Whether data were drawn in this Trainer.
+    """
 
-    def _draws(self, bag_size: int) -> int:
-        return 1 if self.expand == 'none' else bag_size
+    state: weakref.ref[State] | None = None
+    max_duration: Time | None = None
+    progress: Progress = field(default_factory=Progress)
+    saved_settings: Mapping[str, Any] | None = None
+    run: Run | None = None
+    has_drawn: bool = False
 
-    @staticmethod
-    def _resumes_within_epoch(state: State) -> bool:
-        """Whether the dataset goes on in the middle of an epoch by itself, as a StreamingDataset does."""
-        return 'train' in state.dataset_resumption and int(state.timestamp.batch_in_epoch) > 0
+    def close(self) -> None:
+        """Undo what a fit has changed, if it has not done so itself."""
+        if self.run is not None:
+            self.run.close()
+            self.run = None
 
-    @staticmethod
-    def _epoch_start(state: State) -> int:
-        return int(state.timestamp.batch) - int(state.timestamp.batch_in_epoch)
 
-    def _install_loader(self, state: State) -> None:
-        source: Any = state.train_dataloader
+class _UndoAtClose(Callback):
+    """Composer closes callbacks, also after a fit that has failed, but not algorithms."""
 
-        def begins_at() -> tuple[int, int]:
-            if not self._resumes_within_epoch(state):
-                return 0, 0
-            batch_size = source.batch_size * dist.get_world_size()
-            return int(state.timestamp.batch_in_epoch), int(state.timestamp.sample_in_epoch) // batch_size
+    def __init__(self, trainer: _Trainer):
+        self._trainer = trainer
 
-        def draws_at(step: int) -> int:
-            return self._draws(self.schedule.bag_size_at(self._epoch_start(state) + step))
-
-        def leave_out(samples: int) -> None:
-            samples *= dist.get_world_size()
-            self._left_out += samples
-            self._left_out_of_epoch += samples
-
-        limit = None if state.dataloader_len is None else int(state.dataloader_len)
-        loader = BagLoader(source, draws_at, begins_at, self.expand == 'sequence', limit, leave_out)
-        state.set_dataloader(loader, state.dataloader_label, -1 if limit is None else limit)
-
-    def _restore_loader(self, state: State) -> None:
-        if isinstance(state.dataloader, BagLoader):
-            limit = -1 if state.dataloader_len is None else int(state.dataloader_len)
-            state.set_dataloader(state.train_dataloader, state.dataloader_label, limit)
-
-    def _attach(self, state: State) -> None:
-        model: Any = state.model
-        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            model = model.module
-        self._superposition = Superposition(model)
-        self._enter_phase(state)
-        # A next-token metric has nothing to measure in a superposed step.
-        self._train_metrics, state.train_metrics = state.train_metrics, {}
-
-    def _detach(self, state: State) -> None:
-        if self._superposition is not None:
-            self._superposition.remove()
-            self._superposition = None
-            self._scale_microbatch(state, 1)
-            state.train_metrics, self._train_metrics = self._train_metrics, None
-
-    def _enter_phase(self, state: State) -> None:
-        """Set what depends on the bag size."""
-        assert self._superposition is not None
-        bag_size = self.schedule.bag_size
-        self._weights = target_weights(self.weighting, bag_size)
-        self._superposition.weights = None if self.weighting == 'uniform' else self._weights
-        self._scale_microbatch(state, 1 if self.expand == 'sequence' or self.superpose == 'output' else bag_size)
-
-    def _scale_microbatch(self, state: State, scale: int) -> None:
-        """Let a microbatch have as many positions as in plain training, where rows have become shorter."""
-        if scale != self._microbatch_scale and state.device_train_microbatch_size is not None:
-            size = state.device_train_microbatch_size * scale / self._microbatch_scale
-            state.device_train_microbatch_size = max(1, int(size))
-            self._microbatch_scale = scale
-
-    def _fold(self, state: State) -> None:
-        if isinstance(state.dataloader, BagLoader) and state.dataloader.step != int(state.timestamp.batch_in_epoch):
-            raise ValueError(
-                f'The run is at step {int(state.timestamp.batch_in_epoch)} of the epoch but its data at step '
-                f'{state.dataloader.step}: set spin_dataloaders: true, or use a StreamingDataset, which resumes itself.'
-            )
-        if self.schedule.finished:
-            self._restore_loader(state)
-            self._positions = state.batch['labels'].numel()
-            return
-        bag_size = self.schedule.bag_size
-        batch = fold_batch(state.batch, bag_size, self.expand, self.superpose)
-        rows, length = state.batch['input_ids'].shape
-        # What llm-foundry's count of tokens weighs microbatches by, which it cannot count in bags: with the weights of
-        # their targets, they add up to the loss of the whole batch.
-        valid = (batch['labels'] != IGNORE_INDEX).double()
-        batch['loss_generating_tokens'] = (valid * self._weights.to(valid)).sum((1, 2)).tolist()
-        if 'total_tokens' not in batch:
-            attended = state.batch.get('attention_mask', torch.ones_like(state.batch['input_ids'])).bool()
-            batch['total_tokens'] = attended.reshape(len(valid), -1).sum(1).tolist()
-        if state.device.name == 'gpu' and getattr(state.train_dataloader, 'pin_memory', False):
-            # As the loader's own batches were: from other memory, each microbatch's copy to the GPU would wait for it.
-            batch = {key: value.pin_memory() if torch.is_tensor(value) else value for key, value in batch.items()}
-        state.batch = batch
-        self._positions = batch['labels'].shape[:2].numel()
-        dropped = rows * (length % bag_size) if self.expand == 'batch' else 0
-        if dropped and not self._warned_of_tail:
-            self._warned_of_tail = True
-            log.warning(
-                'bag_size %d does not divide rows of %d tokens: expand: batch drops %d tokens a step on each rank.',
-                bag_size,
-                length,
-                dropped,
-            )
-
-    def _count(self, state: State, logger: Logger) -> None:
-        # All ranks draw equally many rows, in the last step of an epoch too.
-        self._s_tokens += self._positions * dist.get_world_size()
-        metrics: dict[str, Any] = {
-            'superposition/bag_size': self.schedule.bag_size,
-            'superposition/data_tokens': int(state.timestamp.token),
-            'superposition/s_tokens': self._s_tokens,
-        }
-        if self._superposition is not None:
-            if self._superposition.router_losses:
-                metrics['superposition/router_loss'] = torch.stack(self._superposition.router_losses).mean()
-            self._superposition.forget()
-        logger.log_metrics(metrics)
-
-    def _advance(self, state: State) -> None:
-        if self.schedule.finished:
-            return
-        before = self.schedule.bag_size
-        if not self.schedule.advance(state.timestamp):
-            return
-        if self.schedule.finished:
-            self._detach(state)
-            self._restore_loader(state)
-        else:
-            self._enter_phase(state)
-        forget_losses(state.callbacks)
-        report_change(before, self.schedule.bag_size, state.timestamp)
-
-    def _check_epoch_is_whole(self, state: State) -> None:
-        left_out, self._left_out_of_epoch = self._left_out_of_epoch, 0
-        if state.dataloader_len is not None:
-            assert state.previous_timestamp is not None
-            samples = int(state.previous_timestamp.sample_in_epoch) + left_out
-            check_epoch_is_whole(state.train_dataloader, int(state.dataloader_len), samples)
-
-    def _stop(self, state: State) -> None:
-        if not self.schedule.finished:
-            report_no_recovery(self.schedule, state.timestamp)
-        self._detach(state)
-        self._restore_loader(state)
+    def close(self, state: State, logger: Logger) -> None:
+        """Undo what a fit has left changed."""
+        del state, logger
+        if not sys.is_finalizing():
+            self._trainer.close()

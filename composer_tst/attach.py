@@ -1,204 +1,173 @@
-"""Attaching superposition to a model, and taking it off again.
+"""Superposition on a model, for one forward and backward pass at a time.
 
-Three things change while it is attached, none of them a parameter, a buffer or a state-dict key:
+:meth:`Attachment.begin` is given a folded microbatch and gives what the model is to read: ids ``(B, P)`` and no labels,
+so that any architecture runs as it does on plain tokens and computes no loss of its own. Until :meth:`Attachment.end`,
+after the backward pass, one thing is changed on the model, which is no parameter, buffer or state-dict key: the lookup
+of the input embedding gives the mean embedding of the bag that each of these ids stands for. Whatever else the
+embedding does (Gemma's scale, MPT's tied output head) stays: only ``nn.Embedding``'s own lookup is replaced.
 
-- A forward pre-hook on the ComposerModel takes a folded batch apart: the model gets ``(B, P)`` ids and no labels,
-  so that any architecture runs as it does on plain tokens and computes no loss of its own.
-- The input embedding's lookup returns the mean embedding of each bag instead. Whatever else the embedding does
-  (Gemma's scale, MPT's tied output head) stays: only ``nn.Embedding``'s own lookup is replaced, beneath it.
-- ``ComposerModel.loss`` is the multi-hot cross-entropy of the logits, plus the router loss that a mixture of
-  experts reports beside them. It stays one tensor, as llm-foundry's KillLossSpike needs it.
-
-A plain batch passes all three untouched, and so does every batch in evaluation mode.
+The bags are for the ids that were handed over, told by their storage, and for nothing else: any other ids are looked up
+as ever, in evaluation, by a callback, or in a backward pass that runs a part of the model again.
 """
 
-import types
-from collections.abc import Mapping
-from typing import Any, cast
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from composer.models import ComposerModel, HuggingFaceModel
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from composer_tst.embedding import bag_embedding
+from composer_tst.folding import is_plain
+from composer_tst.lookup import BagLookup, change_lookup, give_lookup_back
 from composer_tst.loss import multi_hot_cross_entropy
+from composer_tst.models import find_embedding
 
-_NOT_FOR_MODELS = ('labels', 'bag_mask', 'loss_generating_tokens', 'total_tokens')
-
-
-class BagLookup(nn.Embedding):
-    """The lookup of an ``nn.Embedding`` that has bags to look up.
-
-    Attributes:
-        bags: The token ids ``(B, P, s)`` and the attended tokens ``(B, P, s)`` or None; None for a plain lookup.
-    """
-
-    bags: tuple[torch.Tensor, torch.Tensor | None] | None
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Mean embeddings, shape ``input.shape + (d,)``, of the bags that stand at the positions of ``input``."""
-        if self.bags is None or not self.training:
-            return super().forward(input)
-        ids, mask = self.bags
-        if isinstance(self.weight, DTensor):
-            # FSDP has made the weight whole by now.
-            raise ValueError(
-                'The input embedding is divided by tensor parallelism, and superposition needs it whole: leave it out '
-                'of the layer plan.'
-            )
-        return bag_embedding(self, ids, mask).view(*input.shape, -1)
+log = logging.getLogger(__name__)
 
 
-def _with_lookup(cls: type[nn.Embedding], lookup: type[nn.Embedding]) -> type[nn.Embedding]:
-    """The class ``cls`` with ``lookup`` between it and ``nn.Embedding``, where its ``super().forward`` looks."""
-    return lookup if cls is nn.Embedding else types.new_class(cls.__name__, (cls, lookup))
+def take_off(model: nn.Module) -> None:
+    """Leave a model as it was, also where a run that ended in the middle of a pass left it changed."""
+    for module in model.modules():
+        if isinstance(module, BagLookup):
+            give_lookup_back(module)
+    loss = vars(model).get('loss')
+    if isinstance(loss, _Loss):
+        loss.take_off()
 
 
-def find_embedding(model: ComposerModel) -> nn.Embedding:
-    """The module that turns a model's token ids into vectors.
-
-    Raises:
-        ValueError: If the model has no ``get_input_embeddings`` and not exactly one ``nn.Embedding``, or what
-            it returns is no ``nn.Embedding``.
-    """
-    name = type(model).__name__
-    owners: tuple[Any, ...] = (model, getattr(model, 'model', None))
-    for owner in owners:
-        if hasattr(owner, 'get_input_embeddings'):
-            found = owner.get_input_embeddings()
-            break
-    else:
-        found = model
-    # FSDP and activation checkpointing wrap modules, so look inside what was found.
-    embeddings = [module for module in found.modules() if isinstance(module, nn.Embedding)]
-    if len(embeddings) != 1:
-        raise ValueError(
-            f'{name} has {len(embeddings)} nn.Embedding modules where its input embedding is looked for: define '
-            'get_input_embeddings() on it to return the nn.Embedding that token ids go through.'
-        )
-    return embeddings[0]
-
-
-def check_model(model: Any) -> None:
-    """Refuse a model that cannot be trained superposed.
-
-    Raises:
-        ValueError: If it is no causal language model with one input embedding, is wrapped by PEFT, has an
-            embedding that does not look up through ``nn.Embedding``, or keeps a loss of its own outside its outputs.
-    """
-    name = type(model).__name__
-    if not isinstance(model, ComposerModel):
-        raise ValueError(f'{name} is no ComposerModel: wrap it, for example in composer.models.HuggingFaceModel.')
-    if isinstance(model, HuggingFaceModel):
-        if model.using_peft:
-            raise ValueError('The model is wrapped by PEFT: superposition is for pre-training, train it without.')
-        if model.config.is_encoder_decoder:
-            raise ValueError(f'{name} is an encoder-decoder: superposition needs a causal (decoder-only) model.')
-        if not model.shift_labels:
-            raise ValueError(f'{name} is no causal language model: superposition needs one (shift_labels=True).')
-        if getattr(model.config, 'output_router_logits', False) and not hasattr(model.config, 'router_aux_loss_coef'):
-            raise ValueError(
-                f'{type(model.config).__name__} does not keep the weight of its router loss in router_aux_loss_coef, '
-                'where superposition looks for it: set output_router_logits: false, or use another mixture of experts.'
-            )
-        if getattr(getattr(model.model, 'transformer', None), 'mb_args', None) is not None:
-            raise ValueError(
-                'MPT keeps the load-balancing loss of megablocks experts outside its outputs, where superposition '
-                'would lose it: use a Hugging Face mixture of experts.'
-            )
-    embedding = find_embedding(model)
-    if not _looks_up_through_embedding(embedding):
-        raise ValueError(
-            f'{type(embedding).__name__} does not look ids up through nn.Embedding.forward: call super().forward(ids) '
-            'in its forward.'
-        )
-
-
-def _looks_up_through_embedding(embedding: nn.Embedding) -> bool:
-    """Whether the embedding's forward reaches ``nn.Embedding.forward``, tried on one id."""
-    cls = type(embedding)
-    if cls.forward is nn.Embedding.forward:
-        return True
-    reached = []
-
-    class Probe(nn.Embedding):
-        def forward(self, input: torch.Tensor) -> torch.Tensor:
-            reached.append(True)
-            return super().forward(input)
-
-    embedding.__class__ = _with_lookup(cls, Probe)
-    try:
-        with torch.no_grad():
-            embedding(torch.zeros(1, 1, dtype=torch.long, device=embedding.weight.device))
-    finally:
-        embedding.__class__ = cls
-    return bool(reached)
-
-
-class Superposition:
-    """Superposition attached to a model, until :meth:`remove`.
+class Attachment:
+    """Superposition on one model.
 
     Args:
-        model: A model that :func:`check_model` accepts.
+        model: A model that :func:`~composer_tst.models.check_model` accepts, not wrapped.
 
     Attributes:
         weights: Weights of a bag's targets, ``(s,)``, or None for uniform ones.
-        router_losses: The router loss of each microbatch since :meth:`forget`; empty without a mixture of experts.
+        router_losses: The router loss of each microbatch; empty without a mixture of experts.
     """
 
     weights: torch.Tensor | None = None
 
     def __init__(self, model: ComposerModel):
+        take_off(model)
         self.router_losses: list[torch.Tensor] = []
         self._model: Any = model
-        embedding = find_embedding(model)
-        self._embedding_class = type(embedding)
-        embedding.__class__ = _with_lookup(type(embedding), BagLookup)
-        self._embedding = cast(BagLookup, embedding)
-        self._embedding.bags = None
-        self._hook = model.register_forward_pre_hook(self._take_apart)
-        self._model.loss = self._loss
+        self._embedding = find_embedding(model)
+        self._targets: torch.Tensor | None = None
+        self._name = type(model).__name__
+        self._own_loss: Any = None
+        self._tried_out = False
+        self._hook: Any = None
 
-    def forget(self) -> None:
-        """Forget the last step; a forward pass that bypasses the hook then looks up plain ids."""
-        self._embedding.bags = None
-        self.router_losses = []
+    def begin(self, folded: Mapping[str, Any]) -> dict[str, Any]:
+        """Hand the bags of a folded microbatch over, and give what the model is to read."""
+        inputs = {key: value for key, value in folded.items() if key not in ('labels', 'bag_mask')}
+        if not isinstance(self._model, HuggingFaceModel):  # which would compute its loss of any labels
+            inputs['labels'] = _NoLabels(self._name)
+        self._targets = folded['labels']
+        if folded['input_ids'].ndim == 3:
+            # One id stands for its bag: models read its shape, and reshape it, but look it up in vain. Of its own
+            # storage, and of the type that a model would make it, which copies them.
+            ids, mask = folded['input_ids'].long(), folded.get('bag_mask')
+            inputs['input_ids'] = ids[..., -1].clone(memory_format=torch.contiguous_format)
+            bags = ids.flatten(0, 1), mask if mask is None else mask.flatten(0, 1)
+            change_lookup(self._embedding, bags, inputs['input_ids'])
+            # What a callback has looked up before is not of the pass.
+            self._hook = self._model.register_forward_pre_hook(_forget_lookups, with_kwargs=True)
+        return inputs
+
+    def check_forward(self) -> None:
+        """Refuse a model that has not looked up the bags, or more than them.
+
+        Raises:
+            ValueError: If the forward pass since :meth:`begin` has done so.
+        """
+        embedding = self._embedding
+        self._unhook()
+        if isinstance(embedding, BagLookup) and (embedding.missed or not embedding.found):
+            what = 'looks up other ids than those of the batch' if embedding.missed else 'looks no ids of the batch up'
+            raise ValueError(
+                f'{self._name} {what} in its input embedding, so that it would not read bags: have its forward call '
+                "that module on batch['input_ids'], or a view of them, and on nothing else."
+            )
+
+    def try_out(self, model: Callable[[Any], Any], folded: Mapping[str, Any]) -> None:
+        """Check the forward pass of a compiled model once, uncompiled, on the first row of a microbatch.
+
+        Args:
+            model: The model as it is trained, wrapped or not.
+            folded: The microbatch of the pass since :meth:`begin`, which must be over.
+
+        Raises:
+            ValueError: As :meth:`check_forward`.
+        """
+        embedding = self._embedding
+        if self._tried_out or not (isinstance(embedding, BagLookup) and embedding.compiled):
+            return
+        self._tried_out = True
+        row = {key: value if is_plain(value) else value[:1] for key, value in folded.items()}
+        with torch.no_grad(), torch.random.fork_rng(), torch.compiler.set_stance('force_eager'):
+            model(self.begin(row))
+        self.check_forward()
+
+    def begin_loss(self, state: Any) -> None:
+        """Have the model's loss of ``state.outputs`` be the multi-hot cross-entropy, until :meth:`end_loss`."""
+        own = vars(self._model).get('loss')
+        if own is not None and own is not self._own_loss:
+            self._own_loss = own
+            log.warning(
+                'A loss is set on the %s: superposed steps train on the multi-hot cross-entropy instead of it, and '
+                'recovery trains on it.',
+                self._name,
+            )
+        vars(self._model)['loss'] = _Loss(self, self._model, state)
+
+    def end_loss(self) -> None:
+        """Give the model the loss back that it had.
+
+        Raises:
+            ValueError: If somebody else has set another one meanwhile, which this step has then trained on.
+        """
+        loss = vars(self._model).get('loss')
+        if not isinstance(loss, _Loss):
+            raise ValueError(
+                f'The loss of {self._name} was set between BEFORE_LOSS and AFTER_LOSS, where it is the multi-hot '
+                'cross-entropy: set it before.'
+            )
+        loss.take_off()
+
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def end(self) -> None:
+        """Leave the model as it was: the forward and backward pass are done."""
+        self._targets = None
+        give_lookup_back(self._embedding)
 
     def remove(self) -> None:
-        """Leave the model as it was before."""
-        self._hook.remove()
-        del self._model.loss
-        del self._embedding.bags
-        cast(nn.Embedding, self._embedding).__class__ = self._embedding_class
+        """Leave the model as it was, wherever a pass has ended."""
+        self._unhook()
+        self._targets = None
+        take_off(self._model)
 
-    def _take_apart(self, model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Bags ``(B, P, s)`` of a folded batch go to the embedding, ids ``(B, P)`` and the rest to the model."""
-        batch = args[0]
-        self._embedding.bags = None
-        if not _is_folded(batch):
-            return None
-        inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_MODELS}
-        ids = batch['input_ids']
-        if ids.ndim == 3:
-            self._embedding.bags = (ids, batch.get('bag_mask'))
-            # One id stands for its bag: models read its shape, and reshape it, but look it up in vain.
-            inputs['input_ids'] = ids[..., -1].contiguous()
-        return (inputs,)
+    def loss(self, outputs: Any) -> torch.Tensor:
+        """Multi-hot cross-entropy of logits ``(B, P, V)`` and the targets ``(B, P, s)``, and any router loss: a scalar.
 
-    def _loss(self, outputs: Any, batch: Any) -> Any:
-        """Multi-hot cross-entropy of logits ``(B, P, V)`` and labels ``(B, P, s)``, and any router loss: a scalar.
+        It stays one tensor, as llm-foundry's KillLossSpike needs it.
 
         Raises:
             ValueError: If the logits are not one for each position.
         """
-        if not _is_folded(batch):
-            return type(self._model).loss(self._model, outputs, batch)
-        logits = _logits(outputs)
-        targets = batch['labels'].to(logits.device)
-        if logits.shape[:2] != targets.shape[:2]:
+        logits, targets = self._logits(outputs), self._targets
+        assert targets is not None
+        targets = targets.to(logits.device)
+        if logits.shape[:-1] != targets.shape[:2]:
             raise ValueError(
-                f'{type(self._model).__name__} returns logits of shape {tuple(logits.shape)} for bags of shape '
+                f'{self._name} returns logits of shape {tuple(logits.shape)} for bags of shape '
                 f'{tuple(targets.shape)}: have its forward return logits (B, P, V), one for each position.'
             )
         if self.weights is not None:
@@ -212,13 +181,74 @@ class Superposition:
         self.router_losses.append(router.detach())
         return mce + router
 
+    def _logits(self, outputs: Any) -> torch.Tensor:
+        if isinstance(outputs, Mapping):
+            logits, names = outputs.get('logits'), ', '.join(outputs)
+        else:
+            logits, names = (outputs[0] if isinstance(outputs, (tuple, list)) else outputs), type(outputs).__name__
+        if not isinstance(logits, torch.Tensor):
+            raise ValueError(
+                f'{self._name} returns {names} from its forward: have it return logits (B, P, V), under the name '
+                'logits, first in a tuple, or alone.'
+            )
+        return logits
 
-def _is_folded(batch: Any) -> bool:
-    labels = batch.get('labels') if isinstance(batch, Mapping) else None
-    return labels is not None and labels.ndim == 3
+
+def _forget_lookups(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Count lookups from here on, if it is the pass that the bags are for."""
+    embedding, batch = find_embedding(model), [*args, *kwargs.values()][0]  # pyright: ignore[reportArgumentType]
+    if torch.compiler.is_compiling() or not isinstance(embedding, BagLookup) or not isinstance(batch, Mapping):
+        return
+    if batch.get('input_ids') is embedding.handed_over:
+        embedding.found = embedding.missed = False
 
 
-def _logits(outputs: Any) -> torch.Tensor:
-    if isinstance(outputs, Mapping):
-        return outputs['logits']
-    return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+class _NoLabels:
+    """What a model finds in place of labels: whatever it does with them is refused."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            f"{self._name} reads batch['labels'] in its forward, and a bag has several: have its forward return logits "
+            'and its loss read the labels.'
+        )
+
+    __getitem__ = __eq__ = __ne__ = __len__ = __torch_function__ = _refuse
+    __hash__ = object.__hash__
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('_'):
+            raise AttributeError(name)
+        return self._refuse()
+
+
+class _Loss:
+    """The loss on a model's instance while a Trainer computes one."""
+
+    def __init__(self, attachment: 'Attachment', model: Any, state: Any):
+        self._attachment = attachment
+        self._model = model
+        self._state = state
+        self._had = vars(model).get('loss')
+
+    def __call__(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if outputs is self._state.outputs:
+            return self._attachment.loss(outputs)
+        # A callback's; or another Trainer's, after a fit that failed here.
+        return functools.partial(*self._own)(outputs, *args, **kwargs)
+
+    @property
+    def _own(self) -> tuple[Any, ...]:
+        """The model's loss without this one, as a function and its first arguments."""
+        return (type(self._model).loss, self._model) if self._had is None else (self._had,)
+
+    def __reduce__(self) -> Any:
+        """A copy of the model has its own loss."""
+        return functools.partial, self._own
+
+    def take_off(self) -> None:
+        del vars(self._model)['loss']
+        if self._had is not None:
+            vars(self._model)['loss'] = self._had

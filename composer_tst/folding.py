@@ -1,7 +1,12 @@
-"""Folding: a plain batch becomes rows of bags and the bags they must predict."""
+"""Folding: a plain batch becomes rows of bags and the bags they must predict, in two steps.
+
+:func:`lay_out` puts the tokens of a batch in the rows that the model will see, and keeps a plain batch: whatever
+handles plain batches (a user's transforms, splitting into microbatches, counting of tokens) handles it too.
+:func:`bag_rows` turns such rows into bags; a run does so for each microbatch, just before the model gets it.
+"""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -9,6 +14,26 @@ EXPAND = ('sequence', 'batch', 'none')
 SUPERPOSE = ('both', 'input', 'output')
 
 IGNORE_INDEX = -100
+
+# Of a batch's tensors, those with a value for each token: the rest cannot be folded.
+_PER_TOKEN = ('input_ids', 'labels', 'attention_mask', 'sequence_id')
+# What llm-foundry's count of tokens weighs microbatches by, a value for each row.
+_PER_ROW = ('total_tokens', 'loss_generating_tokens')
+
+
+class Layout(NamedTuple):
+    """What one step is made of.
+
+    Attributes:
+        batch: A plain batch of ``B`` rows of ``P * s`` tokens, whose labels are -100 but at the tokens that some bag
+            predicts.
+        positions: Model positions, ``B * P``.
+        dropped: Attended tokens at the ends of rows that do not fill a bag and are left out.
+    """
+
+    batch: dict[str, Any]
+    positions: int
+    dropped: int
 
 
 def check_fold_settings(expand: str, superpose: str) -> None:
@@ -28,13 +53,8 @@ def check_fold_settings(expand: str, superpose: str) -> None:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a batch's value is one for all rows: a number, a string or a flag."""
-    return isinstance(value, (int, float, str))
-
-
-def rows_per_fold(bag_size: int, expand: str) -> int:
-    """Loader rows that make one row of bags: ``bag_size`` for ``expand: sequence``, otherwise one."""
-    return bag_size if expand == 'sequence' else 1
+    """Whether a batch's value is one for all rows: a number, a string, a flag, or a tensor without dimensions."""
+    return isinstance(value, (int, float, str)) or (isinstance(value, torch.Tensor) and value.ndim == 0)
 
 
 def fold_batch(
@@ -61,10 +81,10 @@ def fold_batch(
 
     Args:
         batch: ``input_ids`` and ``labels``, both ``(R, L)``; ``labels[t]`` is the label of token ``t`` itself,
-            as in Hugging Face and MPT batches, with -100 where there is none. Optional: ``attention_mask`` and
-            ``sequence_id``, ``(R, L)``; llm-foundry's lists ``total_tokens`` and ``loss_generating_tokens``,
-            ``R`` long; plain numbers, strings and flags, which are kept; ``token_type_ids`` of nothing but 0, which
-            are left out.
+            as in Hugging Face and MPT batches, with -100 where there is none, and they are the ids if absent. Optional:
+            ``attention_mask`` and ``sequence_id``, ``(R, L)``; llm-foundry's lists ``total_tokens`` and
+            ``loss_generating_tokens``, ``R`` long; plain numbers, strings and flags, which are kept;
+            ``token_type_ids`` of nothing but 0, which are left out.
         bag_size: Tokens in a bag, ``s``.
         expand: ``sequence``, ``batch`` or ``none``.
         superpose: ``both``, ``input`` or ``output``.
@@ -78,58 +98,127 @@ def fold_batch(
     Raises:
         ValueError: If a needed key is missing, a key cannot be folded, or the shapes do not fit.
     """
-    check_fold_settings(expand, superpose)
-    _check_batch(batch, bag_size, expand, superpose)
-    ids = batch['input_ids']
-    rows, length = ids.shape
-    joined = rows_per_fold(bag_size, expand)
-
-    def bags(tokens: torch.Tensor) -> torch.Tensor:
-        tokens = tokens.reshape(rows // joined, joined * length)
-        whole = tokens.shape[1] // bag_size * bag_size
-        return tokens[:, :whole].reshape(rows // joined, -1, bag_size)
-
-    labels = batch['labels']
-    mask = batch.get('attention_mask')
-    if mask is not None:
-        labels = labels.masked_fill(~mask.bool(), IGNORE_INDEX)
-
-    folded: dict[str, Any] = {key: value for key, value in batch.items() if is_plain(value)}
-    if superpose == 'output':
-        folded |= {key: batch[key] for key in ('input_ids', 'attention_mask', 'sequence_id') if key in batch}
-        following = torch.nn.functional.pad(labels[:, 1:], (0, bag_size), value=IGNORE_INDEX)
-        folded['labels'] = following.unfold(1, bag_size, 1).contiguous()
-    else:
-        folded['input_ids'] = bags(ids)
-        folded['labels'] = _next_bags(bags(labels), only_first=superpose == 'input')
-        bag_mask = None
-        if mask is not None:
-            bag_mask = bags(mask.bool())
-            folded['attention_mask'] = bag_mask.any(-1).to(mask.dtype)
-            if bag_mask.all():
-                bag_mask = None
-            else:
-                folded['bag_mask'] = bag_mask
-        if 'sequence_id' in batch:
-            separate = _separate_joined_rows(batch['sequence_id'], joined)
-            folded['sequence_id'] = _last_attended(bags(separate), bag_mask)
-
-    if 'total_tokens' in batch:
-        totals = batch['total_tokens']
-        folded['total_tokens'] = [sum(totals[row : row + joined]) for row in range(0, rows, joined)]
+    laid_out = lay_out(batch, bag_size, expand, superpose).batch
+    mask = laid_out.get('attention_mask')
+    folded = bag_rows(laid_out, bag_size, superpose, padded=mask is not None and not bool(mask.all()))
     if 'loss_generating_tokens' in batch:
         folded['loss_generating_tokens'] = (folded['labels'] != IGNORE_INDEX).sum((1, 2)).tolist()
+        folded['total_tokens'] = laid_out['total_tokens']
     return folded
 
 
-_FOLDED_KEYS = {
-    'input_ids',
-    'labels',
-    'attention_mask',
-    'sequence_id',
-    'total_tokens',
-    'loss_generating_tokens',
-}
+def lay_out(
+    batch: Mapping[str, Any],
+    bag_size: int,
+    expand: str,
+    superpose: str,
+    weights: torch.Tensor | None = None,
+) -> Layout:
+    """The rows that the model will see, of plain tokens still.
+
+    Args:
+        batch: As for :func:`fold_batch`.
+        bag_size: Tokens in a bag, ``s``.
+        expand: ``sequence``, ``batch`` or ``none``.
+        superpose: ``both``, ``input`` or ``output``.
+        weights: Weights of a bag's targets, ``(s,)``. If given, ``loss_generating_tokens`` ``(B,)`` has the sum of the
+            weights of each row's targets, and ``total_tokens`` ``(B,)`` its attended tokens: a list where the batch has
+            lists, else a tensor. Microbatches weighed by them add up to the loss of the batch.
+
+    Raises:
+        ValueError: As :func:`fold_batch`.
+    """
+    check_fold_settings(expand, superpose)
+    _check_batch(batch, bag_size, expand, superpose)
+    rows, length = batch['input_ids'].shape
+    joined = bag_size if expand == 'sequence' else 1
+    rows, length = rows // joined, length * joined
+    kept = length if superpose == 'output' else length // bag_size * bag_size
+
+    result: dict[str, Any] = {key: value for key, value in batch.items() if is_plain(value)}
+    for key in _PER_TOKEN:
+        if key in batch:
+            value = batch[key]
+            if key == 'sequence_id':
+                value = _separate_joined_rows(value, joined)
+            result[key] = value.reshape(rows, length)[:, :kept]
+    result['labels'] = _only_targets(result, bag_size, superpose)
+    if 'total_tokens' in batch:
+        totals = batch['total_tokens']
+        result['total_tokens'] = [sum(totals[row * joined : (row + 1) * joined]) for row in range(rows)]
+    if weights is not None:
+        _weigh_rows(result, bag_size, superpose, weights)
+    positions = rows * kept // (1 if superpose == 'output' else bag_size)
+    dropped = rows * (length - kept)
+    if dropped and 'attention_mask' in batch:
+        dropped = int(batch['attention_mask'].bool()[:, kept:].sum())
+    return Layout(result, positions, dropped)
+
+
+def _only_targets(batch: Mapping[str, Any], bag_size: int, superpose: str) -> torch.Tensor:
+    """The labels ``(B, P * s)``, -100 where a token is no bag's target: ids if there are none."""
+    ids, mask = batch['input_ids'], batch.get('attention_mask')
+    labels = batch.get('labels', ids).long()
+    column = torch.arange(ids.shape[1], device=ids.device)
+    if superpose == 'output':
+        no_target = column == 0
+    else:
+        no_target = column < bag_size
+        if superpose == 'input':
+            no_target = no_target | (column % bag_size != 0)
+    no_target = no_target.expand(ids.shape)
+    return labels.masked_fill(no_target if mask is None else no_target | ~mask.bool(), IGNORE_INDEX)
+
+
+def _weigh_rows(batch: dict[str, Any], bag_size: int, superpose: str, weights: torch.Tensor) -> None:
+    """Say what each row's targets weigh."""
+    valid = (_targets(batch['labels'], bag_size, superpose) != IGNORE_INDEX).double()
+    batch['loss_generating_tokens'] = (valid @ weights.to(valid)).sum(1)
+    if 'total_tokens' in batch:
+        batch['loss_generating_tokens'] = batch['loss_generating_tokens'].tolist()
+    else:
+        attended = batch.get('attention_mask', torch.ones_like(batch['input_ids']))
+        batch['total_tokens'] = attended.bool().sum(1)
+
+
+def bag_rows(batch: Mapping[str, Any], bag_size: int, superpose: str, padded: bool = True) -> dict[str, Any]:
+    """Bags of the tokens of each row, ``(B, P * s)`` to ``(B, P, s)``, and their targets.
+
+    It reads no value of a tensor: on a GPU, that would wait for it.
+
+    Args:
+        batch: Rows as :func:`lay_out` makes them.
+        bag_size: Tokens in a bag, ``s``.
+        superpose: ``both``, ``input`` or ``output``.
+        padded: Whether some token is not attended; if not, there is no ``bag_mask``.
+
+    Returns:
+        dict: As :func:`fold_batch`, without what llm-foundry's count of tokens reads.
+    """
+    folded = {key: value for key, value in batch.items() if key not in _PER_ROW}
+    # Again only targets: what is done to the rows meanwhile may have set other labels.
+    folded['labels'] = _targets(_only_targets(batch, bag_size, superpose), bag_size, superpose)
+    if superpose == 'output':
+        return folded
+    folded['input_ids'] = batch['input_ids'].unflatten(1, (-1, bag_size))
+    bag_mask = None
+    if 'attention_mask' in batch:
+        mask = batch['attention_mask'].unflatten(1, (-1, bag_size))
+        folded['attention_mask'] = mask.bool().any(-1).to(mask.dtype)
+        if padded:
+            bag_mask = folded['bag_mask'] = mask.bool()
+    if 'sequence_id' in batch:
+        folded['sequence_id'] = _last_attended(batch['sequence_id'].unflatten(1, (-1, bag_size)), bag_mask)
+    return folded
+
+
+def _targets(labels: torch.Tensor, bag_size: int, superpose: str) -> torch.Tensor:
+    """What each position predicts, ``(B, P, s)``, of the labels ``(B, P * s)`` of :func:`lay_out`."""
+    if superpose == 'output':
+        following = torch.nn.functional.pad(labels[:, 1:], (0, bag_size), value=IGNORE_INDEX)
+        return following.unfold(1, bag_size, 1).contiguous()
+    following = torch.nn.functional.pad(labels[:, bag_size:], (0, bag_size), value=IGNORE_INDEX)
+    return following.unflatten(1, (-1, bag_size))
 
 
 def _check_batch(batch: Mapping[str, Any], bag_size: int, expand: str, superpose: str) -> None:
@@ -139,26 +228,17 @@ def _check_batch(batch: Mapping[str, Any], bag_size: int, expand: str, superpose
         )
     if 'inputs_embeds' in batch:
         raise ValueError('The batch has inputs_embeds: superposition bags token ids, give input_ids instead.')
-    for key in ('input_ids', 'labels'):
-        if key not in batch:
-            raise ValueError(f'The batch has no {key} (it has {", ".join(batch)}): have the collator add it.')
-    unknown = [
-        key
-        for key, value in batch.items()
-        if key not in _FOLDED_KEYS and not is_plain(value) and not _says_nothing(key, value)
-    ]
-    if unknown:
-        raise ValueError(
-            f'Superposition cannot fold {", ".join(unknown)}: have the collator leave it out of the batch.'
-        )
+    if 'input_ids' not in batch:
+        raise ValueError(f'The batch has no input_ids (it has {", ".join(batch)}): have the collator add it.')
+    check_keys(batch)
     shape = tuple(batch['input_ids'].shape)
     if len(shape) != 2:
         raise ValueError(f'input_ids has shape {shape}: superposition folds batches of shape (rows, tokens).')
-    for key in ('labels', 'attention_mask', 'sequence_id'):
+    for key in _PER_TOKEN:
         if key in batch and tuple(batch[key].shape) != shape:
             raise ValueError(f'{key} has shape {tuple(batch[key].shape)} but input_ids {shape}: give both the same.')
     rows, length = shape
-    if rows % rows_per_fold(bag_size, expand):
+    if expand == 'sequence' and rows % bag_size:
         raise ValueError(
             f'expand: sequence joins {bag_size} rows into one, but the batch has {rows} rows: '
             f'give a multiple of {bag_size}.'
@@ -170,17 +250,26 @@ def _check_batch(batch: Mapping[str, Any], bag_size: int, expand: str, superpose
         )
 
 
+def check_keys(batch: Mapping[str, Any]) -> None:
+    """Refuse a batch with values that are neither folded nor the same for all rows.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    unknown = [
+        key
+        for key, value in batch.items()
+        if key not in _PER_TOKEN and key not in _PER_ROW and not is_plain(value) and not _says_nothing(key, value)
+    ]
+    if unknown:
+        raise ValueError(
+            f'Superposition cannot fold {", ".join(unknown)}: have the collator leave it out of the batch.'
+        )
+
+
 def _says_nothing(key: str, value: Any) -> bool:
     """Whether it is what Hugging Face's tokenizers add for models that read pairs of texts, where there are none."""
     return key == 'token_type_ids' and not torch.as_tensor(value).any()
-
-
-def _next_bags(labels: torch.Tensor, only_first: bool) -> torch.Tensor:
-    """Targets of each bag, ``(B, P, s)``: the labels of the next one, none for the last."""
-    following = torch.full_like(labels, IGNORE_INDEX)
-    kept = 1 if only_first else labels.shape[2]
-    following[:, :-1, :kept] = labels[:, 1:, :kept]
-    return following
 
 
 def _separate_joined_rows(sequence_id: torch.Tensor, joined: int) -> torch.Tensor:

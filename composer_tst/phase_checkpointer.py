@@ -30,10 +30,8 @@ class PhaseCheckpointer(Callback):
         Raises:
             ValueError: If the run has no TokenSuperposition.
         """
-        algorithms = [a for a in state.algorithms if isinstance(a, TokenSuperposition)]
-        if not algorithms:
+        if not any(isinstance(algorithm, TokenSuperposition) for algorithm in state.algorithms):
             raise ValueError('phase_checkpointer saves at changes of bag size: add token_superposition to algorithms.')
-        self._schedule = algorithms[0].schedule
         folder = '{run_name}/checkpoints'
         for callback in state.callbacks:
             if isinstance(callback, CheckpointSaver):
@@ -53,7 +51,7 @@ class PhaseCheckpointer(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Note the bag size that training starts with."""
-        self._bag_size = self._schedule.bag_size
+        self._bag_size = _bag_size(state)
         self._saver.fit_start(state, logger)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
@@ -78,7 +76,7 @@ class PhaseCheckpointer(Callback):
             self._saver.post_close()
 
     def _save_if_changed(self, event: Event, state: State, logger: Logger) -> None:
-        before, self._bag_size = self._bag_size, self._schedule.bag_size
+        before, self._bag_size = self._bag_size, _bag_size(state)
         if self._bag_size == before:
             return
         name = f'bag{before}-to-bag{self._bag_size}/ep{{epoch}}-ba{{batch}}-rank{{rank}}.pt'
@@ -86,3 +84,8 @@ class PhaseCheckpointer(Callback):
         assert self._saver.remote_file_name is not None
         self._saver.remote_file_name.filename = str(Path(self._remote_folder) / name)
         self._saver.run_event(event, state, logger)
+
+
+def _bag_size(state: State) -> int:
+    """That of the coming step."""
+    return next(a.schedule.bag_size for a in state.algorithms if isinstance(a, TokenSuperposition))

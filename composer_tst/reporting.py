@@ -5,36 +5,39 @@ from collections.abc import Sequence
 
 from composer.core import Time, Timestamp, TimeUnit
 
-from composer_tst.schedule import Plan, Schedule
+from composer_tst.plan import Plan
+from composer_tst.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
 
-def report_moved_ends(schedule: Schedule, before: Sequence[Time], max_duration: Time) -> None:
+def report_moved_ends(schedule: Schedule, before: Sequence[Time]) -> None:
     """Say which phases end elsewhere than at the moments ``before``, which a resumed run had of its checkpoint."""
-    moments = list(zip(schedule.phases, before, schedule.ends, strict=False))
-    for phase, old, new in moments[len(schedule.ended) :]:
+    progress = schedule.progress
+    moments = list(zip(schedule.phases, before, progress.ends, strict=False))
+    for phase, old, new in moments[len(progress.ended) :]:
         if old.to_timestring() != new.to_timestring():  # times of different units cannot be compared
+            assert progress.max_duration is not None
             log.info(
                 'The phase with bag_size %d now ends at %s, not %s: it lasts until %s of a max_duration of %s.',
                 phase.bag_size,
                 new.to_timestring(),
                 old.to_timestring(),
                 phase.until.to_timestring(),
-                max_duration.to_timestring(),
+                progress.max_duration.to_timestring(),
             )
 
 
-def report_shares(schedule: Schedule, max_duration: Time, plan: Plan | None, draws_more: bool) -> None:
+def report_shares(schedule: Schedule, plan: Plan | None, draws_more: bool) -> None:
     """Say what a share of the duration comes to where it is not plainly one of steps.
 
     Args:
         schedule: The phases, resolved.
-        max_duration: That of the run.
         plan: The expected steps, or None if they are not known.
         draws_more: Whether a superposed step draws more loader batches than a plain one.
     """
-    until = schedule.phases[-1].until
+    until, max_duration = schedule.phases[-1].until, schedule.progress.max_duration
+    assert max_duration is not None
     if max_duration.unit in (TimeUnit.TOKEN, TimeUnit.SAMPLE) and until.unit == TimeUnit.DURATION:
         steps = 'an unknown share of the steps'
         if plan is not None:
@@ -54,6 +57,17 @@ def report_shares(schedule: Schedule, max_duration: Time, plan: Plan | None, dra
             plan.total,
             plan.total,
         )
+
+
+def report_dropped(dropped: int, length: int, bag_size: int, expand: str) -> None:
+    """Say how many tokens of a step are left out, at the ends of its rows."""
+    log.warning(
+        'bag_size %d does not divide rows of %d tokens: expand: %s drops %d tokens a step on each rank.',
+        bag_size,
+        length,
+        expand,
+        dropped,
+    )
 
 
 def report_change(before: int, now: int, timestamp: Timestamp) -> None:

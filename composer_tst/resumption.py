@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from composer_tst.schedule import Phase, parse_phases
+from composer_tst.settings import Phase, parse_phases
 
 INSIST = 'load it by load_path, not autoresume, with load_ignore_keys: [state/algorithms]'
 

@@ -1,12 +1,13 @@
-"""What else is in the run: algorithms, callbacks and loaders that superposition must fit in with, or refuse."""
+"""What else is in the run: algorithms, callbacks, loaders and data that superposition must fit in with, or refuse."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from composer import algorithms
-from composer.callbacks import EarlyStopper
+from composer.callbacks import EarlyStopper, ThresholdStopper
 from composer.core import Algorithm, Callback, State
+from composer.models import HuggingFaceModel
 
 _IMAGES = 'it changes images, and superposition trains on tokens'
 _REFUSED = {
@@ -24,12 +25,18 @@ _REFUSED = {
 }
 
 
-def check_algorithms(stack: Iterable[Algorithm]) -> None:
+def check_algorithms(stack: Iterable[Algorithm], ours: type[Algorithm]) -> None:
     """Refuse algorithms that would make a superposed run fail or train on nonsense.
 
     Raises:
-        ValueError: If one of them cannot be combined with superposition.
+        ValueError: If one of them cannot be combined with superposition, or there are two of ``ours``.
     """
+    stack = list(stack)
+    if sum(isinstance(algorithm, ours) for algorithm in stack) > 1:
+        raise ValueError(
+            f'algorithms has {ours.__name__} more than once: give one, with several phases: '
+            'phases=[{bag_size, until}, ...].'
+        )
     for algorithm in stack:
         for refused, reason in _REFUSED.items():
             if isinstance(algorithm, refused):
@@ -51,9 +58,10 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
                 'loss_perp_v_len cannot be combined with token_superposition, because it reads one label at each '
                 'position, and a bag has several: remove one of them.'
             )
-        if isinstance(callback, EarlyStopper) and callback.dataloader_label == 'train':
+        if isinstance(callback, (EarlyStopper, ThresholdStopper)) and callback.dataloader_label == 'train':
+            name = 'early_stopper' if isinstance(callback, EarlyStopper) else 'threshold_stopper'
             raise ValueError(
-                f'early_stopper watches {callback.monitor} of train, and there are no train metrics while superposed: '
+                f'{name} watches {callback.monitor} of train, and there are no train metrics while superposed: '
                 'set its dataloader_label to eval.'
             )
 
@@ -82,6 +90,51 @@ def check_loader(loader: Any) -> None:
                 'name: text, or remove token_superposition from algorithms.'
             )
         collator = getattr(collator, 'base_collator', None)
+
+
+def check_batch(batch: Mapping[str, Any], given: Mapping[str, Any], bag_size: int, superpose: str, model: Any) -> None:
+    """Refuse data that would be trained on otherwise than meant.
+
+    Args:
+        batch: Rows as :func:`~composer_tst.folding.lay_out` makes them.
+        given: The batch that they are made of.
+        bag_size: Tokens in a bag.
+        superpose: ``both``, ``input`` or ``output``.
+        model: The model, wrapped or not.
+
+    Raises:
+        ValueError: If the model needs labels and there are none; a label is below 0 but not -100; or MPT's flash
+            attention would leave positions out.
+    """
+    model = getattr(model, 'module', model)
+    if 'labels' not in given and isinstance(model, HuggingFaceModel):
+        raise ValueError(f'The batch has no labels (it has {", ".join(given)}): have the collator add them.')
+    labels = batch['labels']
+    if bool(((labels < 0) & (labels != -100)).any()):
+        other = int(labels[(labels < 0) & (labels != -100)][0])
+        raise ValueError(f'labels has {other}: mark tokens that are not to be predicted with -100.')
+    if not _attends_by_length(model) or superpose == 'output':
+        return
+    advice = 'set expand: batch, attn_uses_sequence_id: false, or attn_impl: torch.'
+    mask = batch.get('attention_mask')
+    if mask is not None:
+        attended = mask.bool().unflatten(1, (-1, bag_size)).any(-1)
+        if bool((attended[:, 1:] & ~attended[:, :-1]).any()):
+            raise ValueError(
+                "MPT's flash attention with attn_uses_sequence_id reads the attention mask as a length, and this row "
+                f'of bags has padding before its end: {advice}'
+            )
+    if 'sequence_id' in batch and int(batch['sequence_id'].max()) >= batch['labels'].shape[1] // bag_size:
+        raise ValueError(
+            "MPT's flash attention with attn_uses_sequence_id leaves out sequences numbered past the length of a row, "
+            f'and a row of bags has more: {advice}'
+        )
+
+
+def _attends_by_length(model: Any) -> bool:
+    """Whether it is an MPT that gives flash attention the lengths of the sequences in a row."""
+    transformer: Any = getattr(getattr(model, 'model', None), 'transformer', None)
+    return bool(getattr(transformer, 'attn_uses_sequence_id', False)) and transformer.attn_impl == 'flash'
 
 
 def forget_losses(callbacks: Iterable[Callback]) -> None:

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from composer_tst.attach import Superposition
+from composer_tst.attach import Attachment
 from composer_tst.folding import fold_batch
 
 FULL_SHARD = ['fsdp_config.sharding_strategy=FULL_SHARD']
@@ -106,10 +106,10 @@ def tensor_parallel_embedding() -> str:
     model = llama()
     mesh = init_device_mesh('cpu', (dist.get_world_size(),))
     parallelize_module(model.model, mesh, {'model.embed_tokens': RowwiseParallel(input_layouts=Replicate())})
-    superposition = Superposition(model)
+    superposition = Attachment(model)
     batch = fold_batch({key: torch.ones(4, 6, dtype=torch.long) for key in ('input_ids', 'labels')}, 2)
     try:
-        model(batch)
+        model(superposition.begin(batch))
     except ValueError as error:
         return str(error)
     finally:

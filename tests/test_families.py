@@ -12,11 +12,11 @@ import torch
 import transformers
 from composer.models import ComposerModel
 from llmfoundry.utils.builders import build_composer_model
-from trainers import VOCAB_SIZE, hugging_face, logged, make_trainer, mpt, random_loader
+from trainers import VOCAB_SIZE, hugging_face, logged, make_trainer, mpt, random_loader, superposed_loss
 from transformers import PreTrainedTokenizerBase
 
 from composer_tst import TokenSuperposition
-from composer_tst.attach import Superposition
+from composer_tst.attach import Attachment
 from composer_tst.folding import fold_batch
 
 S, L, ROWS = 3, 8, 6
@@ -115,10 +115,9 @@ def check_superposed_is_the_definition(
     expected.backward()
     expected_grads = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
 
-    superposition = Superposition(model)
+    superposition = Attachment(model)
     torch.manual_seed(5)
-    folded = fold_batch(batch, S)
-    loss = model.loss(model(folded), folded)
+    loss = superposed_loss(superposition, model, fold_batch(batch, S))
     assert len(superposition.router_losses) == (1 if hasattr(plain.model.config, 'router_aux_loss_coef') else 0)
     loss.backward()
     superposition.remove()
@@ -135,9 +134,8 @@ def check_superposed_is_the_definition(
 def check_the_rest_is_plain(make: Callable[[], Any], batch: dict[str, torch.Tensor]) -> None:
     """Evaluation while superposed, and training afterwards, are to the bit those of a model that never was."""
     model, plain = make().train(), make()
-    superposition = Superposition(model)
-    folded = fold_batch(batch, S)
-    model.loss(model(folded), folded)
+    superposition = Attachment(model)
+    superposed_loss(superposition, model, fold_batch(batch, S))
     with torch.no_grad():
         mine = model.eval().eval_forward(dict(batch))
         theirs = plain.eval().eval_forward(dict(batch))

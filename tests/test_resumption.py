@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from composer import Callback
 from conftest import SEQ_LEN, VOCAB_SIZE
 from streaming import MDSWriter
 from trainers import llama, logged, make_trainer, mpt, random_loader, text_loader
@@ -75,7 +76,7 @@ def test_every_sample_is_drawn_once_an_epoch_but_for_a_tail_that_is_counted(load
     assert [len(ids) for ids in steps.values()] == [12] * 3 + [8] * 3 + [4] * 8
     first = list(itertools.chain(*(ids for (epoch, _), ids in steps.items() if epoch == 0)))
     assert len(first) == len(set(first)) == 52
-    assert 'The last 4 samples of the epoch on this rank are left out' in (folder / 'log').read_text()
+    assert '4 samples on this rank are left out, because they do not fill a step' in (folder / 'log').read_text()
     algorithms = torch.load(checkpoint(folder), weights_only=False)['state']['algorithms']
     assert dict(algorithms)['TokenSuperposition']['left_out'] == 4
 
@@ -104,15 +105,43 @@ def test_a_checkpoint_left_half_written_is_not_resumed_from(whole: Any, data: Pa
     assert_same_end(tmp_path, whole('streaming'))
 
 
-def test_data_that_starts_again_within_an_epoch_is_refused(tmp_path: Path):
-    def train(**settings: Any) -> None:
-        algorithm = TokenSuperposition(bag_size=3, duration='2ba')
-        trainer, _ = make_trainer(llama(), random_loader(), algorithm, save_folder=str(tmp_path), **settings)
-        trainer.fit(duration='3ba')
+@pytest.mark.parametrize(('until', 'resumed'), [('2ba', [1, 1]), ('5ba', [3, 3]), (None, [None, None])])
+def test_a_loader_that_is_not_spun_begins_its_epoch_again(until: str | None, resumed: list, tmp_path: Path):
+    """As in a plain run: in recovery, and superposed."""
+    drawn = []
 
-    train()
-    with pytest.raises(ValueError, match='step 3 of the epoch but its data at step 0: set spin_dataloaders: true'):
-        train(load_path=str(tmp_path / 'latest-rank0.pt'), spin_dataloaders=False, save_overwrite=True)
+    class Rows(Callback):
+        def after_dataloader(self, state: Any, logger: Any) -> None:
+            drawn.append(state.batch['input_ids'].flatten().tolist())
+
+    def train(**settings: Any) -> list[float]:
+        algorithm = until and TokenSuperposition(bag_size=3, duration=until)
+        trainer, logger = make_trainer(llama(), random_loader(96), algorithm, '12ba', callbacks=[Rows()], **settings)
+        trainer.fit()
+        return logged(logger, 'superposition/bag_size')
+
+    train(save_folder=str(tmp_path), save_interval='3ba')
+    drawn.clear()
+    sizes = train(load_path=str(tmp_path / 'ep0-ba3-rank0.pt'), spin_dataloaders=False)
+    assert len(drawn) == 9
+    batches = [batch['input_ids'].flatten().tolist() for batch in random_loader(96)]
+    begin = 0
+    for rows, size in zip(drawn, resumed, strict=False):
+        assert rows == list(itertools.chain(*batches[begin : begin + (size or 1)]))
+        begin += size or 1
+    assert sizes[:2] == (resumed if until else [])
+
+
+def test_superposition_new_to_a_run_needs_a_loader_that_is_spun(tmp_path: Path):
+    make_trainer(llama(), random_loader(), None, '1ba', save_folder=str(tmp_path))[0].fit()
+    load = {'load_path': str(tmp_path / 'latest-rank0.pt')}
+    trainer, _ = make_trainer(llama(), random_loader(), TokenSuperposition(3, '3ba'), spin_dataloaders=False, **load)
+    with pytest.raises(ValueError, match='step 1 of the epoch but its data at step 0: set spin_dataloaders: true'):
+        trainer.fit()
+    trainer, logger = make_trainer(llama(), random_loader(), TokenSuperposition(3, '3ba'), **load)
+    trainer.fit()
+    assert logged(logger, 'superposition/bag_size') == [3, 3, 1, 1, 1, 1, 1]
+    assert logged(logger, 'superposition/s_tokens')[0] == 2 * 4 * 12
 
 
 def test_raw_text_in_padded_rows_resumes_in_a_later_phase(tmp_path: Path, tokenizer: PreTrainedTokenizerBase):

@@ -1,12 +1,14 @@
 """Phases: what is accepted, when they end, and that they end for good."""
 
-from fractions import Fraction
+import itertools
 from typing import Any
 
 import pytest
 from composer.core import Time, Timestamp, TimeUnit
 
-from composer_tst.schedule import Phase, Plan, Schedule, parse_phases, plan_steps
+from composer_tst.plan import Data, Moment, Plan, plan_steps, share_of
+from composer_tst.schedule import Progress, Schedule
+from composer_tst.settings import Phase, Settings, parse_phases
 
 
 @pytest.mark.parametrize(
@@ -40,162 +42,222 @@ def test_bad_settings_are_refused_in_one_sentence(settings: dict[str, Any], mess
         parse_phases(**arguments)
 
 
-def walk(phases: list[Phase], draws: list[int], max_duration: str, unit_of_batch: dict[TimeUnit, int], epoch: int):
-    """Take one step after another, as the trainer would, with ends in data units; return the steps of the ends."""
+ROWS, LENGTH = 8, 16
+
+
+def walk(untils: list[Time], draws: list[int], max_duration: str, epoch: int, drop_last: bool, joins: bool) -> Plan:
+    """Take one step after another, as the trainer would; the step that each phase ends at, and the steps in all."""
     longest = Time.from_timestring(max_duration)
-    ends, step, read = [], 0, 0
-    while True:
-        progress = {
-            TimeUnit.BATCH: step,
-            TimeUnit.SAMPLE: read * unit_of_batch[TimeUnit.SAMPLE],
-            TimeUnit.TOKEN: read * unit_of_batch[TimeUnit.TOKEN],
-            TimeUnit.EPOCH: read / epoch,
-        }
-        while len(ends) < len(phases):
-            until = phases[len(ends)].until
-            if until.unit == TimeUnit.DURATION:
-                until = Time(int(until.value * longest.value), longest.unit)
-            if progress[until.unit] < until.value:
-                break
+    ends: list[int] = []
+    step = epochs = drawn = read = 0
+
+    def reached(moment: Time) -> bool:
+        now = {'ba': step, 'sp': read * ROWS, 'tok': read * ROWS * LENGTH, 'ep': epochs}
+        return now[moment.unit.value] >= moment.value
+
+    while not reached(longest):
+        while len(ends) < len(untils) and reached(untils[len(ends)]):
             ends.append(step)
-        if progress[longest.unit] >= longest.value:
-            return ends, step
-        step += 1
-        read += draws[len(ends)] if len(ends) < len(phases) else 1
+        needed = draws[len(ends)] if len(ends) < len(untils) else 1
+        found = min(needed, epoch - drawn)
+        rows = found * ROWS
+        if found and (found == needed or (not drop_last and (not joins or rows >= needed))):
+            step, drawn, read = step + 1, drawn + found, read + found
+            if drawn < epoch:
+                continue
+        epochs, drawn = epochs + 1, 0
+    while len(ends) < len(untils):
+        ends.append(step)
+    return Plan(ends, step)
 
 
-# A float of 1/49 is not 49 to one.
-@pytest.mark.parametrize('epoch', [100, 49])
+@pytest.mark.parametrize('drop_last', [False, True])
+@pytest.mark.parametrize('joins', [False, True])
+@pytest.mark.parametrize('epoch', [100, 49, 9])
 @pytest.mark.parametrize('max_duration', ['100ba', '4000sp', '64000tok', '5ep'])
 @pytest.mark.parametrize(
     'untils',
     [['30ba'], ['300sp'], ['9600tok'], ['1ep'], ['10ba', '1200sp'], ['3200tok', '2ep'], ['8ba', '800sp', '48000tok']],
 )
-def test_the_plan_is_what_happens_step_by_step(max_duration: str, untils: list[str], epoch: int):
-    sizes = [8, 4, 2][: len(untils)]
-    phases = [Phase(s, Time.from_timestring(u)) for s, u in zip(sizes, untils, strict=True)]
-    amounts = {TimeUnit.SAMPLE: 8, TimeUnit.TOKEN: 128}
-    ends, total = walk(phases, sizes, max_duration, amounts, epoch)
-    rates = {**amounts, TimeUnit.EPOCH: Fraction(1, epoch)}
-    plan = plan_steps(phases, sizes, Time.from_timestring(max_duration), rates)
-    if len(ends) == len(phases) and ends[-1] < total:
-        assert plan == Plan(ends, total)
-    else:
-        assert plan is not None
-        assert plan.ends[-1] >= plan.total
+def test_the_plan_is_what_happens_step_by_step(
+    max_duration: str, untils: list[str], epoch: int, drop_last: bool, joins: bool
+):
+    draws = [8, 4, 2][: len(untils)]
+    moments = [Time.from_timestring(until) for until in untils]
+    phases = [Phase(s, moment) for s, moment in zip(draws, moments, strict=True)]
+    data = Data(epoch, ROWS, ROWS * LENGTH, uses_tail=not drop_last, joined_rows=ROWS if joins else None)
+    plan = plan_steps(phases, draws, Time.from_timestring(max_duration), data, Moment())
+    assert plan == walk(moments, draws, max_duration, epoch, drop_last, joins)
 
 
-@pytest.mark.parametrize(('max_duration', 'share_of'), [('200ba', 'steps'), ('4ep', 'steps'), ('64000tok', 'data')])
-def test_a_share_is_one_of_steps_or_of_data(max_duration: str, share_of: str):
-    phases = [Phase(6, Time.from_timestring('0.3dur'))]
-    rates = {TimeUnit.SAMPLE: 8, TimeUnit.TOKEN: 128, TimeUnit.EPOCH: Fraction(1, 100)}
-    plan = plan_steps(phases, [6], Time.from_timestring(max_duration), rates)
+@pytest.mark.parametrize(('epoch', 'drop_last'), [(100, True), (100, False), (10, True), (13, True), (13, False)])
+@pytest.mark.parametrize(('share', 'epochs'), [('0.3dur', 30), ('0.1dur', 4), ('0.77dur', 9)])
+def test_a_share_of_epochs_is_one_of_the_steps_they_come_to(share: str, epochs: int, epoch: int, drop_last: bool):
+    phases = [Phase(6, Time.from_timestring(share))]
+    data = Data(epoch, uses_tail=not drop_last)
+    plan = plan_steps(phases, [6], Time.from_timestring(f'{epochs}ep'), data, Moment())
     assert plan is not None
-    superposed, recovery = plan.ends[0], plan.total - plan.ends[0]
-    share = superposed / plan.total if share_of == 'steps' else superposed * 6 / (superposed * 6 + recovery)
-    assert share == pytest.approx(0.3, abs=0.01)
-    read = {'200ba': None, '4ep': 400, '64000tok': 500}[max_duration]
-    if read is not None:
-        assert superposed * 6 + recovery == read
+    end = Time(plan.ends[0], TimeUnit.BATCH)
+    assert walk([end], [6], f'{epochs}ep', epoch, drop_last, False) == plan
+    # Each superposed step takes up to 6 plain ones, so the share can be met to as many.
+    assert abs(plan.ends[0] / plan.total - float(share[:-3])) < 6 / plan.total
+
+
+@pytest.mark.parametrize(('max_duration', 'unit'), [('64000tok', 'tok'), ('4000sp', 'sp')])
+def test_a_share_of_data_is_one_of_data(max_duration: str, unit: str):
+    phases = [Phase(6, Time.from_timestring('0.3dur'))]
+    plan = plan_steps(phases, [6], Time.from_timestring(max_duration), Data(None, ROWS, ROWS * LENGTH), Moment())
+    moment = Time(int(0.3 * int(max_duration[: -len(unit)])), unit)
+    assert plan == walk([moment], [6], max_duration, 10**9, True, False)
+
+
+@pytest.mark.parametrize(('share', 'whole', 'part'), [('0.29dur', 100, 29), ('0.57dur', 100, 57), ('0.3dur', 9, 2)])
+def test_a_share_is_exact(share: str, whole: int, part: int):
+    assert share_of(Time.from_timestring(share), whole) == part
 
 
 def test_there_is_no_plan_where_the_loader_does_not_tell_its_amounts():
-    phases = [Phase(4, Time.from_timestring('1000tok'))]
-    assert plan_steps(phases, [4], Time.from_timestring('10ba'), {}) is None
+    for until in ('1000tok', '1000sp', '3ep'):
+        phases = [Phase(4, Time.from_timestring(until))]
+        assert plan_steps(phases, [4], Time.from_timestring('10ba'), Data(), Moment()) is None
 
 
-@pytest.mark.parametrize(
-    ('untils', 'max_duration', 'message'),
-    [
-        (['100ba'], '100ba', 'there would be no recovery phase'),
-        (['200ba'], '100ba', 'there would be no recovery phase'),
-        (['1000sp'], '1000sp', 'there would be no recovery phase'),
-        (['1600sp'], '100ba', 'there would be no recovery phase'),
-        (['0.001dur'], '100ba', 'has no steps'),
-        (['10ba', '0.1dur'], '100ba', 'has no steps'),
-    ],
-)
+def test_an_epoch_too_short_for_a_step_is_refused():
+    phases = [Phase(4, Time.from_timestring('5ba'))]
+    for data in (Data(3), Data(3, uses_tail=True, joined_rows=1)):
+        with pytest.raises(ValueError, match='The train loader has 3 batches but one superposed step reads 4'):
+            plan_steps(phases, [4], Time.from_timestring('10ba'), data, Moment())
+    assert plan_steps(phases, [4], Time.from_timestring('10ba'), Data(3, uses_tail=True), Moment()) == Plan([5], 10)
+
+
+def schedule_of(*pairs: tuple[int, str], **progress: Any) -> Schedule:
+    phases = tuple(Phase(s, Time.from_timestring(until)) for s, until in pairs)
+    return Schedule(Settings(phases, 'both', 'sequence', 'uniform'), Progress(**progress))
+
+
+def place(
+    schedule: Schedule, max_duration: str, data: Data | None = None, now: Timestamp | None = None, whole: bool = True
+) -> Plan | None:
+    """Fix and check the ends of the phases to come, as a run does when it starts."""
+    longest, now = Time.from_timestring(max_duration), now or Timestamp()
+    moment = Moment(int(now.batch), int(now.epoch), int(now.batch_in_epoch), int(now.sample), int(now.token))
+    phases = schedule.phases[len(schedule.progress.ended) :]
+    plan = plan_steps(phases, [phase.bag_size for phase in phases], longest, data or Data(), moment)
+    schedule.resolve(longest, plan)
+    schedule.check(now, plan, whole)
+    return plan
+
+
+WITHOUT_RECOVERY_OR_STEPS = [
+    (['100ba'], '100ba', 'there would be no recovery phase'),
+    (['200ba'], '100ba', 'there would be no recovery phase'),
+    (['1000sp'], '1000sp', 'there would be no recovery phase'),
+    (['1600sp'], '100ba', 'there would be no recovery phase'),
+    (['0.001dur'], '100ba', 'has no steps'),
+    (['10ba', '0.1dur'], '100ba', 'has no steps'),
+]
+
+
+@pytest.mark.parametrize(('untils', 'max_duration', 'message'), WITHOUT_RECOVERY_OR_STEPS)
 def test_a_run_without_recovery_or_without_steps_is_refused(untils: list[str], max_duration: str, message: str):
-    phases = [Phase(2, Time.from_timestring(until)) for until in untils]
-    longest = Time.from_timestring(max_duration)
-    plan = plan_steps(phases, [2] * len(phases), longest, {TimeUnit.SAMPLE: 8})
+    schedule = schedule_of(*((2, until) for until in untils))
     with pytest.raises(ValueError, match=message):
-        Schedule(phases).resolve(longest, plan)
+        place(schedule, max_duration, Data(samples=8))
+
+
+@pytest.mark.parametrize(('untils', 'max_duration', 'message'), WITHOUT_RECOVERY_OR_STEPS[:4])
+def test_a_fit_that_may_be_followed_by_another_is_warned(
+    untils: list[str], max_duration: str, message: str, caplog: pytest.LogCaptureFixture
+):
+    place(schedule_of(*((2, until) for until in untils)), max_duration, Data(samples=8), whole=False)
+    assert message in caplog.text
 
 
 def test_an_end_in_an_unknown_amount_is_still_refused_at_the_end_of_training():
-    schedule = Schedule([Phase(2, Time.from_timestring('1000tok'))])
     with pytest.raises(ValueError, match='there would be no recovery phase'):
-        schedule.resolve(Time.from_timestring('1000tok'), None)
+        place(schedule_of((2, '1000tok')), '1000tok')
 
 
 def test_padded_rows_are_not_refused_for_what_full_ones_would_come_to(caplog: pytest.LogCaptureFixture):
-    rates, longest = {TimeUnit.TOKEN: 128}, Time.from_timestring(f'{4000 * 128}tok')
-    # Half full, 100 steps of 16 batches reach the end of the first phase, where the plan thinks that of the second.
-    schedule = Schedule([Phase(16, Time.from_timestring('0.2dur')), Phase(4, Time.from_timestring('0.3dur'))])
-    schedule.began, schedule.ended = 0, [100]
-    plan = plan_steps(schedule.placed, [16, 4], longest, rates)
-    assert plan is not None
-    assert plan.ends == [100, 100]
-    schedule.resolve(longest, plan, resumed=True)
-    assert not schedule.advance(Timestamp(batch=150, token=100 * 16 * 64 + 50 * 4 * 64))
+    data, longest = Data(tokens=128), f'{4000 * 128}tok'
+    # Half full, 100 steps of 16 batches reach the end of the first phase, where the plan thought that of the second.
+    schedule = schedule_of((16, '0.2dur'), (4, '0.3dur'), began=0, ended=[100])
+    now = Timestamp(batch=150, token=100 * 16 * 64 + 50 * 4 * 64)
+    place(schedule, longest, data, now)
+    assert not schedule.advance(now)
     assert schedule.bag_size == 4
     assert not caplog.records
     # 2,000 steps of 4 full batches are more than all; of half full ones they are all but the last.
-    phases = [Phase(4, Time.from_timestring('2000ba'))]
-    Schedule(phases).resolve(longest, plan_steps(phases, [4], longest, rates))
+    place(schedule_of((4, '2000ba')), longest, data)
     assert 'there would be no recovery phase' in caplog.text
     assert 'if no row is padded' in caplog.text
+    # A number of tokens may come later than planned, but never sooner.
+    with pytest.raises(ValueError, match='there would be no recovery phase'):
+        place(schedule_of((4, f'{4 * 128 * 10}tok')), '8ba', data)
 
 
 def at_batch(batch: int) -> Timestamp:
     return Timestamp(batch=batch, batch_in_epoch=batch)
 
 
-def test_ended_phases_stay_ended_and_every_step_keeps_its_bag_size():
-    phases = [Phase(4, Time.from_timestring('0.1dur')), Phase(2, Time.from_timestring('0.3dur'))]
-    schedule = Schedule(phases)
-    schedule.began = 0
-    longest = Time.from_timestring('10ba')
-    schedule.resolve(longest, plan_steps(phases, [4, 2], longest, {}))
+def test_ended_phases_stay_ended():
+    schedule = schedule_of((4, '0.1dur'), (2, '0.3dur'), began=0)
+    place(schedule, '10ba')
     sizes = []
     for batch in range(10):
         schedule.advance(at_batch(batch))
         sizes.append(schedule.bag_size)
     assert sizes == [4, 2, 2, 1, 1, 1, 1, 1, 1, 1]
-    assert [schedule.bag_size_at(batch) for batch in range(10)] == sizes
-
+    assert schedule.progress.ended == [1, 3]
     schedule.resolve(Time.from_timestring('100ba'), None)
+    assert [end.to_timestring() for end in schedule.progress.ends] == ['1ba', '3ba']
     assert not schedule.advance(at_batch(10))
     assert schedule.bag_size == 1
 
 
-def test_superposition_added_to_a_run_under_way_begins_there():
-    schedule = Schedule([Phase(4, Time.from_timestring('8ba'))])
-    schedule.began = 5
-    schedule.resolve(Time.from_timestring('20ba'), None)
-    schedule.advance(at_batch(5))
-    assert [schedule.bag_size_at(batch) for batch in (0, 4, 5)] == [1, 1, 4]
+def test_what_has_begun_is_what_has_taken_a_step():
+    schedule = schedule_of((4, '2ba'), (2, '4ba'), began=0)
+    place(schedule, '10ba')
+    begun = [schedule.phases_begun(0)]
+    for batch in range(1, 7):
+        schedule.advance(at_batch(batch))
+        begun.append(schedule.phases_begun(batch))
+    assert begun == [0, 1, 1, 2, 2, 3, 3]
+    assert schedule_of((4, '2ba')).phases_begun(5) == 0
 
 
-def test_the_plan_of_superposition_added_to_a_run_under_way():
-    rates = {TimeUnit.TOKEN: 128, TimeUnit.EPOCH: Fraction(1, 100)}
-    # 50 plain batches, 10 steps of 4, and of 150 batches worth of tokens 60 are left, in steps of 2.
-    phases = [Phase(4, Time.from_timestring('60ba')), Phase(2, Time.from_timestring(f'{150 * 128}tok'))]
-    longest = Time.from_timestring('200ba')
-    plan = plan_steps(phases, [4, 2], longest, rates, began=50)
-    assert plan == Plan([60, 90], 200)
-    schedule = Schedule(phases)
-    schedule.began = 50
-    schedule.resolve(longest, plan)
-    # Of 2 epochs of 100 batches 50 are read: e - 50 steps of 6 and T - e of one read 150, where e is 0.3 T.
-    share = [Phase(6, Time.from_timestring('0.3dur'))]
-    plan = plan_steps(share, [6], Time.from_timestring('2ep'), rates, began=50)
-    assert plan == Plan([54], 180)
-    assert 50 + 4 * 6 + 126 == 200
-    # One that is past already is left out.
-    schedule = Schedule([Phase(4, Time.from_timestring('40ba')), Phase(2, Time.from_timestring('60ba'))])
-    schedule.began = 50
-    schedule.resolve(longest, plan_steps(schedule.phases, [4, 2], longest, rates, began=50))
+def test_a_phase_whose_moment_is_past_is_left_out():
+    """Superposition added to a run under way, after 50 plain steps."""
+    schedule = schedule_of((4, '40ba'), (2, '60ba'), began=50)
+    assert place(schedule, '200ba', Data(100), at_batch(50)) == Plan([50, 60], 200)
     assert schedule.advance(at_batch(50))
     assert schedule.bag_size == 2
+    assert schedule.progress.ended == [50]
+
+
+def test_the_plan_of_a_run_under_way_goes_on_from_where_it_stands():
+    # 50 plain batches, 10 steps of 4, and of 150 batches worth of tokens 60 are left, in steps of 2.
+    schedule = schedule_of((4, '60ba'), (2, f'{150 * 128}tok'), began=50)
+    now = Timestamp(batch=50, batch_in_epoch=50, token=50 * 128)
+    assert place(schedule, '200ba', Data(tokens=128), now) == Plan([60, 90], 200)
+    # Of 2 epochs of 100 batches 50 are read: e - 50 steps of 6 and T - e of one read 150, where e is 0.3 T.
+    plan = place(schedule_of((6, '0.3dur'), began=50), '2ep', Data(100), at_batch(50))
+    assert plan == Plan([54], 180)
+    assert 50 + 4 * 6 + 126 == 200
+
+
+def test_all_that_is_saved_comes_back():
+    before = schedule_of((4, '0.1dur'), (2, '100tok'), began=0)
+    place(before, '10ba', Data(tokens=10))
+    before.advance(at_batch(1))
+    before.progress.s_tokens, before.progress.left_out, before.progress.dropped, before.progress.drawn = 1, 2, 3, 4
+    state = before.progress.state_dict()
+    assert all(type(value) in (int, str, list) for value in state.values())
+    after = Progress.from_state_dict(state)
+    assert after.state_dict() == state
+    assert list(itertools.chain(after.ended, after.ends)) == list(
+        itertools.chain(before.progress.ended, before.progress.ends)
+    )
+    del state['drawn']
+    with pytest.raises(ValueError, match='The checkpoint is of an earlier composer-tst'):
+        Progress.from_state_dict(state)

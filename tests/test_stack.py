@@ -17,11 +17,11 @@ from composer.algorithms.low_precision_layernorm import apply_low_precision_laye
 from composer.core import Algorithm, Precision
 from llmfoundry.data.dataloader import build_dataloader
 from torch.utils.data import DataLoader, Subset
-from trainers import VOCAB_SIZE, Grads, hugging_face, logged, make_trainer, random_loader
+from trainers import VOCAB_SIZE, Grads, hugging_face, logged, make_trainer, random_loader, superposed_loss
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from composer_tst import PhaseCheckpointer, TokenSuperposition
-from composer_tst.attach import Superposition
+from composer_tst.attach import Attachment
 from composer_tst.folding import fold_batch
 
 L, S = 12, 3
@@ -161,9 +161,8 @@ def test_low_precision_norms_under_autocast_equal_the_definition(apply: Callable
     batches = list(itertools.islice(random_loader(length=L), S))
     with torch.autocast('cpu', torch.bfloat16):
         expected = reference.loss_of(model.model, reference.fold(batches, S), [1.0] * S)
-        Superposition(model)
         batch = fold_batch({key: torch.cat([b[key] for b in batches]) for key in batches[0]}, S)
-        loss = model.loss(model(batch), batch)
+        loss = superposed_loss(Attachment(model), model, batch)
     assert float(loss) == pytest.approx(float(expected), rel=1e-3)
 
 

@@ -15,6 +15,8 @@ from llmfoundry.models.mpt import ComposerMPTCausalLM
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from composer_tst.attach import Attachment
+
 VOCAB_SIZE = 300
 
 
@@ -93,6 +95,13 @@ def text_loader(
     data = {'local': str(dataset), 'split': split, 'shuffle': split == 'train', 'max_seq_len': max_seq_len}
     config = {'name': 'text', 'dataset': data | settings, 'drop_last': split == 'train'} | loader
     return build_dataloader(config, tokenizer, batch_size)
+
+
+def superposed_loss(attachment: Attachment, model: Any, folded: dict[str, Any]) -> torch.Tensor:
+    """The loss of a folded microbatch, through what a superposed step goes through before its backward pass."""
+    outputs = model(attachment.begin(folded))
+    attachment.check_forward()
+    return attachment.loss(outputs)
 
 
 class Grads(Callback):

@@ -11,7 +11,7 @@ from llmfoundry.data.dataloader import build_dataloader
 from streaming import MDSWriter
 from transformers import PreTrainedTokenizerFast
 
-from composer_tst.loader import BagLoader
+from composer_tst.loader import BagLoader, Resumption
 
 from .measure import Case, Other
 from .operations import BAG_SIZES
@@ -30,7 +30,7 @@ def loader_cases(device: torch.device) -> Iterator[Case]:
         loaders = [_text_loader(Path(folder, name)) for name in ('ours', 'plain')]
         for bag_size in BAG_SIZES:
             ours = _forever(
-                BagLoader(loaders[0], lambda step, s=bag_size: s, lambda: (0, 0), True, None, lambda _: None)
+                _drawing(BagLoader(loaders[0], True, None, Resumption()), bag_size)
             )
             plain = _forever(loaders[1])
             yield Case(
@@ -45,6 +45,11 @@ def loader_cases(device: torch.device) -> Iterator[Case]:
                 ),
                 SECONDS,
             )
+
+
+def _drawing(loader: BagLoader, batches: int) -> BagLoader:
+    loader.draws = batches
+    return loader
 
 
 def _forever(loader: Iterable[Any]) -> Iterator[Any]:

@@ -1,0 +1,159 @@
+"""Drawing the data of a fit: which loader stands in for the train loader, and what was drawn of the epoch."""
+
+from contextlib import ExitStack
+
+from composer.core import State
+from composer.utils import dist
+
+from composer_tst.loader import BagLoader, Resumption, check_epoch_is_whole
+from composer_tst.plan import Data, Moment, too_short
+from composer_tst.schedule import Progress
+from composer_tst.stack import check_loader
+
+
+class Drawing:
+    """Puts a :class:`~composer_tst.loader.BagLoader` into the state where it is needed, and counts.
+
+    Args:
+        state: The Trainer's.
+        progress: Where the counts are kept.
+        joins_rows: Whether the rows of a step are joined.
+        fresh: Whether this Trainer has not drawn yet: a dataset's state from a checkpoint is still to be taken up.
+        undo: Where to register what puts the train loader back.
+    """
+
+    def __init__(self, state: State, progress: Progress, joins_rows: bool, fresh: bool, undo: ExitStack):
+        self._state = state
+        self._progress = progress
+        self._joins_rows = joins_rows
+        self._undo = undo
+        self._loader: BagLoader | None = None
+        self._steps = 0
+        self._resumption = self._resume(fresh)
+        self._resumed = self._resumption.drawn > 0
+
+    def _resume(self, fresh: bool) -> Resumption:
+        """Where in an epoch the data begin, by what Composer does to get there."""
+        state, progress = self._state, self._progress
+        steps = int(state.timestamp.batch_in_epoch)
+        self._is_judged = True
+        if 'train' not in state.dataset_resumption:
+            # The trainer draws the steps of this epoch again, and passes over them.
+            drawn = progress.drawn if steps and progress.drawn is not None else steps
+        elif fresh:
+            # The dataset goes on by itself; how much it has given is not known if superposition is new to the run.
+            self._is_judged = progress.drawn is not None or not steps
+            drawn, steps = (steps if progress.drawn is None else progress.drawn), 0
+        else:
+            # It has taken up its state before, and begins another epoch.
+            drawn = steps = 0
+        progress.drawn = drawn
+        return Resumption(drawn, steps)
+
+    def begin(self, draws: int) -> None:
+        """Stand in for the train loader, where a step draws several batches or an epoch is under way."""
+        drawn, steps = self._resumption
+        if draws > 1 or (drawn > 0 and drawn != steps):
+            self._install(draws)
+
+    def begin_epoch(self, draws: int) -> None:
+        """Draw from a loader that was set since the last epoch, as llm-foundry's CurriculumLearning does."""
+        if draws > 1 and not isinstance(self._state.dataloader, BagLoader):
+            self.check(draws)
+            self._resumption = Resumption()
+            self._install(draws)
+        elif self._state.dataloader is not self._loader:
+            self._loader = None
+
+    def _install(self, draws: int) -> None:
+        state = self._state
+        assert state.dataloader is not None
+        limit = None if state.dataloader_len is None else int(state.dataloader_len)
+        loader = BagLoader(state.dataloader, self._joins_rows, limit, self._resumption)
+        loader.draws = draws
+        state.set_dataloader(loader, state.dataloader_label, -1 if limit is None else limit)
+        self._loader = loader
+
+        def put_back() -> None:
+            """The epoch under way goes on with what it has begun to iterate."""
+            if state.dataloader is loader:
+                limit = -1 if state.dataloader_len is None else int(state.dataloader_len)
+                state.set_dataloader(loader.__wrapped__, state.dataloader_label, limit)
+
+        self._undo.callback(put_back)
+
+    def set_draws(self, draws: int) -> None:
+        """Have the coming steps draw as many loader batches."""
+        if self._loader is not None:
+            self._loader.draws = draws
+
+    def check(self, draws: int) -> None:
+        """Refuse a loader that superposition cannot draw from.
+
+        Raises:
+            ValueError: If it is one for finetuning, or an epoch has fewer batches than a step draws.
+        """
+        check_loader(self._state.dataloader)
+        batches = self._state.dataloader_len
+        if batches is not None and int(batches) < draws:
+            raise too_short(int(batches), draws)
+
+    def check_step(self, superposed: bool) -> None:
+        """Take note that the trainer trains on what was drawn last.
+
+        Raises:
+            ValueError: If that is not the data of a step, because the trainer has not passed over the steps it has
+                done.
+        """
+        loader = self._loader
+        if loader is None or not loader.passing_over:
+            return
+        loader.passing_over = False
+        if superposed and loader.drawn != loader.draws:
+            raise ValueError(
+                f'The run is at step {int(self._state.timestamp.batch_in_epoch)} of the epoch but its data at step 0: '
+                'set spin_dataloaders: true, or use a StreamingDataset, which resumes itself.'
+            )
+
+    def count(self, steps: int) -> None:
+        """Keep what was drawn, at the end of a step or, with no further step, of an epoch."""
+        progress, loader = self._progress, self._loader
+        self._steps += steps
+        if loader is None:
+            progress.drawn = (progress.drawn or 0) + steps
+        else:
+            progress.drawn = loader.drawn
+            progress.left_out += loader.left_out * dist.get_world_size()
+            loader.left_out = 0
+
+    def end_epoch(self, superposed: bool, draws: int) -> None:
+        """Check the epoch that has ended.
+
+        Raises:
+            RuntimeError: If it was cut short.
+            ValueError: If it made no step, so that training would never end.
+        """
+        self.count(steps=0)
+        state, drawn = self._state, self._progress.drawn or 0
+        if state.dataloader_len is not None and self._is_judged:
+            check_epoch_is_whole(state.dataloader, int(state.dataloader_len), drawn)
+        if superposed and not self._steps and not self._resumed:
+            raise too_short(drawn, draws)
+        self._progress.drawn, self._steps = 0, 0
+        self._is_judged, self._resumed = True, False
+
+    def data(self) -> tuple[Data, Moment]:
+        """What the loader tells of itself, and where the run stands."""
+        state, loader, time = self._state, self._state.dataloader, self._state.timestamp
+        rows = getattr(loader, 'batch_size', None)
+        samples = None if rows is None else rows * dist.get_world_size()
+        row_length = getattr(getattr(loader, 'dataset', None), 'max_seq_len', None)
+        data = Data(
+            None if state.dataloader_len is None else int(state.dataloader_len),
+            samples,
+            None if samples is None or row_length is None else samples * row_length,
+            uses_tail=not getattr(loader, 'drop_last', False),
+            joined_rows=rows if self._joins_rows else None,
+        )
+        drawn = self._resumption.drawn
+        return data, Moment(int(time.batch), int(time.epoch), drawn, int(time.sample), int(time.token))

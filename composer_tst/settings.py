@@ -1,0 +1,150 @@
+"""What a user sets: phases of bags, and how bags are made and weighed."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from composer.core import Time, TimeUnit
+
+from composer_tst.folding import check_fold_settings
+from composer_tst.weighting import Weighting, target_weights
+
+_UNITS = (TimeUnit.DURATION, TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE, TimeUnit.EPOCH)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One superposition phase: bags of ``bag_size`` tokens ``until`` a moment of training."""
+
+    bag_size: int
+    until: Time
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run, checked; they never change.
+
+    Attributes:
+        phases: From coarse to fine.
+        superpose: ``both``, ``input`` or ``output``.
+        expand: ``sequence``, ``batch`` or ``none``.
+        weighting: The name of a rule, or the weights of a bag's targets.
+    """
+
+    phases: tuple[Phase, ...]
+    superpose: str
+    expand: str
+    weighting: str | tuple[float, ...]
+
+    def draws(self, bag_size: int) -> int:
+        """Loader batches that one step reads."""
+        return 1 if self.expand == 'none' else bag_size
+
+    def microbatch_scale(self, bag_size: int) -> int:
+        """How many times the rows of a plain microbatch have as many positions: rows may become shorter."""
+        return 1 if self.expand == 'sequence' or self.superpose == 'output' else bag_size
+
+    def weights(self, bag_size: int) -> torch.Tensor:
+        """Weights of a bag's targets, ``(bag_size,)``, that sum to one."""
+        return target_weights(self.weighting, bag_size)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings in plain Python types."""
+        return {
+            'phases': [{'bag_size': phase.bag_size, 'until': phase.until.to_timestring()} for phase in self.phases],
+            'superpose': self.superpose,
+            'expand': self.expand,
+            'weighting': self.weighting if isinstance(self.weighting, str) else list(self.weighting),
+        }
+
+
+def parse_settings(
+    bag_size: int | None,
+    duration: str | Time | None,
+    superpose: str,
+    expand: str,
+    weighting: Weighting,
+    phases: Sequence[Mapping[str, Any]] | None,
+) -> Settings:
+    """Check the settings of a run.
+
+    Raises:
+        ValueError: On one that cannot be followed, or two that do not go together.
+    """
+    parsed = parse_phases(bag_size, duration, phases)
+    check_fold_settings(expand, superpose)
+    for phase in parsed:
+        weights = target_weights(weighting, phase.bag_size)
+        if superpose == 'input' and weights[0] == 0:
+            raise ValueError(
+                f'weighting is {weighting} but superpose: input predicts the first token alone: '
+                'give that one a positive weight.'
+            )
+    if not isinstance(weighting, str):
+        weighting = tuple(float(weight) for weight in weighting)
+    return Settings(tuple(parsed), superpose, expand, weighting)
+
+
+def parse_phases(
+    bag_size: int | None,
+    duration: str | Time | None,
+    phases: Sequence[Mapping[str, Any]] | None,
+) -> list[Phase]:
+    """Read the settings ``bag_size`` and ``duration``, or ``phases``.
+
+    Raises:
+        ValueError: If both or neither are given, a bag size is not an integer of at least 2 or grows from one
+            phase to the next, or a moment is not a Composer Time in dur, ba, tok, sp or ep, is not positive,
+            is at or past the end of training, or is not after the one before it.
+    """
+    if phases is None:
+        if bag_size is None or duration is None:
+            raise ValueError('Superposition needs bag_size and duration, or phases: give one or the other.')
+        return [Phase(_bag_size(bag_size), _moment(duration, 'duration'))]
+    if bag_size is not None or duration is not None:
+        raise ValueError('phases says what bag_size and duration would: give phases, or bag_size and duration.')
+    if len(phases) == 0:
+        raise ValueError('phases is empty: give at least one {bag_size, until}.')
+    parsed = []
+    for phase in phases:
+        if not isinstance(phase, Mapping) or set(phase) != {'bag_size', 'until'}:
+            raise ValueError(f'A phase is {phase!r}: give it bag_size and until, and nothing else.')
+        parsed.append(Phase(_bag_size(phase['bag_size']), _moment(phase['until'], 'until')))
+    for before, after in itertools.pairwise(parsed):
+        if after.bag_size > before.bag_size:
+            raise ValueError(
+                f'phases go from bag_size {before.bag_size} to {after.bag_size}: order them from coarse to fine.'
+            )
+        if after.until.unit == before.until.unit and after.until <= before.until:
+            raise ValueError(
+                f'phases end at {before.until.to_timestring()} and then at {after.until.to_timestring()}: '
+                'give increasing times.'
+            )
+    return parsed
+
+
+def _bag_size(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 2:
+        raise ValueError(f'bag_size is {value!r}: give an integer of at least 2.')
+    return value
+
+
+def _moment(value: Any, name: str) -> Time:
+    try:
+        moment = value if isinstance(value, Time) else Time.from_timestring(value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f'{name} is {value!r}, which is no Composer Time: write it as 0.3dur, 6000ba, 100000tok, 500sp or 1ep.'
+        ) from None
+    if moment.unit not in _UNITS:
+        raise ValueError(f'{name} is {value}: give it in dur, ba, tok, sp or ep.')
+    if moment.value <= 0:
+        raise ValueError(f'{name} is {value}, so no step would be superposed: give a positive time.')
+    if moment.unit == TimeUnit.DURATION and moment.value >= 1:
+        raise ValueError(
+            f'{name} is {value}, so superposition would last to the end and leave no recovery phase: '
+            'give less than 1dur.'
+        )
+    return moment
