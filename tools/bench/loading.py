@@ -29,9 +29,7 @@ def loader_cases(device: torch.device) -> Iterator[Case]:
         # Streaming wants a folder for each reader.
         loaders = [_text_loader(Path(folder, name)) for name in ('ours', 'plain')]
         for bag_size in BAG_SIZES:
-            ours = _forever(
-                _drawing(BagLoader(loaders[0], True, None, Resumption()), bag_size)
-            )
+            ours = _forever(_drawing(BagLoader(loaders[0], True, None, Resumption()), bag_size))
             plain = _forever(loaders[1])
             yield Case(
                 f'loader s={bag_size} B={BATCH_SIZE} L={LENGTH}, {BATCHES} loader batches',
