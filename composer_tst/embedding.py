@@ -3,14 +3,15 @@
 Token-Superposition Training (Peng, Gigant, Quesnelle, arXiv 2605.06546) sums in float32 and casts back. Here
 the `s` embeddings of a bag never stand side by side in memory, neither forward nor backward.
 
-Forward and backward are operators of their own, opaque to `torch.compile`: they compute in place, and a compiler that
-traces what an autograd function computes in place may lose its gradient (that of torch 2.11 does).
+For `torch.compile` forward and backward are operators that it does not look into: they compute in place, and a
+compiler that traces what an autograd function computes in place may lose its gradient (that of torch 2.11 does).
 """
 
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # Float32 elements summed at a time for a low-precision weight on CPU (1 MiB): the sums stay in the cache.
 _CHUNK_ELEMENTS = 1 << 18
@@ -50,13 +51,29 @@ def bag_embedding(embedding: nn.Module | Tensor, input_ids: Tensor, mask: Tensor
         raise ValueError(f'mask must be {tuple(input_ids.shape)} like input_ids, but is {tuple(mask.shape)}.')
     bags = (input_ids.flatten(0, -2) if input_ids.ndim > 1 else input_ids[None]).long()
     attended = None if mask is None else mask.reshape(bags.shape) != 0
-    means = cast(Tensor, _mean(weight, bags, attended, padding_idx))
+    means = cast(Tensor, _BagEmbedding.apply(weight, bags, attended, padding_idx))
     return means.view(*input_ids.shape[:-1], weight.shape[1])
 
 
-@torch.library.custom_op('composer_tst::bag_mean', mutates_args=())
-def _mean(weight: Tensor, bags: Tensor, attended: Tensor | None, padding_idx: int | None) -> Tensor:
-    """(V, d) weight, (T, s) int64 ids and (T, s) bool mask or None to (T, d) means; the rest is for the gradient."""
+class _BagEmbedding(torch.autograd.Function):
+    """(V, d) weight, (T, s) int64 ids and (T, s) bool mask or None to (T, d) means."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bags: Tensor, attended: Tensor | None, padding_idx: int | None) -> Tensor:
+        ctx.save_for_backward(bags, attended)
+        ctx.vocabulary, ctx.padding_idx = weight.shape[0], padding_idx
+        mean = _mean_operator if torch.compiler.is_compiling() else _mean
+        return mean(weight.detach(), bags, attended)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = _gradient_operator if torch.compiler.is_compiling() else _gradient
+        return gradient(grad_output, *ctx.saved_tensors, ctx.vocabulary, ctx.padding_idx), None, None, None
+
+
+def _mean(weight: Tensor, bags: Tensor, attended: Tensor | None) -> Tensor:
+    """(V, d) weight, (T, s) ids and (T, s) bool mask or None to (T, d) means."""
     size = bags.shape[1]
     wide = weight.dtype in (torch.float32, torch.float64)
     if wide or (weight.is_cuda and attended is None):
@@ -76,13 +93,7 @@ def _mean(weight: Tensor, bags: Tensor, attended: Tensor | None, padding_idx: in
     return means
 
 
-@_mean.register_fake
-def _(weight: Tensor, bags: Tensor, attended: Tensor | None, padding_idx: int | None) -> Tensor:
-    return weight.new_empty(bags.shape[0], weight.shape[1])
-
-
-@torch.library.custom_op('composer_tst::bag_mean_backward', mutates_args=())
-def _mean_backward(
+def _gradient(
     grad_output: Tensor, bags: Tensor, attended: Tensor | None, vocabulary: int, padding_idx: int | None
 ) -> Tensor:
     """(T, d) gradient of the means to the (V, d) gradient of the weight."""
@@ -102,22 +113,18 @@ def _mean_backward(
     return grad_weight
 
 
-@_mean_backward.register_fake
+_mean_operator = torch.library.custom_op('composer_tst::bag_mean', _mean, mutates_args=())
+_gradient_operator = torch.library.custom_op('composer_tst::bag_mean_gradient', _gradient, mutates_args=())
+
+
+@_mean_operator.register_fake
+def _(weight: Tensor, bags: Tensor, attended: Tensor | None) -> Tensor:
+    return weight.new_empty(bags.shape[0], weight.shape[1])
+
+
+@_gradient_operator.register_fake
 def _(grad_output: Tensor, bags: Tensor, attended: Tensor | None, vocabulary: int, padding_idx: int | None) -> Tensor:
     return grad_output.new_empty(vocabulary, grad_output.shape[1])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, bags, attended, ctx.padding_idx = inputs
-    ctx.save_for_backward(bags, attended)
-    ctx.vocabulary = weight.shape[0]
-
-
-def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    return _mean_backward(grad_output, *ctx.saved_tensors, ctx.vocabulary, ctx.padding_idx), None, None, None
-
-
-_mean.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def _counts(bags: Tensor, attended: Tensor | None) -> Tensor | int:

@@ -29,7 +29,10 @@ def pytest_addoption(parser: pytest.Parser):
 
 
 def pytest_configure(config: pytest.Config):
-    if config.getoption('device') == 'cuda' and not torch.cuda.is_available():
+    if config.getoption('device') == 'cpu':
+        # Trainers take a GPU wherever they see one, those in processes that tests start too.
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''
+    elif not torch.cuda.is_available():
         raise pytest.UsageError('--device cuda: torch finds no GPU here; leave it out to test on the CPU.')
 
 
