@@ -22,7 +22,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 .PHONY: help install quickstart evidence benchmark benchmark-data wheel test test-faults test-slow test-fuzz-data lint clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-12s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-16s %s\n", $$1, $$2 }'
 
 install: $(VENV)/.installed ## everything into .venv, from nothing but Python and a C compiler
 
