@@ -81,15 +81,11 @@ test-faults: install ## kills, lost nodes, a lost server; five to ten minutes
 test-slow: install ## torch.compile with its own compiler
 	$(PYTHON) -m pytest -m slow
 
-<<<<<<< HEAD
-lint: install ## formatting, lint and type check
-=======
 # Random inputs, outputs and mishaps of prepare_data.py, for MINUTES from SEED on.
 test-fuzz-data: install ## random inputs and kills of prepare-data
 	$(PYTHON) tests/fuzz_prepare_data.py --seed $(SEED) --minutes $(MINUTES)
 
-lint: install
->>>>>>> origin/data-prep
+lint: install ## formatting, lint and type check
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
