@@ -228,6 +228,7 @@ def test_a_pattern_means_the_same_whether_the_shell_or_this_program_expands_it(
     assert names_of('deep*') == names_of('deeper') == ['deeper/copy.txt', 'deeper/deepest/x.txt']
     assert names_of('**/x.txt') == names_of('*/*/x.txt') == names_of('deeper/**/[w-y].txt') == ['deeper/deepest/x.txt']
     assert names_of('deeper/.h*') == ['deeper/.hidden']
+    assert names_of('*/') == names_of('deeper')
 
 
 def test_a_name_that_exists_comes_before_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -74,7 +74,10 @@ class TextTokenizer:
     @cached_property
     def drops(self) -> bool:
         """Whether it drops, without a token, what its vocabulary does not know."""
-        return any(len(ids) == 0 for ids in self.encode(RARE))
+        try:
+            return any(len(ids) == 0 for ids in self.encode(RARE))
+        except PrepareError:
+            return False  # it fails instead
 
     @cached_property
     def _dropped(self) -> dict[str, bool]:
