@@ -63,7 +63,7 @@ def invalid_parquet() -> bytes:
         ('a.json', lambda data, texts: data),
         ('a.jsonl.gz', lambda data, texts: gzip.compress(data[:50]) + gzip.compress(data[50:])),
         ('a.ndjson.zst', lambda data, texts: zstandard.compress(data[:50]) + zstandard.compress(data[50:])),
-        ('a.jsonl.GZ', lambda data, texts: gzip.compress(data)),
+        ('a.jsonl.GZ', lambda data, texts: gzip.compress(data) + bytes(512)),
         ('a.JSONL.bz2', lambda data, texts: bz2.compress(data[:50]) + bz2.compress(data[50:])),
         ('a.jsonl.xz', lambda data, texts: lzma.compress(data[:50]) + lzma.compress(data[50:])),
         ('a.jsonl', lambda data, texts: data.replace(b'"id": 1', b'"id": ' + b'7' * 5000)),
