@@ -3,6 +3,7 @@ PYTHON3 ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 SEED ?= 17
+MINUTES ?= 15
 DATA := data/quickstart
 SCALE ?= cpu
 DEVICE ?= cpu
@@ -18,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
-.PHONY: install quickstart evidence benchmark test test-faults test-slow lint clean
+.PHONY: install quickstart evidence benchmark benchmark-data test test-faults test-slow test-fuzz-data lint clean
 
 install: $(VENV)/.installed
 
@@ -67,6 +68,11 @@ benchmark: install
 
 benchmark: export OMP_NUM_THREADS := $(shell nproc)
 
+# What preparing data costs beside llm-foundry's converter, datatrove (in an environment of its own, DATATROVE=PYTHON of
+# it, where there is one) and a plain pool of processes, on every core: leave the machine idle.
+benchmark-data: install
+	$(PYTHON) tools/benchmark_data.py speed $(if $(DATATROVE),--datatrove $(DATATROVE))
+
 test: install
 	$(PYTHON) -m pytest
 
@@ -77,6 +83,10 @@ test-faults: install
 # torch.compile with its own compiler.
 test-slow: install
 	$(PYTHON) -m pytest -m slow
+
+# Random inputs, outputs and mishaps of prepare_data.py, for MINUTES from SEED on.
+test-fuzz-data: install
+	$(PYTHON) tests/fuzz_prepare_data.py --seed $(SEED) --minutes $(MINUTES)
 
 lint: install
 	$(VENV)/bin/ruff format --check .

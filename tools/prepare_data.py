@@ -1,13 +1,14 @@
 """Raw text, on disk or on S3, to tokenised MDS shards that training streams."""
 
+import traceback
 from enum import Enum
 from typing import Annotated
 
 import typer
-from data_prep.errors import PrepareError
-from data_prep.local import ShardOptions
+from data_prep.errors import PrepareError, shown
 from data_prep.parts import Settings
 from data_prep.pipeline import prepare
+from data_prep.shards import ShardOptions
 from data_prep.split import parse_splits
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -26,11 +27,11 @@ def main(
         list[str] | None,
         typer.Argument(
             metavar='INPUT...',
-            help='Files, folders, globs or s3:// prefixes of plain text (a document a file), JSON lines '
-            '(.jsonl, .ndjson, .json) or Parquet, each also .gz or .zst.',
+            help='Files, folders, patterns or s3:// addresses of plain text (a document a file), JSON lines '
+            '(.jsonl, .ndjson, .json) or Parquet, each also .gz, .zst, .bz2 or .xz.',
         ),
     ] = None,
-    output: Annotated[str, typer.Option(help='A folder that does not exist yet, or an s3:// prefix.')] = '',
+    output: Annotated[str, typer.Option(help='An empty or a new folder, or an s3:// address.')] = '',
     seq_len: Annotated[int, typer.Option(help='Tokens of a row.')] = 2048,
     tokenizer: Annotated[str | None, typer.Option(help='A local folder or a hub name.')] = None,
     train_tokenizer: Annotated[
@@ -43,19 +44,27 @@ def main(
     compression: Annotated[str | None, typer.Option(help='Of shards: zstd, zstd:7, gz, ...')] = None,
     hashes: Annotated[str, typer.Option(help='Of shards, with commas between: sha1,xxh64, ...')] = '',
     skip_bad: Annotated[bool, typer.Option('--skip-bad', help='List bad documents and go on.')] = False,
-    verify: Annotated[bool, typer.Option('--verify', help='Read every shard back before the end.')] = False,
+    verify: Annotated[bool, typer.Option('--verify', help='Read every shard back, of a finished output too.')] = False,
     engine: Annotated[Engine, typer.Option(help='This machine, or Spark.')] = Engine.local,
 ) -> None:
     """Make a data set for `llmfoundry train`: OUTPUT/train, OUTPUT/val and OUTPUT/stats.json.
 
-    Killed and run again with the same arguments, it goes on from the finished parts.
+    Killed and run again with the same arguments, it goes on from the finished parts. Nothing is ever deleted.
     """
     try:
         settings = Settings(seq_len, parse_splits(split), text_key, skip_bad)
         shards = ShardOptions(compression, sorted({name for name in hashes.split(',') if name}))
         prepare(inputs or [], output, settings, shards, tokenizer, train_tokenizer, engine.value, verify)
     except PrepareError as error:
-        typer.echo(f'error: {error}', err=True)
+        typer.echo(f'error: {shown(str(error))}', err=True)
+        raise typer.Exit(1) from None
+    except Exception as error:
+        traceback.print_exc()
+        typer.echo(
+            f'error: a fault of this program, {shown(repr(error))}: report what is above; '
+            'nothing is lost, and the same command goes on from the finished parts',
+            err=True,
+        )
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo('interrupted: the same command goes on from here', err=True)

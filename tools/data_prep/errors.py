@@ -5,10 +5,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from botocore.exceptions import BotoCoreError, ClientError
+from urllib3.exceptions import HTTPError
+
+# What disks and object stores raise.
+FAILURES = (OSError, BotoCoreError, ClientError, HTTPError)
 
 
 class PrepareError(Exception):
     """A failure the user can act on: one sentence that names the file, the line, or the setting."""
+
+
+def shown(text: str) -> str:
+    """A text that may hold anything, as names of files may, on one line of UTF-8."""
+    return text if text.isprintable() else ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @contextmanager
@@ -24,17 +33,23 @@ def explained(action: str, path: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, BotoCoreError, ClientError) as error:
+    except FAILURES as error:
         raise PrepareError(f'cannot {action} {path}: {reason(error)}') from error
 
 
 def reason(error: BaseException) -> str:
     """Say in a few words, on one line, why a read or a write failed."""
+    if isinstance(error, ClientError):
+        code = error.response.get('Error', {}).get('Code', '')
+        if code == 'NoSuchBucket':
+            return 'there is no such bucket'
+        status = error.response.get('ResponseMetadata', {}).get('HTTPStatusCode')
+        if status in (403, 404):
+            return 'access denied' if status == 403 else 'it is not there'
     if isinstance(error, PermissionError):
         return 'access denied'
     if isinstance(error, FileNotFoundError):
         return 'it is not there'
     if isinstance(error, OSError) and error.errno is not None:
-        # s3fs makes up errno and puts the server's words in strerror; the disk's words are libc's.
-        return error.strerror or os.strerror(error.errno)
+        return os.strerror(error.errno)
     return ' '.join(str(error).split()).rstrip('.') or type(error).__name__

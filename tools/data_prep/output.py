@@ -1,154 +1,118 @@
-"""Where shards go, what of them is finished, and when they become visible.
+"""Where a data set goes, and the records of what of it is finished.
 
-On disk everything is written to a hidden folder beside the output and renamed at the end; on S3, where
-nothing can be renamed, it is written in place and the indexes, without which there is no data set, come
-last. In both, the folder `.parts` holds what a restart needs and is deleted at the end.
+Everything is written in place, under its own name; the indexes, without which there is no data set, come
+last. The folder `.records` says with what the output was begun, which parts are finished, and which files
+are theirs. It stays when all is done, so that a data set can be verified and mended at any time. Nothing
+is ever deleted.
 """
 
 import hashlib
 import json
-import os
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from .documents import Source
-from .errors import PrepareError, explained
-from .storage import check_bucket, filesystem, is_s3
+from .disk import Disk
+from .errors import PrepareError, shown
+from .s3 import S3
+from .stores import store_of
 
-STATE = '.parts'
+RECORDS = '.records'
+BEGUN = 'begun.json'
+# What the making of a file system leaves in it.
+LOST_AND_FOUND = 'lost+found'
 
 
 @dataclass(frozen=True)
 class Output:
-    """An output under way.
-
-    Args:
-        path: what the user named.
-        root: where files are until all are there.
-    """
+    """An output, finished or under way."""
 
     path: str
-    root: str
+
+    @property
+    def store(self) -> Disk | S3:
+        """The place where it is."""
+        return store_of(self.path)
 
     def at(self, *names: str) -> str:
-        """The address of something under the root."""
-        return '/'.join((self.root, *names))
+        """The address of something in it."""
+        return '/'.join((self.path.rstrip('/'), *names))
 
-    def exists(self, *names: str) -> bool:
-        """Whether there is a file or folder of that name."""
-        return filesystem(self.root).exists(self.at(*names))
+    def create(self, data: bytes, *names: str) -> None:
+        """Write a large file, which a record will name when it is complete."""
+        self.store.create(self.at(*names), data)
 
-    def read(self, *names: str) -> bytes:
-        """Read a whole file."""
-        path = self.at(*names)
-        with explained('read', path):
-            return filesystem(self.root).cat_file(path)
+    def publish(self, data: bytes, *names: str) -> None:
+        """Write a file that is there whole or not at all."""
+        self.store.publish(self.at(*names), data)
 
-    def write(self, data: bytes, *names: str) -> None:
-        """Write a file so that it is there whole or not at all."""
-        path = self.at(*names)
-        with explained('write', path):
-            if is_s3(path):
-                filesystem(path).pipe_file(path, data)
-                return
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), prefix='.', delete=False) as file:
-                file.write(data)
-            os.replace(file.name, path)
+    def record(self, name: str, record: Any) -> None:
+        """Write a record."""
+        data = json.dumps({'sha256': _seal(record), 'record': record}).encode()
+        self.store.replace(self.at(RECORDS, name), data)
 
-    def take(self, local: str, *names: str) -> None:
-        """Move a local file to its place."""
-        path = self.at(*names)
-        with explained('write', path):
-            if is_s3(path):
-                filesystem(path).put_file(local, path)
-                os.remove(local)
-            else:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                os.replace(local, path)
+    def recorded(self, name: str) -> Any:
+        """Read a record; None if there is none, or if it is damaged."""
+        data = self.store.read(self.at(RECORDS, name))
+        try:
+            sealed = json.loads(data or b'')
+            return sealed['record'] if sealed['sha256'] == _seal(sealed['record']) else None
+        except (ValueError, KeyError, TypeError):
+            return None
 
-    @contextmanager
-    def scratch(self) -> Iterator[str]:
-        """A local folder to write in, on the output's own disk where it is one."""
-        with explained('write', self.path):
-            parent = None
-            if not is_s3(self.root):
-                parent = self.at(STATE)
-                os.makedirs(parent, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=parent) as folder:
-                yield folder
-
-    def read_state(self) -> dict[str, bytes]:
-        """Read the files of the state folder, by name."""
-        fs = filesystem(self.root)
-        folder = self.at(STATE)
-        with explained('read', folder):
-            paths = [path for path in fs.find(folder, maxdepth=1) if path.endswith('.json')]
-            # Many at once: thousands of requests to S3, one after another, would take minutes.
-            with ThreadPoolExecutor(32) as pool:
-                return dict(zip(map(os.path.basename, paths), pool.map(fs.cat_file, paths), strict=True))
-
-    def publish(self) -> None:
-        """Make the data set visible under the user's name and delete the state."""
-        with explained('write', self.path):
-            if not is_s3(self.path) and self.root != self.path:
-                os.replace(self.root, self.path)
-            state = f'{self.path}/{STATE}'
-            filesystem(self.path).rm(state, recursive=True)
+    def part_records(self, parts: int, splits: Iterable[str]) -> dict[int, dict]:
+        """The records of finished parts all of whose shards are there, by the number of the part."""
+        there = set(self.store.sizes(self.at(RECORDS)))
+        numbers = [number for number in range(parts) if part_name(number) in there]
+        sizes = {split: self.store.sizes(self.at(split)) for split in splits}
+        # Many at once: thousands of requests to S3, one after another, would take minutes.
+        with ThreadPoolExecutor(32) as pool:
+            records = list(pool.map(lambda number: self.recorded(part_name(number)), numbers))
+        return {
+            number: record
+            for number, record in zip(numbers, records, strict=True)
+            if record is not None
+            and all(
+                sizes[split].get(file['name']) == file['bytes']
+                for split, files in record['files'].items()
+                for file in files
+            )
+        }
 
 
-def open_output(path: str, arguments: dict, sources: Sequence[Source]) -> Output:
-    """Start an output, or go on with one that the same arguments started.
+def part_name(number: int) -> str:
+    """The name of the record of a part."""
+    return f'part.{number:06}.json'
 
-    What was started from inputs that have since changed is thrown away.
+
+def _seal(record: Any) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def check_output(output: Output, fingerprint: dict[str, Any]) -> bool:
+    """Look whether an output is new or was begun with the same fingerprint; return whether it was begun.
+
+    Args:
+        output: is not written to.
+        fingerprint: what decides the rows, by the words that a refusal uses for it.
 
     Raises:
-        PrepareError: if the output exists, or other arguments started it.
+        PrepareError: if the output holds anything of others, or was begun with another fingerprint.
     """
-    path = path.rstrip('/') if is_s3(path) else os.path.abspath(path)
-    listing = hashlib.sha256(json.dumps([(s.path, s.size, s.stamp) for s in sources]).encode()).hexdigest()
-    started = {'arguments': arguments, 'inputs': listing}
-    with explained('write', path):
-        output = _under_way(path)
-        if output is None:
-            root = path if is_s3(path) else _staging(path)
-            output = Output(path, root)
-        else:
-            before = json.loads(output.read(STATE, 'arguments.json'))
-            changed = sorted(key for key in arguments if arguments[key] != before['arguments'].get(key))
-            if changed:
+    begun = output.recorded(BEGUN)
+    if begun is None:
+        for name in output.store.names(output.path):
+            if not name.startswith('.') and name != LOST_AND_FOUND:
                 raise PrepareError(
-                    f'{path} was begun with another {" and ".join(changed)}: '
-                    f'run with the same arguments, or remove {output.root} first'
+                    f'output {output.path} holds {shown(name)} and was not begun by this command: '
+                    'name an empty or a new folder'
                 )
-            if before['inputs'] == listing:
-                return output
-            print(f'the input has changed since {path} was begun: starting anew', file=sys.stderr)
-            filesystem(output.root).rm(output.root, recursive=True)
-        output.write(json.dumps(started).encode(), STATE, 'arguments.json')
-    return output
-
-
-def _staging(path: str) -> str:
-    return os.path.join(os.path.dirname(path), f'.{os.path.basename(path)}.partial')
-
-
-def _under_way(path: str) -> Output | None:
-    """Find an unfinished output, which may have been interrupted right after its renaming."""
-    fs = filesystem(path)
-    if is_s3(path):
-        check_bucket(path)
-    for root in [path] if is_s3(path) else [path, _staging(path)]:
-        if fs.exists(f'{root}/{STATE}/arguments.json'):
-            return Output(path, root)
-    if fs.exists(path) and (not fs.isdir(path) or fs.ls(path)):
-        raise PrepareError(f'output {path} exists: remove it or name another')
-    if not is_s3(path):
-        # Left by a run that was killed before it wrote down its arguments.
-        shutil.rmtree(_staging(path), ignore_errors=True)
-    return None
+        return False
+    fingerprint = json.loads(json.dumps(fingerprint))
+    if begun != fingerprint:
+        changed = [key for key in fingerprint if begun.get(key) != fingerprint[key]]
+        raise PrepareError(
+            f'{output.path} was begun with another {" and ".join(changed)}: run with the same, or name another output'
+        )
+    return True

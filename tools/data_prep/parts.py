@@ -4,19 +4,18 @@ Parts depend on the inputs alone, never on the number of workers, so every run m
 not run on from one part to the next: the last, incomplete row of a part and split is dropped and counted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from .documents import BadDocument, Piece, Source, read_documents
-from .errors import PrepareError, explained
+from .documents import BadDocument, Piece, open_parquet, read_documents
+from .errors import PrepareError, shown
 from .packing import Packer
+from .reading import DamagedError, opened, refusing
+from .sources import Source
 from .split import Splits, choose_split
-from .storage import filesystem
 from .tokenizer import TextTokenizer
 
 # About as many bytes of rows as of text, so about one shard of streaming's default size.
@@ -26,13 +25,15 @@ MOST_PARTS = 10_000
 # What is tokenised in one call, in characters; bounds the memory of a worker.
 BATCH_CHARS = 1 << 20
 
+BAD_ADVICE = ' (with --skip-bad, the same command goes on from here without such documents)'
+
 Part = tuple[Piece, ...]
 Progress = Callable[[tuple[int, int]], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What turns documents into rows, the same for every part."""
+    """What turns documents into rows, the same for every part; and whether bad ones are passed over."""
 
     seq_len: int
     splits: Splits
@@ -45,10 +46,14 @@ class SplitCount:
     """What a part, or all of them, put into one split."""
 
     documents: int = 0
+    characters: int = 0
     rows: int = 0
-    # End-of-text tokens that are in rows; the others went with dropped tokens.
+    # Documents that are whole in rows: their end-of-text tokens are. Those of the others went with dropped tokens.
     ends: int = 0
     dropped_tokens: int = 0
+    # Tokens that stand for what the vocabulary does not know, and characters that no token stands for at all.
+    unknown_tokens: int = 0
+    lost_characters: int = 0
 
 
 @dataclass
@@ -72,11 +77,8 @@ class PartCount:
         """Add another part's counts."""
         self.bad += other.bad
         for name, split in other.splits.items():
-            mine = self.splits[name]
-            mine.documents += split.documents
-            mine.rows += split.rows
-            mine.ends += split.ends
-            mine.dropped_tokens += split.dropped_tokens
+            for key, value in vars(split).items():
+                setattr(self.splits[name], key, getattr(self.splits[name], key) + value)
 
 
 def plan_parts(sources: Sequence[Source]) -> list[Part]:
@@ -106,9 +108,9 @@ def _pieces(source: Source, part_bytes: int) -> Iterator[tuple[Piece, int]]:
             yield Piece(source, start, end), end - start
     else:
         try:
-            with explained('read', source.path), filesystem(source.path).open(source.path, 'rb') as stream:
-                metadata = pq.ParquetFile(stream).metadata
-        except pa.ArrowInvalid:
+            with opened(source) as stream, refusing('parquet'):
+                metadata = open_parquet(stream).metadata
+        except DamagedError:
             # Reading it will report it as a bad document.
             yield Piece(source), source.size
             return
@@ -137,12 +139,16 @@ def pack_part(
     for batch in _batches(part, tokenizer, settings, count):
         documents, tokens = 0, 0
         encoded = tokenizer.encode([text for _, text, _ in batch])
-        for (split, _, last), ids in zip(batch, encoded, strict=True):
+        for (split, text, last), ids in zip(batch, encoded, strict=True):
+            counted = count.splits[split]
+            counted.lost_characters += tokenizer.count_lost(text)
+            if tokenizer.unknown_id is not None:
+                counted.unknown_tokens += int(np.count_nonzero(ids == tokenizer.unknown_id))
             packers[split].add(ids)
             tokens += len(ids)
             if last:
                 packers[split].add(end_of_text)
-                count.splits[split].documents += 1
+                counted.documents += 1
                 documents += 1
         progress((documents, tokens + documents))
         for split, packer in packers.items():
@@ -152,7 +158,14 @@ def pack_part(
                 count.splits[split].ends += int(np.count_nonzero(rows == tokenizer.eos_id))
                 yield split, rows
     for split, packer in packers.items():
-        count.splits[split].dropped_tokens = packer.held_tokens
+        counted = count.splits[split]
+        counted.dropped_tokens = packer.held_tokens
+        ends = counted.ends + sum(int(np.count_nonzero(held == tokenizer.eos_id)) for held in packer.held)
+        if ends != counted.documents:
+            raise PrepareError(
+                f'--tokenizer: it makes end-of-text of text, {ends - counted.documents:,} times in a part that begins '
+                f'with {part[0].source.path}: use one that keeps an id for the ends of documents'
+            )
 
 
 def _batches(
@@ -164,13 +177,13 @@ def _batches(
     for piece in part:
         for document in read_documents(piece, settings.text_key):
             if isinstance(document, BadDocument):
-                sentence = f'{document.where}: {document.why}'
+                sentence = shown(f'{document.where}: {document.why}')
                 if not settings.skip_bad:
-                    raise PrepareError(sentence)
+                    raise PrepareError(sentence + BAD_ADVICE)
                 count.bad.append(sentence)
                 continue
             split = choose_split(document.digest, settings.splits)
-            texts = tokenizer.pieces(document.chunks)
+            texts = tokenizer.pieces(_counted(document.chunks, count.splits[split]))
             text = next(texts)
             while text is not None:
                 following = next(texts, None)
@@ -182,3 +195,9 @@ def _batches(
                 text = following
     if batch:
         yield batch
+
+
+def _counted(chunks: Iterable[str], count: SplitCount) -> Iterator[str]:
+    for chunk in chunks:
+        count.characters += len(chunk)
+        yield chunk

@@ -14,15 +14,18 @@ LEAST_PART_CHARS = 1 << 20
 
 
 def sample_texts(parts: Sequence[Part], settings: Settings) -> Iterator[str]:
-    """Take documents of the first split, the beginnings of long ones, from parts all over the input.
+    """Take documents of the largest split, the beginnings of long ones, from parts all over the input.
 
-    Bad documents are passed over here and dealt with when their part is converted.
+    What is taken depends on the text and on the plan of parts, and on neither names nor times. Bad documents
+    are passed over here and dealt with when their part is converted.
     """
+    # In whatever order splits are named; of two of one size, that which is called train.
+    largest, _ = max(settings.splits, key=lambda split: (split[1], split[0] == 'train', split[0]))
     share = max(SAMPLE_CHARS // max(len(parts), 1), LEAST_PART_CHARS)
     left = SAMPLE_CHARS
-    for part in sorted(parts, key=lambda part: hashlib.blake2b(repr(part).encode()).digest()):
+    for number in sorted(range(len(parts)), key=lambda number: hashlib.blake2b(b'%d' % number).digest()):
         part_left = min(share, left)
-        for document in _documents(part, settings):
+        for document in _documents(parts[number], settings, largest):
             for chunk in document.chunks:
                 text = chunk[: min(DOCUMENT_CHARS, part_left)]
                 part_left -= len(text)
@@ -35,10 +38,8 @@ def sample_texts(parts: Sequence[Part], settings: Settings) -> Iterator[str]:
             return
 
 
-def _documents(part: Part, settings: Settings) -> Iterator[Document]:
+def _documents(part: Part, settings: Settings, split: str) -> Iterator[Document]:
     for piece in part:
         for document in read_documents(piece, settings.text_key):
-            if not isinstance(document, Document):
-                continue
-            if choose_split(document.digest, settings.splits) == settings.splits[0][0]:
+            if isinstance(document, Document) and choose_split(document.digest, settings.splits) == split:
                 yield document

@@ -2,11 +2,13 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 
 from .errors import PrepareError
 
 Splits = tuple[tuple[str, float], ...]
+NAME = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_-]*')
 
 
 def parse_splits(text: str) -> Splits:
@@ -22,10 +24,15 @@ def parse_splits(text: str) -> Splits:
             value = float(share)
         except ValueError:
             value = math.nan
-        if not (name.isidentifier() and value > 0):
+        if not value > 0:
             raise PrepareError(f'--split {text}: {item.strip()!r} is not NAME=SHARE with a share above 0')
+        if not NAME.fullmatch(name):
+            raise PrepareError(f'--split {text}: {name!r} is no name of a folder: use letters, digits, _ and -')
+        if name.lower() == 'tokenizer':
+            raise PrepareError(f'--split {text}: the folder {name} is that of the tokenizer: use another name')
         splits.append((name, value))
-    names = [name for name, _ in splits]
+    # On some disks, names that differ in case alone are one.
+    names = [name.lower() for name, _ in splits]
     if len(set(names)) < len(names):
         raise PrepareError(f'--split {text}: a name is given twice')
     if not math.isclose(sum(share for _, share in splits), 1.0, abs_tol=1e-6):

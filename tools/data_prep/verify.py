@@ -1,16 +1,14 @@
-"""Reading every shard back as training does, and the summary that `tools/plan.py` reads."""
+"""Reading every shard back, and the summary that `tools/plan.py` reads."""
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from .errors import PrepareError, explained
-from .output import Output
+from .convert import Job
+from .errors import PrepareError
 from .parts import PartCount, Settings
-from .storage import filesystem
+from .shards import digest_of
 from .tokenizer import TextTokenizer
 from .workers import parallel
 
@@ -19,17 +17,22 @@ def summarize(shards: Mapping[str, list], count: PartCount, settings: Settings, 
     """Sum up a data set: what `stats.json` holds.
 
     Returns:
-        For each split: documents, rows, tokens (in rows), dropped tokens, tokens per document, shards, and
-        bytes (of the shards as stored); and the length of rows, the vocabulary and the bad documents.
+        For each split: documents, characters, rows, tokens (in rows), dropped tokens, documents of which some or
+        all tokens were dropped, unknown tokens, characters without a token, tokens per document, shards, and bytes
+        (of the shards as stored); and the length of rows, the vocabulary and the bad documents.
     """
     splits = {}
     for name, counted in count.splits.items():
         tokens = counted.rows * settings.seq_len
         splits[name] = {
             'documents': counted.documents,
+            'characters': counted.characters,
             'rows': counted.rows,
             'tokens': tokens,
             'dropped_tokens': counted.dropped_tokens,
+            'cut_documents': counted.documents - counted.ends,
+            'unknown_tokens': counted.unknown_tokens,
+            'lost_characters': counted.lost_characters,
             'tokens_per_document': (
                 round((tokens + counted.dropped_tokens) / counted.documents, 2) if counted.documents else 0.0
             ),
@@ -47,30 +50,33 @@ def summarize(shards: Mapping[str, list], count: PartCount, settings: Settings, 
 
 def describe(stats: dict) -> str:
     """The summary in lines for people."""
-    lines = [
-        f'{name}: {split["documents"]:,} documents, {split["tokens"]:,} tokens in {split["rows"]:,} rows of '
-        f'{stats["seq_len"]:,}, {split["tokens_per_document"]:,.1f} tokens per document, '
-        f'{split["bytes"]:,} bytes in {split["shards"]:,} shards'
-        for name, split in stats['splits'].items()
-    ]
+    lines = []
+    for name, split in stats['splits'].items():
+        lines.append(
+            f'{name}: {split["documents"]:,} documents, {split["tokens"]:,} tokens in {split["rows"]:,} rows of '
+            f'{stats["seq_len"]:,}, {split["tokens_per_document"]:,.1f} tokens per document, '
+            f'{split["bytes"]:,} bytes in {split["shards"]:,} shards'
+        )
+        if split['dropped_tokens']:
+            lines.append(
+                f'{name}: at the ends of parts {split["dropped_tokens"]:,} tokens fill no row, and cut '
+                f'{split["cut_documents"]:,} documents'
+            )
     if stats['bad_documents']:
         lines.append(f'{stats["bad_documents"]:,} bad documents skipped')
     return '\n'.join(lines)
 
 
-def verify(output: Output, shards: Mapping[str, list], count: PartCount, stats: dict) -> None:
-    """Read every shard back and compare it with its index entry and with what was counted.
-
-    Args:
-        stats: from `summarize`; has the length of rows, the vocabulary, and the end-of-text id.
+def verify(job: Job, records: list[dict], count: PartCount) -> None:
+    """Read every shard back and compare it with its record and with what was counted.
 
     Raises:
         PrepareError: at the first shard that is missing, damaged, or holds what it should not.
     """
-    items = [(split, entry) for split, entries in shards.items() for entry in entries]
-    rows = dict.fromkeys(shards, 0)
-    ends = dict.fromkeys(shards, 0)
-    for split, read_rows, read_ends in parallel(_verify_shard, (output, stats), items):
+    items = [(split, file) for record in records for split, files in record['files'].items() for file in files]
+    rows = dict.fromkeys(count.splits, 0)
+    ends = dict.fromkeys(count.splits, 0)
+    for split, read_rows, read_ends in parallel(_verify_shard, job, items):
         rows[split] += read_rows
         ends[split] += read_ends
     for split, counted in count.splits.items():
@@ -82,51 +88,24 @@ def verify(output: Output, shards: Mapping[str, list], count: PartCount, stats: 
                 raise PrepareError(f'verify: split {split} holds {read:,} {what}, but {wrote:,} were written')
 
 
-def _verify_shard(
-    job: tuple[Output, dict], item: tuple[str, dict], report: Callable[[Any], None]
-) -> tuple[str, int, int]:
+def _verify_shard(job: Job, item: tuple[str, dict], report: Callable[[Any], None]) -> tuple[str, int, int]:
     """Check one shard; return its split, rows and end-of-text tokens."""
-    from streaming.base.compression import decompress
-    from streaming.base.format.mds.reader import MDSReader
-    from streaming.base.hashing import get_hash
-
-    output, stats = job
-    split, entry = item
-    stored = entry['zip_data'] or entry['raw_data']
-    path = output.at(split, stored['basename'])
+    split, file = item
+    path = job.output.at(split, file['name'])
 
     def check(holds: bool, problem: str) -> None:
         if not holds:
-            raise PrepareError(f'verify: {path} {problem}')
+            raise PrepareError(f'verify: {path} {problem}: move it away, and the same command makes it anew')
 
-    def check_file(data: bytes, info: dict) -> None:
-        check(len(data) == info['bytes'], f'has {len(data):,} bytes instead of {info["bytes"]:,}')
-        for algorithm, value in info['hashes'].items():
-            check(get_hash(algorithm, data) == value, f'does not have the {algorithm} hash of the index')
-
-    with explained('verify', path):
-        data = filesystem(path).cat_file(path)
-    check_file(data, stored)
-    if entry['zip_data']:
-        data = decompress(entry['compression'], data)
-        check_file(data, entry['raw_data'])
-    ends = 0
-    with explained('verify', path), tempfile.TemporaryDirectory() as folder:
-        # Spark's shards lie in folders of their own.
-        name = os.path.basename(entry['raw_data']['basename'])
-        with open(os.path.join(folder, name), 'wb') as file:
-            file.write(data)
-        del data
-        reader = MDSReader.from_json(folder, None, {**entry, 'raw_data': {**entry['raw_data'], 'basename': name}})
-        for index in range(reader.size):
-            try:
-                row = reader.get_item(index)['tokens']
-            except Exception as error:
-                # Damaged bytes make numpy fail in many ways.
-                raise PrepareError(f'verify: {path}, row {index} cannot be read') from error
-            check(row.dtype == np.int32, f'row {index} is {row.dtype} instead of int32')
-            check(row.shape == (stats['seq_len'],), f'row {index} has shape {row.shape}')
-            outside = (row < 0) | (row >= stats['vocab_size'])
-            check(not outside.any(), f'row {index} holds an id outside the vocabulary')
-            ends += int(np.count_nonzero(row == stats['eos_token_id']))
-    return split, entry['samples'], ends
+    data = job.output.store.read(path)
+    check(data is not None, 'is not there')
+    assert data is not None
+    check(len(data) == file['bytes'], f'has {len(data):,} bytes instead of {file["bytes"]:,}')
+    check(digest_of(data) == file['sha256'], 'does not hold what was written (by its sha256)')
+    try:
+        rows = job.shards.decode(job.shards.unpack(data), file['rows'], job.settings.seq_len)
+    except ValueError:
+        raise PrepareError(f'verify: {path} is no shard of {file["rows"]:,} rows of {job.settings.seq_len:,}') from None
+    outside = (rows < 0) | (rows >= job.tokenizer.vocab_size)
+    check(not outside.any(), 'holds an id outside the vocabulary')
+    return split, len(rows), int(np.count_nonzero(rows == job.tokenizer.eos_id))

@@ -1,7 +1,7 @@
-"""Worker processes, with the slow and large packages loaded once for all of them.
+"""Worker processes, with the packages they need loaded once for all of them.
 
-Workers are forked from a server process that has imported streaming and transformers: the memory of the
-packages is shared, a worker starts at once, and the parent, which needs neither, is never forked.
+Workers are forked from a server process that has imported these packages: their memory is shared, a worker
+starts at once, and the parent is never forked.
 """
 
 import multiprocessing
@@ -16,7 +16,7 @@ from typing import Any
 
 from .errors import PrepareError
 
-PRELOADED = ['streaming', 'transformers.models.auto.tokenization_auto']
+PRELOADED = ['numpy', 'pyarrow.parquet', 'tokenizers', 'tqdm', 'typer', 'botocore.client']
 TICK_SECONDS = 0.2
 
 _context = multiprocessing.get_context('forkserver')
@@ -25,7 +25,10 @@ _work: tuple[Callable[..., Any], Any, Any, Any]
 
 
 def preload() -> None:
-    """Begin to load the packages, so that they are there when the first worker is wanted."""
+    """Begin to load the packages, so that they are there when the first worker is wanted.
+
+    Not transformers, which takes seconds and much memory, and which only one short-lived worker needs.
+    """
     _context.set_forkserver_preload(PRELOADED)
     forkserver.ensure_running()
 
