@@ -18,7 +18,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
-.PHONY: install quickstart evidence benchmark test test-faults test-slow lint clean
+.PHONY: install quickstart evidence benchmark test test-next test-faults test-slow lint clean
 
 install: $(VENV)/.installed
 
@@ -68,7 +68,27 @@ benchmark: install
 benchmark: export OMP_NUM_THREADS := $(shell nproc)
 
 test: install
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --device $(DEVICE)
+
+# The newest torch of the index, or another (TORCH=2.11), with the newest of all else that Composer's pins admit; no
+# llm-foundry, which admits one torch alone. Runs what needs none, and torch.compile with its own compiler.
+TORCH ?=
+NEXT := .venv-next$(addprefix -,$(TORCH))
+NEXT_TESTS := attach benchmark embedding epoch_ends families folding functional loader loss loss_triton \
+	phase_checkpointer plain_code schedule scheduler superposition used_again weighting
+
+test-next: $(NEXT)/.installed
+	$(NEXT)/bin/python -m pytest -m 'not faults' -rsfE $(NEXT_TESTS:%=tests/test_%.py)
+	$(NEXT)/bin/python tests/versions.py
+
+$(NEXT)/.installed: pyproject.toml
+	$(PYTHON3) -m venv $(NEXT)
+	$(NEXT)/bin/python -m pip install --quiet uv
+	printf '%s\n' 'torch$(if $(TORCH),==$(TORCH).*)' torchvision > $(NEXT)/overrides.txt
+	$(NEXT)/bin/uv pip install --quiet --python $(NEXT)/bin/python --overrides $(NEXT)/overrides.txt \
+		torch 'mosaicml[nlp,peft]>=0.32.1,<0.33' 'mosaicml-streaming>=0.12.0,<0.13' 'wrapt>=1.14,<2' \
+		'greenlet>=3,<4' 'hypothesis>=6,<7' 'pytest>=7.2.1,<9' 'typer<1'
+	touch $@
 
 # Random kills, two nodes, other ranks, no package, a lost S3 server: what takes too long for `make test`.
 test-faults: install
