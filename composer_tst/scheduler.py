@@ -47,9 +47,9 @@ class WarmupStableDecayScheduler(ComposerScheduler):
 
     Raises:
         ValueError: On construction, if a time is not a Composer time, is negative or on the wall clock, or if
-            ``alpha_f`` is outside 0 to 1. When the trainer is built, if ``t_decay`` cannot be converted to
-            the unit of ``max_duration``, or if warmup and decay overlap. Where their units cannot be
-            compared, an overlap only shows, and is an error, at the batch where the decay would begin.
+            ``alpha_f`` is no number from 0 to 1. When the trainer is built, if ``t_decay`` cannot be converted to
+            the unit of ``max_duration`` or is longer than that, or if warmup and decay overlap. Where their units
+            cannot be compared, an overlap only shows, and is an error, at the batch where the decay would begin.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class WarmupStableDecayScheduler(ComposerScheduler):
         alpha_f: float = 0.0,
         scale_warmup: bool = False,
     ):
-        if not 0 <= alpha_f <= 1:
-            raise ValueError(f'alpha_f={alpha_f} must be from 0 to 1: it is a share of the learning rate.')
+        if isinstance(alpha_f, bool) or not isinstance(alpha_f, (int, float)) or not 0 <= alpha_f <= 1:
+            raise ValueError(f'alpha_f={alpha_f!r} must be a number from 0 to 1: it is a share of the learning rate.')
         self.t_warmup = _parse('t_warmup', t_warmup)
         self.t_decay = _parse('t_decay', t_decay)
         self.alpha_f = alpha_f
@@ -79,11 +79,16 @@ class WarmupStableDecayScheduler(ComposerScheduler):
                 f'give it in {state.max_duration.unit.value}, or as a share such as 0.1dur.'
             )
 
+        # Trainer(scale_schedule_ratio=...) calls its schedulers once before it scales max_duration
+        before_scaling = ssr != 1.0 and state.timestamp.batch == 0
+        if t_decay > t_max and not before_scaling:
+            raise ValueError(
+                f't_decay={self.t_decay.to_timestring()} is longer than '
+                f'max_duration={state.max_duration.to_timestring()}; shorten it or train for longer.'
+            )
         elapsed = state.timestamp.get(t_warmup.unit)
         remaining = t_max - state.timestamp.get(t_max.unit)
         warming_up, decaying = elapsed < t_warmup, remaining <= t_decay
-        # Trainer(scale_schedule_ratio=...) calls its schedulers once before it scales max_duration
-        before_scaling = ssr != 1.0 and state.timestamp.batch == 0
         overlap = t_warmup.unit == t_max.unit and t_warmup + t_decay > t_max
         if (overlap or (warming_up and decaying)) and not before_scaling:
             raise ValueError(

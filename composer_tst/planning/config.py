@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from composer.core import Time, TimeUnit
+from composer.core import Time, Timestamp, TimeUnit
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from composer_tst import TokenSuperposition
+from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
 from composer_tst.schedule import Phase
 
 SETTINGS = sorted(inspect.signature(TokenSuperposition).parameters)
-PUBLISHED_WARMUP = 2000
 
 
 class PlanError(Exception):
@@ -78,6 +78,7 @@ def read_run(config: DictConfig) -> Run:
         raise PlanError(f'max_duration is {text}: give it in ba, tok, sp or ep')
     if max_duration.value < 1:
         raise PlanError(f'max_duration is {text}: give a positive time')
+    check_scheduler(config, max_duration)
     settings = superposition_settings(config)
     if settings is None:
         return Run(rows, length, max_duration, (), 'both', 'sequence', 'uniform')
@@ -87,6 +88,21 @@ def read_run(config: DictConfig) -> Run:
         raise PlanError(f'algorithms.token_superposition: {error}') from error
     phases, weighting = tuple(algorithm.schedule.phases), algorithm.weighting
     return Run(rows, length, max_duration, phases, algorithm.superpose, algorithm.expand, weighting)
+
+
+def check_scheduler(config: DictConfig, max_duration: Time) -> None:
+    """Refuse what the published scheduler refuses in training, where the YAML names it."""
+    found: Any = OmegaConf.select(config, 'scheduler')
+    if not isinstance(found, DictConfig) or found.get('name') != 'warmup_stable_decay':
+        return
+    settings: Any = OmegaConf.to_container(found, resolve=True)
+    del settings['name']
+    state: Any = SimpleNamespace(max_duration=max_duration, timestamp=Timestamp(), dataloader_len=None)
+    try:
+        WarmupStableDecayScheduler(**settings)(state)
+    except (TypeError, ValueError) as error:
+        if 'batches in an epoch' not in str(error):  # which only the loader knows
+            raise PlanError(f'scheduler: {error}') from error
 
 
 def superposition_settings(config: DictConfig) -> dict[str, Any] | None:
@@ -104,7 +120,9 @@ def superposition_settings(config: DictConfig) -> dict[str, Any] | None:
     settings: Any = OmegaConf.to_container(found, resolve=True) if found is not None else {}
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
-        raise PlanError(f'algorithms.token_superposition.{unknown[0]} is no setting: use {", ".join(SETTINGS)}')
+        nearest = difflib.get_close_matches(unknown[0], SETTINGS, 1)
+        meant = f' (did you mean {nearest[0]}?)' if nearest else ''
+        raise PlanError(f'algorithms.token_superposition.{unknown[0]} is no setting{meant}: use {", ".join(SETTINGS)}')
     return settings
 
 
@@ -131,32 +149,3 @@ def equal_steps(run: Run) -> Time:
     if run.max_duration.unit not in per_batch:
         raise PlanError(f'max_duration is {run.max_duration.to_timestring()}: give it in ba, tok or sp')
     return Time.from_batch(math.ceil(run.max_duration.value / per_batch[run.max_duration.unit]))
-
-
-def fill_in(config: DictConfig, run: Run) -> DictConfig:
-    """The YAML with the steps of the plain run, and a scheduler where it has another."""
-    if not run.phases:
-        raise PlanError('--write needs a superposition: give --bag-size and --duration, or the algorithm in the YAML')
-    config = config.copy()
-    steps = equal_steps(run)
-    # A share of tokens would be another share of steps.
-    config.max_duration = steps.to_timestring()
-    if OmegaConf.select(config, 'scheduler.name') != 'warmup_stable_decay':
-        warmup = min(PUBLISHED_WARMUP, int(steps.value) // 10)
-        config.scheduler = {
-            'name': 'warmup_stable_decay', 't_warmup': f'{warmup}ba', 't_decay': '0.1dur', 'alpha_f': 0.0
-        }  # fmt: skip
-    decay = str(OmegaConf.select(config, 'scheduler.t_decay', default='0.1dur'))
-    if not decay.endswith(('dur', 'ba', 'ep')):
-        raise PlanError(f'scheduler.t_decay is {decay}: give it in dur or ba, since --write counts max_duration in ba')
-    return config
-
-
-def write(config: DictConfig, path: str) -> None:
-    """Write a YAML where there is none."""
-    if Path(path).exists():
-        raise PlanError(f'--write {path}: it exists: remove it or name another')
-    try:
-        Path(path).write_text(OmegaConf.to_yaml(config))
-    except OSError as error:
-        raise PlanError(f'--write {path}: {error.strerror}') from error

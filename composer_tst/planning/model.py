@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from .config import PlanError, value
 
+# What llm-foundry's MPT takes beside its architecture. The loss it takes by default is installed with a GPU alone.
+NO_ARCHITECTURE = ('name', 'loss_fn', 'use_train_metrics', 'additional_train_metrics')
+# Attention that needs no GPU, of as many parameters and FLOPs.
+PLAIN_ATTENTION = {'attn_impl': 'torch', 'rope_impl': 'hf'}
 # What Hugging Face's configs call the number of experts.
 EXPERTS = ('num_experts', 'num_local_experts', 'n_routed_experts')
 
@@ -29,34 +36,69 @@ class Model:
 
 def build(config: DictConfig) -> Model:
     """Count a model's parameters on the meta device."""
-    import torch
-
     found = value(config, 'model', DictConfig, 'the model, as llm-foundry takes it')
     settings: Any = OmegaConf.to_container(found, resolve=True)
     name = value(config, 'model.name', str, 'hf_causal_lm or mpt_causal_lm')
+    if name not in BUILDERS:
+        raise PlanError(f'model.name is {name!r}: this reads {" and ".join(BUILDERS)}')
     try:
-        if name == 'hf_causal_lm':
-            from llmfoundry.utils.config_utils import set_config_overrides
-            from transformers import AutoConfig, AutoModelForCausalLM
-            from transformers.modeling_utils import no_init_weights
-
-            hf = AutoConfig.from_pretrained(settings['pretrained_model_name_or_path'])
-            set_config_overrides(hf, settings.get('config_overrides') or {})
-            with torch.device('meta'), no_init_weights():
-                model: Any = AutoModelForCausalLM.from_config(hf)
-        elif name == 'mpt_causal_lm':
-            from llmfoundry.models.mpt import ComposerMPTCausalLM
-
-            settings = {key: item for key, item in settings.items() if key != 'name'}
-            model = ComposerMPTCausalLM(**{**settings, 'init_device': 'meta'}).model
-            hf = model.config
-        else:
-            raise PlanError(f'model.name is {name!r}: this reads hf_causal_lm and mpt_causal_lm')
+        with _quiet():
+            model = BUILDERS[name](settings)
     except PlanError:
         raise
     except Exception as error:
         # What a config is refused for takes many forms, some over several lines.
         raise PlanError(f'model: {name} refuses these settings: {" ".join(str(error).split())[:300]}') from error
+    return _count(model)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without advice on models that are to be trained: this one is only counted."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _hugging_face(settings: dict[str, Any]) -> Any:
+    import torch
+    from llmfoundry.utils.config_utils import set_config_overrides
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_utils import no_init_weights
+
+    named = settings.get('pretrained_model_name_or_path')
+    try:
+        hf = AutoConfig.from_pretrained(named)
+    except OSError as error:
+        raise PlanError(
+            f'model.pretrained_model_name_or_path is {named!r}, which is no folder with a config.json, and the hub '
+            'does not answer for it: give such a folder'
+        ) from error
+    set_config_overrides(hf, settings.get('config_overrides') or {})
+    with torch.device('meta'), no_init_weights():
+        return AutoModelForCausalLM.from_config(hf)
+
+
+def _mpt(settings: dict[str, Any]) -> Any:
+    from llmfoundry.models.mpt import MPTConfig, MPTForCausalLM
+
+    shape = {key: item for key, item in settings.items() if key not in NO_ARCHITECTURE}
+    shape['attn_config'] = {**(shape.get('attn_config') or {}), **PLAIN_ATTENTION}
+    return MPTForCausalLM(MPTConfig(**{**shape, 'init_device': 'meta'}))
+
+
+BUILDERS = {'hf_causal_lm': _hugging_face, 'mpt_causal_lm': _mpt}
+
+
+def _count(model: Any) -> Model:
+    hf = model.config
     count = sum(weight.numel() for weight in model.parameters())
     experts = sum(weight.numel() for key, weight in model.named_parameters() if '.experts.' in key)
     every = next((getattr(hf, key) for key in EXPERTS if hasattr(hf, key)), 1)
