@@ -43,18 +43,23 @@ class PhaseCheckpointer(Callback):
                 uploader = callback.remote_uploader
                 folder = callback.folder if uploader is None else uploader.remote_folder
                 break
+<<<<<<< HEAD
         else:
             say([no_save_folder(folder.format(run_name=state.run_name))])
         self._remote_folder = parse_uri(folder)[2]
+=======
+>>>>>>> base
         self._saver = CheckpointSaver(
             folder=folder,
-            remote_file_name='{run_name}',
+            remote_file_name=parse_uri(folder)[2],
             latest_filename=None,
             latest_remote_file_name=None,
             save_interval=lambda state, event: True,
             overwrite=True,
         )
-        self._saver.init(state, logger)
+        self._saver.init(state, logger)  # which fills in what a logger knows, as {mlflow_run_id}
+        assert self._saver.remote_file_name is not None
+        self._remote_folder = self._saver.remote_file_name.filename
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Note the bag size that training starts with."""

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 # First, since it makes the tools importable.
@@ -280,6 +280,23 @@ def make_tokenizers(folder: Path) -> None:
         TOKENIZERS[name] = Defined(
             str(folder / name), 1, lambda text, twin=twin: twin.encode(text, add_special_tokens=False).ids
         )
+    # As of Llama 2: a mark before every text.
+    marks: Any = normalizers
+    byte_tokens = [f'<0x{code:02X}>' for code in range(256)]
+
+    def marking(special: list[str]) -> Any:
+        tokens = {word: at for at, word in enumerate([*special, *byte_tokens, *rest, '▁t', '▁the'])}
+        model: Any = Tokenizer(made.BPE(tokens, [('▁', 't')], unk_token=special[0], byte_fallback=True))
+        model.normalizer = marks.Sequence([marks.Prepend('▁'), marks.Replace(' ', '▁')])
+        return model
+
+    PreTrainedTokenizerFast(
+        tokenizer_object=marking(['<unk>', EOS, '<pad>']), eos_token=EOS, pad_token='<pad>', unk_token='<unk>'
+    ).save_pretrained(str(folder / 'marking'))
+    twin = marking(UNSPELLED)
+    TOKENIZERS['marking'] = Defined(
+        str(folder / 'marking'), 1, lambda text, twin=twin: twin.encode(text, add_special_tokens=False).ids
+    )
     bytes_of = tokenizers_of.train_tokenizer([make_text(number) for number in range(50)], 400)
     tokenizers_of.save_tokenizer(bytes_of, str(folder / 'bytes'))
     plain: Any = PreTrainedTokenizerFast.from_pretrained(str(folder / 'bytes'))

@@ -1,5 +1,7 @@
 """The ends of epochs: resumption there, epochs of other rows than the sampler's, and epochs without a step."""
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,6 @@ import torch
 from composer.core import DataSpec
 from composer.utils import dist
 from streaming import MDSWriter, StreamingDataset
-from streaming.base.util import clean_stale_shared_memory
 from torch.utils.data import DataLoader, IterableDataset
 from trainers import VOCAB_SIZE, Rows, llama, logged, make_trainer, random_loader
 
@@ -43,9 +44,13 @@ class Text(StreamingDataset):
         return {'input_ids': ids, 'labels': ids.clone()}
 
 
+def own_folder(folder: str) -> str:
+    """A copy: streaming wants a folder for each reader."""
+    return str(shutil.copytree(folder, tempfile.mkdtemp(dir=Path(folder).parent), dirs_exist_ok=True))
+
+
 def streaming(folder: str, workers: int = 0, drop_last: bool = True, **settings: Any) -> DataLoader:
-    clean_stale_shared_memory()
-    dataset = Text(local=folder, batch_size=4, shuffle=True, shuffle_seed=5, **settings)
+    dataset = Text(local=own_folder(folder), batch_size=4, shuffle=True, shuffle_seed=5, **settings)
     return DataLoader(dataset, batch_size=4, drop_last=drop_last, num_workers=workers)
 
 
@@ -128,8 +133,7 @@ def packed(documents: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize('superposed', [False, True])
 def test_a_collator_makes_fewer_rows_than_it_is_given_samples(superposed: bool, shards: Callable):
-    clean_stale_shared_memory()
-    dataset = Documents(local=shards(64, LENGTH // 2), batch_size=8)
+    dataset = Documents(local=own_folder(shards(64, LENGTH // 2)), batch_size=8)
     loader = DataLoader(dataset, batch_size=8, collate_fn=packed)
     algorithm = TokenSuperposition(2, '2ba') if superposed else None
     trainer, logger = make_trainer(llama(), loader, algorithm, '2ep')
@@ -248,8 +252,8 @@ def test_phases_in_epochs_that_leave_a_tail():
 @pytest.mark.parametrize('samples', ['rows', 'documents'])
 def test_the_count_of_batches_does_not_hang_on_the_count_of_samples(samples: str, shards: Callable):
     """A DataSpec may count other samples than rows."""
-    clean_stale_shared_memory()
-    loader = DataLoader(Documents(local=shards(64, LENGTH // 2), batch_size=8), batch_size=8, collate_fn=packed)
+    documents = Documents(local=own_folder(shards(64, LENGTH // 2)), batch_size=8)
+    loader = DataLoader(documents, batch_size=8, collate_fn=packed)
     count = (lambda batch: 2 * len(batch['input_ids'])) if samples == 'documents' else None
     spec = DataSpec(loader, get_num_samples_in_batch=count)
     trainer, logger = make_trainer(

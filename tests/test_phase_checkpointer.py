@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer.loggers import MLFlowLogger
 from trainers import llama, make_trainer, random_loader
 
 from composer_tst import PhaseCheckpointer, TokenSuperposition
@@ -46,3 +47,49 @@ def test_each_change_is_saved_once_after_the_last_step_of_its_phase(phases: list
 def test_it_needs_superposition(tmp_path: Path):
     with pytest.raises(ValueError, match='add token_superposition to algorithms'):
         make_trainer(llama(), random_loader(), callbacks=[PhaseCheckpointer()], save_folder=str(tmp_path))
+
+
+def test_it_leaves_latest_alone_and_writes_over_what_it_wrote_before(tmp_path: Path):
+    """A run that repeats the last step of a phase after a failure writes the same checkpoint again."""
+
+    def run() -> None:
+        trainer, _ = make_trainer(
+            llama(),
+            random_loader(),
+            TokenSuperposition(3, '2ba'),
+            '3ba',
+            callbacks=[PhaseCheckpointer()],
+            save_folder=str(tmp_path),
+            save_interval='1ba',
+            save_overwrite=True,
+        )
+        trainer.fit()
+        trainer.close()
+
+    run()
+    assert (tmp_path / 'latest-rank0.pt').resolve().name == 'ep0-ba3-rank0.pt'
+    name = tmp_path / 'bag3-to-bag1' / 'ep0-ba2-rank0.pt'
+    whole = name.read_bytes()
+    name.write_bytes(b'half')
+    run()
+    assert len(name.read_bytes()) == len(whole)
+    assert torch.load(name, weights_only=False)['state']['timestamp']['Timestamp']['batch'] == 2
+    assert {path.name for path in tmp_path.glob('bag*/*')} == {'ep0-ba2-rank0.pt'}
+
+
+def test_a_folder_named_by_a_logger(tmp_path: Path):
+    logger = MLFlowLogger(experiment_name='x', tracking_uri=str(tmp_path / 'mlflow'), synchronous=True)
+    trainer, _ = make_trainer(
+        llama(),
+        random_loader(),
+        TokenSuperposition(3, '2ba'),
+        '3ba',
+        callbacks=[PhaseCheckpointer()],
+        loggers=[logger],
+        save_folder=f'{tmp_path}/{{mlflow_experiment_id}}/{{mlflow_run_id}}/{{run_name}}',
+        run_name='named',
+    )
+    trainer.fit()
+    trainer.close()
+    folder = tmp_path / str(logger._experiment_id) / str(logger._run_id) / 'named'
+    assert saved(folder) >= {'bag3-to-bag1/ep0-ba2-rank0.pt'}

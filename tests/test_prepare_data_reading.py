@@ -63,7 +63,7 @@ def invalid_parquet() -> bytes:
         ('a.json', lambda data, texts: data),
         ('a.jsonl.gz', lambda data, texts: gzip.compress(data[:50]) + gzip.compress(data[50:])),
         ('a.ndjson.zst', lambda data, texts: zstandard.compress(data[:50]) + zstandard.compress(data[50:])),
-        ('a.jsonl.GZ', lambda data, texts: gzip.compress(data)),
+        ('a.jsonl.GZ', lambda data, texts: gzip.compress(data) + bytes(512)),
         ('a.JSONL.bz2', lambda data, texts: bz2.compress(data[:50]) + bz2.compress(data[50:])),
         ('a.jsonl.xz', lambda data, texts: lzma.compress(data[:50]) + lzma.compress(data[50:])),
         ('a.jsonl', lambda data, texts: data.replace(b'"id": 1', b'"id": ' + b'7' * 5000)),
@@ -228,6 +228,7 @@ def test_a_pattern_means_the_same_whether_the_shell_or_this_program_expands_it(
     assert names_of('deep*') == names_of('deeper') == ['deeper/copy.txt', 'deeper/deepest/x.txt']
     assert names_of('**/x.txt') == names_of('*/*/x.txt') == names_of('deeper/**/[w-y].txt') == ['deeper/deepest/x.txt']
     assert names_of('deeper/.h*') == ['deeper/.hidden']
+    assert names_of('*/') == names_of('deeper')
 
 
 def test_a_name_that_exists_comes_before_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -43,7 +43,10 @@ def test_long_documents_are_cut_where_tokens_do_not_change(
     pieces = list(bpe.pieces(chunks))
     assert len(pieces) > 20
     assert np.array_equal(np.concatenate(bpe.encode(pieces)), bpe.encode([text])[0])
-    assert list(metaspace_tokenizer().pieces(chunks)) == [text]
+    marking = metaspace_tokenizer()
+    pieces = list(marking.pieces(chunks))
+    assert len(pieces) > 5
+    assert np.array_equal(np.concatenate(marking.encode(pieces)), marking.encode([text])[0])
 
 
 def words_of(*extra: str) -> list[str]:

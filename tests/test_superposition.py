@@ -12,7 +12,6 @@ import torch
 from composer import Callback, Evaluator, Trainer
 from composer.callbacks import SpeedMonitor
 from composer.core import DataSpec
-from llmfoundry.data.utils import LossGeneratingTokensCollatorWrapper, get_tokens_per_batch_func
 from torch.utils.data import DataLoader, default_collate
 from trainers import Grads, llama, logged, make_trainer, mpt, random_loader, text_loader
 from transformers import PreTrainedTokenizerBase
@@ -65,6 +64,8 @@ def test_the_first_step_equals_the_definition(family: str, superpose: str, expan
 @pytest.mark.parametrize('on_tokens', ['', 'counted', 'listed'])
 def test_a_padded_batch_whole_or_in_uneven_microbatches_weighed_by_tokens(weighting: Any, on_tokens: str):
     """With llm-foundry's count of tokens, with or without its lists; without it, the whole batch alone is the same."""
+    from llmfoundry.data.utils import LossGeneratingTokensCollatorWrapper, get_tokens_per_batch_func
+
     model, grads = llama(), Grads()
     length = 12
     loader = random_loader(length=length, pad_from=lambda i: length if i % 3 == 0 else 1 + i % length)

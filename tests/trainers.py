@@ -137,7 +137,7 @@ def make_trainer(
         train_dataloader=train,
         algorithms=algorithms,
         max_duration=max_duration,
-        loggers=[logger],
+        loggers=[logger, *settings.pop('loggers', [])],
         **(defaults | settings),
     )
     return trainer, logger

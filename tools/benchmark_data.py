@@ -275,7 +275,7 @@ def memory(
 
 
 def watch(process: subprocess.Popen, since: Path = PREPARE) -> tuple[dict[str, int], int]:
-    """Wait for a run's end; return the peaks of its processes together, by kind, and the largest's (RSS), since a file."""
+    """Wait for a run's end; return the peaks of its processes together and of the largest, once a file exists."""
     peaks, largest = {'Pss': 0, 'Rss': 0}, 0
     while process.poll() is None:
         if not since.exists():

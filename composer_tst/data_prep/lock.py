@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from multiprocessing.reduction import DupFd
 from typing import Any
 
-from .errors import PrepareError, explained
+from .errors import PrepareError, explained, shown
 from .output import RECORDS
 from .s3 import S3
 
@@ -65,7 +65,8 @@ class DiskLock:
             except OSError as error:
                 if error.errno in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
                     print(
-                        f'the disk of {path} has no locks: see to it that no second run writes there', file=sys.stderr
+                        f'the disk of {shown(path)} has no locks: see to it that no second run writes there',
+                        file=sys.stderr,
                     )
                     return
                 if time.monotonic() > deadline:

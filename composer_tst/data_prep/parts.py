@@ -4,7 +4,7 @@ Parts depend on the inputs alone, never on the number of workers, so every run m
 not run on from one part to the next: the last, incomplete row of a part and split is dropped and counted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -141,7 +141,6 @@ def pack_part(
         encoded = tokenizer.encode([text for _, text, _ in batch])
         for (split, text, last), ids in zip(batch, encoded, strict=True):
             counted = count.splits[split]
-            counted.characters += len(text)
             counted.lost_characters += tokenizer.count_lost(text)
             if tokenizer.unknown_id is not None:
                 counted.unknown_tokens += int(np.count_nonzero(ids == tokenizer.unknown_id))
@@ -184,7 +183,7 @@ def _batches(
                 count.bad.append(sentence)
                 continue
             split = choose_split(document.digest, settings.splits)
-            texts = tokenizer.pieces(document.chunks)
+            texts = tokenizer.pieces(_counted(document.chunks, count.splits[split]))
             text = next(texts)
             while text is not None:
                 following = next(texts, None)
@@ -196,3 +195,9 @@ def _batches(
                 text = following
     if batch:
         yield batch
+
+
+def _counted(chunks: Iterable[str], count: SplitCount) -> Iterator[str]:
+    for chunk in chunks:
+        count.characters += len(chunk)
+        yield chunk

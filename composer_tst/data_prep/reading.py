@@ -1,6 +1,7 @@
 """Opening inputs: the stream of a source's bytes, unpacked, with damage told from failures to read."""
 
 import bz2
+import gzip
 import io
 import lzma
 import zlib
@@ -16,7 +17,7 @@ from .stores import store_of
 BLOCK_BYTES = 1 << 20
 
 UNPACKERS: dict[str, Callable[[Any], Any]] = {
-    'gzip': lambda stream: io.BufferedReader(pa.input_stream(stream, compression='gzip'), BLOCK_BYTES),  # pyright: ignore
+    'gzip': lambda stream: gzip.GzipFile(fileobj=stream),
     'zstd': lambda stream: io.BufferedReader(pa.input_stream(stream, compression='zstd'), BLOCK_BYTES),  # pyright: ignore
     'bzip2': bz2.BZ2File,
     'xz': lzma.LZMAFile,

@@ -120,7 +120,7 @@ class _Listing:
             root, pattern = address.path, Pattern(['**'])
         elif address.is_pattern:
             root, parts = address.split_pattern()
-            pattern = Pattern([*parts, '**'] if address.folder else parts)
+            pattern = Pattern([*parts, '**', '*'] if address.folder else parts)
         else:
             raise FileNotFoundError(address.path)
         self._check_output(root, pattern)
@@ -178,7 +178,7 @@ class _Listing:
             return
         if not some and address.is_pattern:
             root, parts = address.split_pattern()
-            pattern = Pattern([*parts, '**'] if address.folder else parts)
+            pattern = Pattern([*parts, '**', '*'] if address.folder else parts)
             # Up to the first wildcard: fewer objects to look through.
             below = re.split(r'[*?[]', address.path, maxsplit=1)[0]
         root = root.rstrip('/')

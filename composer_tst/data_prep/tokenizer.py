@@ -74,7 +74,10 @@ class TextTokenizer:
     @cached_property
     def drops(self) -> bool:
         """Whether it drops, without a token, what its vocabulary does not know."""
-        return any(len(ids) == 0 for ids in self.encode(RARE))
+        try:
+            return any(len(ids) == 0 for ids in self.encode(RARE))
+        except PrepareError:
+            return False  # it fails instead
 
     @cached_property
     def _dropped(self) -> dict[str, bool]:
@@ -119,8 +122,7 @@ class TextTokenizer:
         """Cut a document into pieces whose tokens, one after another, are the tokens of the whole.
 
         A piece is about `PIECE_CHARS` long. It is cut where the tokens on both sides are seen not to depend
-        on each other. Where a tokenizer never allows that (some SentencePiece ones mark the beginning of
-        every text) the document stays whole, in memory too.
+        on each other. Where a tokenizer never allows that, the document stays whole, in memory too.
         """
         held: list[str] = []
         last = ''
@@ -128,23 +130,28 @@ class TextTokenizer:
             for start in range(0, len(chunk), PIECE_CHARS):
                 # There is more to come, so what came before may be cut.
                 cut = self._last_cut(last)
-                held.append(last[:cut])
                 if cut is None:
+                    held.append(last)
                     last = ''
                 else:
-                    yield ''.join(held)
-                    held, last = [], last[cut:]
+                    yield ''.join([*held, last[: cut[0]]])
+                    held, last = [], last[cut[1] :]
                 last += chunk[start : start + PIECE_CHARS]
         yield ''.join([*held, last])
 
-    def _last_cut(self, text: str) -> int | None:
+    def _last_cut(self, text: str) -> tuple[int, int] | None:
+        """Where the last piece of a text ends that may be cut off, and where the next one begins."""
         end = len(text) - PROBE_CHARS
         cuts = [match.start() for match in CUT.finditer(text, max(end - WINDOW_CHARS, PROBE_CHARS), max(end, 0))]
         for cut in reversed(cuts[-CUTS_TRIED:]):
             before, after = text[cut - PROBE_CHARS : cut], text[cut : cut + PROBE_CHARS]
             whole, left, right = self.encode([before + after, before, after])
             if np.array_equal(whole, np.concatenate([left, right])):
-                return cut
+                return cut, cut
+            # SentencePiece's kind puts the mark of a space before every text: there it stands for the one left out.
+            right = self.encode([after[1:]])[0] if after.startswith(' ') else right
+            if np.array_equal(whole, np.concatenate([left, right])):
+                return cut, cut + 1
         return None
 
 

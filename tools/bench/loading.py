@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from llmfoundry.data.dataloader import build_dataloader
 from streaming import MDSWriter
 from transformers import PreTrainedTokenizerFast
 
@@ -56,6 +55,8 @@ def _forever(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 def _text_loader(folder: Path) -> Any:
+    from llmfoundry.data.dataloader import build_dataloader
+
     generator = np.random.default_rng(0)
     with MDSWriter(out=str(folder / 'train'), columns={'tokens': f'ndarray:int32:{LENGTH}'}) as writer:
         for _ in range(ROWS):
