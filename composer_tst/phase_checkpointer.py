@@ -43,12 +43,8 @@ class PhaseCheckpointer(Callback):
                 uploader = callback.remote_uploader
                 folder = callback.folder if uploader is None else uploader.remote_folder
                 break
-<<<<<<< HEAD
         else:
             say([no_save_folder(folder.format(run_name=state.run_name))])
-        self._remote_folder = parse_uri(folder)[2]
-=======
->>>>>>> base
         self._saver = CheckpointSaver(
             folder=folder,
             remote_file_name=parse_uri(folder)[2],
