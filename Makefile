@@ -3,9 +3,9 @@ PYTHON3 ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 SEED ?= 17
+MINUTES ?= 15
 DATA := data/quickstart
 SCALE ?= cpu
-MINUTES ?= 15
 DEVICE ?= cpu
 RUNS := runs/quickstart/seed$(SEED)
 EVIDENCE_DATA := $(if $(filter rows,$(SCALE)),data/rows,$(DATA))
@@ -19,24 +19,26 @@ export PYTHONDONTWRITEBYTECODE :=
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
-.PHONY: install quickstart evidence benchmark test test-faults test-slow test-fuzz test-pythons mutants lint clean
+.PHONY: help install quickstart evidence benchmark benchmark-data wheel test test-faults test-slow test-fuzz \
+	test-fuzz-data test-pythons mutants lint clean
 
-install: $(VENV)/.installed
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-16s %s\n", $$1, $$2 }'
 
-# uv does not mind a Python that is too new: so it is looked at first.
-$(VENV)/.installed: pyproject.toml
+install: $(VENV)/.installed ## everything into .venv, from nothing but Python and a C compiler
+
+# uv does not mind a Python that is too new: so it is looked at first. It shows what it downloads, 7 GB with torch's CUDA parts.
+$(VENV)/.installed: pyproject.toml setup.py
 	@$(PYTHON3) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 14) else \
 		"$(PYTHON3) is Python %d.%d: composer-tst needs 3.10 to 3.13, name one as in make PYTHON3=python3.12." % v)'
+	@echo "Setting up $(VENV): one to seven minutes, 7 GB"
 	$(PYTHON3) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet uv
-	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --editable '.[dev]'
+	$(VENV)/bin/uv pip install --python $(PYTHON) --editable '.[dev]'
 	touch $@
 
-# A baseline and a TST run on Python source, then their comparison. What is finished is kept: run it again to go on. A run
-# whose YAML or data is newer than its end is trained anew.
-quickstart: $(DATA)/stats.json
-	@echo "Training both runs; follow them with: tail -f $(RUNS)/*.log"
-	@$(MAKE) --no-print-directory -j2 $(RUNS)/baseline.done $(RUNS)/tst.done
+quickstart: $(DATA)/stats.json ## a baseline and a TST run on Python source, and their comparison (SEED=17)
+	$(PYTHON) tools/quickstart.py --data $(DATA) --runs $(RUNS) --seed $(SEED)
 	$(PYTHON) tools/compare_runs.py $(RUNS)/baseline $(RUNS)/tst --output $(RUNS)/comparison.png
 
 STDLIB = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_paths()['stdlib'])")
@@ -53,51 +55,52 @@ $(DATA)/stats.json: | install
 data/rows/stats.json: $(DATA)/stats.json
 	$(PREPARE) --seq-len 256 --tokenizer $(DATA)/tokenizer
 
-# Tried twice: StreamingDatasets made at one moment may choose one name for their shared memory. It goes on where it was.
-$(RUNS)/%.done: yamls/quickstart/%.yaml $(DATA)/stats.json
-	@if [ -e $@ ]; then rm -r $@ $(RUNS)/$*; fi
-	@mkdir -p $(RUNS)
-	@train() { $(VENV)/bin/llmfoundry train $< variables.folder=$(RUNS) seed=$(SEED) >> $(RUNS)/$*.log 2>&1; }; \
-		train || train || { tail -n 20 $(RUNS)/$*.log; exit 1; }
-	@touch $@
-
 # Everything docs/evidence.md reports. What is finished is kept: run it again to go on, or elsewhere with KNOWN=record.
-evidence: $(EVIDENCE_DATA)/stats.json
+evidence: $(EVIDENCE_DATA)/stats.json ## train what docs/evidence.md reports (SCALE=cpu), some five hours
 	$(PYTHON) tools/evidence.py --data $(EVIDENCE_DATA) --scale $(SCALE) $(if $(KNOWN),--known $(KNOWN))
 
-# What superposition costs, on every core: leave the machine idle for its eleven minutes.
-benchmark: install
+# What superposition costs, on every core: leave the machine idle for its twelve minutes.
+benchmark: install ## what superposition costs (DEVICE=cpu), twelve minutes on an idle machine
 	$(PYTHON) tools/benchmark.py --device $(DEVICE) --json docs/benchmark_$(DEVICE).json
 
 benchmark: export OMP_NUM_THREADS := $(shell nproc)
 
-test: install
+# What preparing data costs beside llm-foundry's converter, datatrove (in an environment of its own, DATATROVE=PYTHON of
+# it, where there is one) and a plain pool of processes, on every core: leave the machine idle.
+benchmark-data: install ## what preparing data costs, on an idle machine
+	$(PYTHON) tools/benchmark_data.py speed $(if $(DATATROVE),--datatrove $(DATATROVE))
+
+wheel: install ## dist/*.whl; with REPOSITORY=https://... links of the page are absolute, as an index needs them
+	$(PYTHON) -m build
+
+test: install ## the test suite
 	$(PYTHON) -m pytest
 
 # Random kills, two nodes, other ranks, no package, a lost S3 server: what takes too long for `make test`.
-test-faults: install
+test-faults: install ## kills, lost nodes, a lost server; five to ten minutes
 	$(PYTHON) -m pytest -m faults -rP
 
-# Whole runs of all kinds against a plain simulation, for MINUTES from a SEED.
-test-fuzz: install
+test-fuzz: install ## random runs against a plain simulation (SEED=17 MINUTES=15)
 	cd tests && $(abspath $(PYTHON)) fuzz_runs.py --seed $(SEED) --minutes $(MINUTES)
 
-# One-place changes of the core, each through the tests that cover it: which of them no test notices.
-mutants: install
+mutants: install ## changes of the core that no test notices
 	cd tests && $(abspath $(PYTHON)) mutants.py
 
-# An environment and a short test for every Python that is found.
-test-pythons: install
+test-pythons: install ## an environment and a short test for every Python that is found
 	bash tests/pythons.sh $(abspath $(VENV)/bin/uv)
 
 # torch.compile with its own compiler.
-test-slow: install
+test-slow: install ## torch.compile with its own compiler
 	$(PYTHON) -m pytest -m slow
 
-lint: install
+# Random inputs, outputs and mishaps of prepare_data.py, for MINUTES from SEED on.
+test-fuzz-data: install ## random inputs and kills of prepare-data
+	$(PYTHON) tests/fuzz_prepare_data.py --seed $(SEED) --minutes $(MINUTES)
+
+lint: install ## formatting, lint and type check
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
 
-clean:
+clean: ## remove the quickstart's data and runs
 	rm -rf $(DATA) data/rows runs/quickstart

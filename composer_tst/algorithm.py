@@ -14,11 +14,11 @@ from composer.loggers import Logger
 from composer_tst.attach import take_off
 from composer_tst.models import check_model
 from composer_tst.plan import same
-from composer_tst.reporting import report_no_recovery
+from composer_tst.reporting import report_end, report_no_recovery
 from composer_tst.resumption import check_resumed_settings
 from composer_tst.run import Run
 from composer_tst.schedule import Progress, Schedule
-from composer_tst.settings import parse_settings
+from composer_tst.settings import SETTINGS, parse_settings, refuse_unknown
 from composer_tst.stack import check_algorithms, check_callbacks, put_first
 from composer_tst.weighting import Weighting
 
@@ -101,7 +101,9 @@ class TokenSuperposition(Algorithm):
         expand: str = 'sequence',
         weighting: Weighting = 'uniform',
         phases: Sequence[Mapping[str, Any]] | None = None,
+        **unknown: Any,
     ):
+        refuse_unknown('token_superposition', unknown, SETTINGS)
         self.settings = parse_settings(bag_size, duration, superpose, expand, weighting, phases)
         self._of = _Trainer()
 
@@ -128,9 +130,14 @@ class TokenSuperposition(Algorithm):
         self._of.progress = Progress.from_state_dict(state)
         self._of.saved_settings = state['settings']
 
-    def match(self, event: Event, state: State) -> bool:
+    def match(self, event: Event, state: State | None = None) -> bool:
         """Whether to run at this event."""
         del state
+        if not isinstance(self, TokenSuperposition):  # Composer calls the class where it was given for an instance
+            raise ValueError(
+                'algorithms has the class TokenSuperposition: give an instance, TokenSuperposition(bag_size=6, '
+                "duration='0.3dur')."
+            )
         superposed = self._of.run is not None and self._of.run.superposed
         return event in _OF_A_RUN or (superposed and event in _OF_A_SUPERPOSED_STEP)
 
@@ -173,6 +180,7 @@ class TokenSuperposition(Algorithm):
         elif event == Event.FIT_END:
             if run.superposed:
                 report_no_recovery(run.schedule, state.timestamp)
+            report_end(run.schedule.progress, state.timestamp)
             run.close()
 
     def _join(self, state: State) -> None:

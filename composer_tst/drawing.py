@@ -1,9 +1,14 @@
 """Drawing the data of a fit: which loader stands in for the train loader, and what was drawn of the epoch."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import Any
 
+import torch
 from composer.core import State
 from composer.utils import dist
+from streaming import StreamingDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from composer_tst.loader import BagLoader, Resumption, check_epoch_is_whole
 from composer_tst.plan import Data, Moment, too_short
@@ -147,7 +152,7 @@ class Drawing:
         state, loader, time = self._state, self._state.dataloader, self._state.timestamp
         rows = getattr(loader, 'batch_size', None)
         samples = None if rows is None else rows * dist.get_world_size()
-        row_length = getattr(getattr(loader, 'dataset', None), 'max_seq_len', None)
+        row_length = row_length_of(loader)
         data = Data(
             None if state.dataloader_len is None else int(state.dataloader_len),
             samples,
@@ -157,3 +162,26 @@ class Drawing:
         )
         drawn = self._resumption.drawn
         return data, Moment(int(time.batch), int(time.epoch), drawn, int(time.sample), int(time.token))
+
+
+def row_length_of(loader: Any) -> int | None:
+    """Tokens in a row, as a StreamingDataset of llm-foundry tells; else, of a map-style dataset, its first batch.
+
+    Returns:
+        int | None: None where the rows cannot be looked at without drawing them, or are padded to some length.
+    """
+    dataset: Any = getattr(loader, 'dataset', None)
+    length = getattr(dataset, 'max_seq_len', None)
+    if length is not None or not isinstance(loader, DataLoader) or loader.batch_size is None:
+        return length
+    if isinstance(dataset, (IterableDataset, StreamingDataset)) or not hasattr(dataset, '__getitem__'):
+        return None
+    with torch.random.fork_rng(devices=[]):
+        batch: Any = loader.collate_fn([dataset[index] for index in range(min(loader.batch_size, len(dataset)))])
+    if not isinstance(batch, Mapping):
+        return None
+    ids: Any = batch.get('input_ids')
+    mask: Any = batch.get('attention_mask')
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or (mask is not None and not bool(mask.all())):
+        return None
+    return ids.shape[1]

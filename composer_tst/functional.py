@@ -1,4 +1,4 @@
-"""The method without a Trainer: fold, embed, predict."""
+"""The method without a Trainer: fold, embed, predict. It needs torch alone."""
 
 from composer_tst.embedding import bag_embedding
 from composer_tst.folding import fold_batch

@@ -2,9 +2,13 @@
 
 The loss of Token-Superposition Training (Peng, Gigant, Quesnelle, arXiv 2605.06546), at the cost of one
 ordinary cross-entropy: the `s` targets of a row share its log-sum-exp and its gradient buffer.
+
+An autograd function, not an operator as the embedding is: on a CPU its backward turns what forward left into the
+gradient, in the same memory, which an operator may not. For a compiler it computes nothing in place.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,13 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-try:
-    from composer_tst import loss_triton
-except ImportError:  # no Triton, so no GPU that it supports
-    loss_triton = None
-
 # Logits at a time for each thread of a CPU: 1 MiB of float32 stays in its cache.
 _CHUNK_ELEMENTS = 1 << 18
+_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 
 
 def multi_hot_cross_entropy(
@@ -36,7 +36,7 @@ def multi_hot_cross_entropy(
 
     Args:
         logits: (N, V), any floating dtype and strides; never modified.
-        targets: (N, s) int64, each in [0, V) or `ignore_index`.
+        targets: (N, s) int64 or int32, each in [0, V) or `ignore_index`.
         weights: (s,) non-negative, not all zero; uniform if None. They receive no gradient.
         ignore_index: the target that counts for nothing.
         reduction: 'none' for the (N,) losses of the rows, 'sum' for their sum, 'mean' for that sum divided by
@@ -47,20 +47,23 @@ def multi_hot_cross_entropy(
         The loss in nats, float32 (float64 for float64 logits): (N,) for 'none', else a scalar.
 
     Raises:
-        ValueError: a wrong shape, an unknown reduction, or unusable weights (the values of weights on a GPU are
-            not checked, which would stall it).
+        ValueError: a wrong shape, targets that are no integers, an unknown reduction, or unusable weights (the
+            values of weights on a GPU are not checked, which would stall it).
         RuntimeError: on CPU, a target outside [0, V) that is not `ignore_index`.
     """
     if logits.ndim != 2:
         raise ValueError(f'logits must be (N, V), but are {tuple(logits.shape)}.')
     if targets.ndim != 2 or targets.shape[0] != logits.shape[0] or targets.shape[1] == 0:
         raise ValueError(f'targets must be ({logits.shape[0]}, s) with s >= 1, but are {tuple(targets.shape)}.')
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f'targets must be int64 or int32, but are {targets.dtype}.')
     if reduction not in ('none', 'sum', 'mean'):
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean', but is {reduction!r}.")
     valid = targets != ignore_index
     target_weights = valid * _normalised(weights, targets.shape[1], logits)
     trained = torch.is_grad_enabled() and logits.requires_grad
-    losses = cast(Tensor, _MultiHotCrossEntropy.apply(logits, targets.masked_fill(~valid, 0), target_weights, trained))
+    indices = targets.masked_fill(~valid, 0).long()
+    losses = cast(Tensor, _MultiHotCrossEntropy.apply(logits, indices, target_weights, trained))
     if reduction == 'none':
         return losses
     if reduction == 'sum':
@@ -93,8 +96,9 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, trained: bool) -> Tensor:
         ctx.softmax = lse = None
-        if loss_triton and loss_triton.runs_on(logits):
-            lse = loss_triton.log_sum_exp(logits)
+        kernels = _kernels(logits)
+        if kernels:
+            lse = kernels.log_sum_exp(logits)
             nats = lse[:, None] - logits.gather(1, targets)
         elif trained and logits.is_cpu and not torch.compiler.is_compiling():
             # The buffer of the gradient, filled here already, so that exponentials are computed once: on a CPU,
@@ -104,9 +108,10 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
                 torch.softmax(logits[rows].to(weights.dtype), -1, out=ctx.softmax[rows])
             nats = _nats(ctx.softmax, logits, targets)
         else:
-            nats = torch.empty_like(weights)
-            for rows in _chunks(logits):
-                nats[rows] = -logits[rows].to(weights.dtype).log_softmax(-1).gather(1, targets[rows])
+            chunks = (
+                -logits[rows].to(weights.dtype).log_softmax(-1).gather(1, targets[rows]) for rows in _chunks(logits)
+            )
+            nats = torch.cat(list(chunks))
         ctx.save_for_backward(logits, lse, targets, weights, nats)
         # A token that is masked out, with a logit of -inf, costs nothing where its weight is 0: not 0 * inf.
         return (weights * nats.masked_fill(weights == 0, 0)).sum(-1)
@@ -116,11 +121,13 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         logits, lse, targets, weights, nats = ctx.saved_tensors
         scale = grad_output * weights.sum(-1)
-        if loss_triton and lse is not None:
-            grad = loss_triton.scaled_softmax(logits, lse, scale)
+        if lse is not None:
+            grad = _kernels(logits).scaled_softmax(logits, lse, scale)
         elif ctx.softmax is not None:
             grad = _scaled_in_place(ctx.softmax, scale, logits.dtype)
             ctx.softmax = None  # a second backward computes it again
+        elif torch.compiler.is_compiling():
+            grad = (logits.to(weights.dtype).softmax(-1) * scale[:, None]).to(logits.dtype)
         else:
             grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
             for rows in _chunks(logits):
@@ -131,9 +138,21 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
         same = targets[:, :, None] == targets[:, None, :]  # (N, s, s)
         hits = (same * weights[:, None, :]).sum(-1)
         at_targets = scale[:, None] * (-nats).exp() - grad_output[:, None] * hits
-        # Not `scatter_`, which on CPU makes a float32 copy of a low-precision (N, V) tensor.
         rows = torch.arange(len(targets), device=targets.device)[:, None]
-        return grad.index_put_((rows, targets), at_targets.to(grad.dtype)), None, None, None
+        # Not `scatter`, which on CPU makes a float32 copy of a low-precision (N, V) tensor.
+        put = grad.index_put if torch.compiler.is_compiling() else grad.index_put_
+        return put((rows, targets), at_targets.to(grad.dtype)), None, None, None
+
+
+def _kernels(logits: Tensor) -> Any:
+    """The module of the GPU kernels if they take these logits; it is imported, and Triton with it, where it is used."""
+    if not (logits.is_cuda or _INTERPRETED):
+        return None
+    try:
+        from composer_tst import loss_triton
+    except ImportError:  # no Triton, so no GPU that it supports
+        return None
+    return loss_triton if loss_triton.runs_on(logits) else None
 
 
 def _nats(softmax: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
@@ -163,4 +182,4 @@ def _chunks(logits: Tensor) -> list[slice]:
         return [slice(None)]
     rows, vocabulary = logits.shape
     step = max(1, _CHUNK_ELEMENTS * torch.get_num_threads() // max(1, vocabulary))
-    return [slice(start, start + step) for start in range(0, rows, step)]
+    return [slice(start, start + step) for start in range(0, max(1, rows), step)]

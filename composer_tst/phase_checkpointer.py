@@ -1,6 +1,7 @@
 """One full checkpoint at every change of bag size."""
 
 from pathlib import Path
+from typing import Any
 
 from composer.callbacks import CheckpointSaver
 from composer.core import Callback, Event, State
@@ -8,6 +9,9 @@ from composer.loggers import Logger
 from composer.utils import parse_uri
 
 from composer_tst.algorithm import TokenSuperposition
+from composer_tst.announcing import no_save_folder
+from composer_tst.reporting import say
+from composer_tst.settings import refuse_unknown
 
 
 class PhaseCheckpointer(Callback):
@@ -21,7 +25,8 @@ class PhaseCheckpointer(Callback):
     From one of them a recovery run can be forked: ``load_path: .../bag6-to-bag1/ep0-ba6000-rank0.pt``.
     """
 
-    def __init__(self):
+    def __init__(self, **unknown: Any):
+        refuse_unknown('phase_checkpointer', unknown, ())
         self._bag_size = 1
 
     def init(self, state: State, logger: Logger) -> None:
@@ -38,6 +43,8 @@ class PhaseCheckpointer(Callback):
                 uploader = callback.remote_uploader
                 folder = callback.folder if uploader is None else uploader.remote_folder
                 break
+        else:
+            say([no_save_folder(folder.format(run_name=state.run_name))])
         self._saver = CheckpointSaver(
             folder=folder,
             remote_file_name=parse_uri(folder)[2],

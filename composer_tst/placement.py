@@ -4,7 +4,7 @@ from composer.core import State
 
 from composer_tst.drawing import Drawing
 from composer_tst.plan import plan_steps, same
-from composer_tst.reporting import report_change, report_moved_ends, report_shares
+from composer_tst.reporting import report_change, report_course, report_moved_ends, report_shares
 from composer_tst.schedule import Schedule
 from composer_tst.settings import Settings
 
@@ -37,6 +37,7 @@ def place_phases(schedule: Schedule, settings: Settings, drawing: Drawing, state
         report_moved_ends(schedule, before)
     schedule.check(state.timestamp, plan, whole)
     report_shares(schedule, plan, draws_more=settings.expand != 'none')
+    report_course(schedule, settings, plan, drawing.data()[0], state)
     bag_size = schedule.bag_size
     if schedule.advance(state.timestamp):
         report_change(bag_size, schedule.bag_size, state.timestamp)

@@ -1,14 +1,71 @@
-"""What a run says of its phases in the log."""
+"""What a run says of its phases, in the log or, where nothing shows that, on the console."""
 
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 
-from composer.core import Time, Timestamp, TimeUnit
+from composer.core import State, Time, Timestamp, TimeUnit
+from composer.utils import dist
 
-from composer_tst.plan import Plan
-from composer_tst.schedule import Schedule
+from composer_tst.announcing import Course, first_lines, last_line, unknown_course, warnings_of
+from composer_tst.plan import Data, Plan
+from composer_tst.schedule import Progress, Schedule
+from composer_tst.scheduler import turns_of
+from composer_tst.settings import Settings
 
 log = logging.getLogger(__name__)
+
+
+def say(lines: Iterable[str]) -> None:
+    """Say what a user should see without having asked for a log, on rank 0.
+
+    Python shows no log of the level INFO unless it is told to. Composer's own progress bar and console logger print to
+    stderr for that reason; so does this, where the log would not show it.
+    """
+    if dist.get_global_rank():
+        return
+    shown = log.isEnabledFor(logging.INFO) and log.hasHandlers()
+    for line in lines:
+        if shown:
+            log.info('%s', line)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+def report_course(schedule: Schedule, settings: Settings, plan: Plan | None, data: Data, state: State) -> None:
+    """Say what the run is going to do, and warn of what may be amiss with that.
+
+    Args:
+        schedule: The phases, resolved.
+        settings: Those of the run.
+        plan: The expected steps of the phases to come, or None if they are not known.
+        data: What a loader batch and an epoch hold.
+        state: The Trainer's.
+    """
+    sizes = [phase.bag_size for phase in schedule.phases]
+    if plan is None:
+        say(unknown_course(schedule.phases[-1].until.to_timestring(), sizes))
+        return
+    progress = schedule.progress
+    course = Course(
+        sizes,
+        [*progress.ended, *plan.ends],
+        plan.total,
+        [settings.draws(size) for size in sizes],
+        progress.began or 0,
+        data.tokens,
+        data.batches,
+        *turns_of(state),
+    )
+    say(first_lines(course))
+    if not dist.get_global_rank():
+        for warning in warnings_of(course):
+            log.warning('%s', warning)
+
+
+def report_end(progress: Progress, timestamp: Timestamp) -> None:
+    """Say what the run has read."""
+    say([last_line(int(timestamp.batch), int(timestamp.token) - progress.dropped, progress.s_tokens)])
 
 
 def report_moved_ends(schedule: Schedule, before: Sequence[Time]) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from composer.core import State, Time, TimeUnit
 from composer.optim import ComposerScheduler
 from composer.optim.scheduler import _convert_time
+
+from composer_tst.settings import refuse_unknown
 
 __all__ = ['WarmupStableDecayScheduler']
 
@@ -47,9 +50,9 @@ class WarmupStableDecayScheduler(ComposerScheduler):
 
     Raises:
         ValueError: On construction, if a time is not a Composer time, is negative or on the wall clock, or if
-            ``alpha_f`` is outside 0 to 1. When the trainer is built, if ``t_decay`` cannot be converted to
-            the unit of ``max_duration``, or if warmup and decay overlap. Where their units cannot be
-            compared, an overlap only shows, and is an error, at the batch where the decay would begin.
+            ``alpha_f`` is no number from 0 to 1. When the trainer is built, if ``t_decay`` cannot be converted to
+            the unit of ``max_duration`` or is longer than that, or if warmup and decay overlap. Where their units
+            cannot be compared, an overlap only shows, and is an error, at the batch where the decay would begin.
     """
 
     def __init__(
@@ -58,9 +61,11 @@ class WarmupStableDecayScheduler(ComposerScheduler):
         t_decay: str | Time = '0.1dur',
         alpha_f: float = 0.0,
         scale_warmup: bool = False,
+        **unknown: Any,
     ):
-        if not 0 <= alpha_f <= 1:
-            raise ValueError(f'alpha_f={alpha_f} must be from 0 to 1: it is a share of the learning rate.')
+        refuse_unknown('scheduler', unknown, ('t_warmup', 't_decay', 'alpha_f', 'scale_warmup'))
+        if isinstance(alpha_f, bool) or not isinstance(alpha_f, (int, float)) or not 0 <= alpha_f <= 1:
+            raise ValueError(f'alpha_f={alpha_f!r} must be a number from 0 to 1: it is a share of the learning rate.')
         self.t_warmup = _parse('t_warmup', t_warmup)
         self.t_decay = _parse('t_decay', t_decay)
         self.alpha_f = alpha_f
@@ -79,11 +84,16 @@ class WarmupStableDecayScheduler(ComposerScheduler):
                 f'give it in {state.max_duration.unit.value}, or as a share such as 0.1dur.'
             )
 
+        # Trainer(scale_schedule_ratio=...) calls its schedulers once before it scales max_duration
+        before_scaling = ssr != 1.0 and state.timestamp.batch == 0
+        if t_decay > t_max and not before_scaling:
+            raise ValueError(
+                f't_decay={self.t_decay.to_timestring()} is longer than '
+                f'max_duration={state.max_duration.to_timestring()}; shorten it or train for longer.'
+            )
         elapsed = state.timestamp.get(t_warmup.unit)
         remaining = t_max - state.timestamp.get(t_max.unit)
         warming_up, decaying = elapsed < t_warmup, remaining <= t_decay
-        # Trainer(scale_schedule_ratio=...) calls its schedulers once before it scales max_duration
-        before_scaling = ssr != 1.0 and state.timestamp.batch == 0
         overlap = t_warmup.unit == t_max.unit and t_warmup + t_decay > t_max
         if (overlap or (warming_up and decaying)) and not before_scaling:
             raise ValueError(
@@ -98,6 +108,30 @@ class WarmupStableDecayScheduler(ComposerScheduler):
             left = remaining.value / t_decay.value if remaining.value > 0 else 0.0
             return self.alpha_f + (1 - self.alpha_f) * left
         return 1.0
+
+    def turns(self, state: State) -> tuple[int | None, int | None]:
+        """The batches at which the warmup ends and the decay begins; None for what is not measured in batches."""
+        t_warmup = _convert('t_warmup', self.t_warmup, state)
+        t_decay = _convert('t_decay', self.t_decay, state)
+        t_max = _convert('max_duration', Time.from_duration(1.0), state)
+        in_batches = t_max.unit == t_decay.unit == TimeUnit.BATCH
+        return (
+            int(t_warmup.value) if t_warmup.unit == TimeUnit.BATCH else None,
+            int(t_max.value - t_decay.value) if in_batches else None,
+        )
+
+
+def turns_of(state: State) -> tuple[int | None, int | None]:
+    """The batches at which the learning rate has warmed up and begins to decay, where this schedule sets it.
+
+    Composer keeps no schedule but in the functions of torch's ``LambdaLR`` that it makes of them.
+    """
+    for compiled in state.schedulers:
+        for function in getattr(compiled, 'lr_lambdas', ()):
+            for cell in getattr(function, '__closure__', None) or ():
+                if isinstance(cell.cell_contents, WarmupStableDecayScheduler):
+                    return cell.cell_contents.turns(state)
+    return None, None
 
 
 def _parse(name: str, value: str | Time) -> Time:

@@ -1,7 +1,8 @@
 """What a user sets: phases of bags, and how bags are made and weighed."""
 
+import difflib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from composer.core import Time, TimeUnit
 from composer_tst.folding import check_fold_settings
 from composer_tst.weighting import Weighting, target_weights
 
+# What `token_superposition` is set by, as a YAML calls it.
+SETTINGS = ('bag_size', 'duration', 'phases', 'superpose', 'expand', 'weighting')
 _UNITS = (TimeUnit.DURATION, TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE, TimeUnit.EPOCH)
 
 
@@ -87,6 +90,25 @@ def parse_settings(
     return Settings(tuple(parsed), superpose, expand, weighting)
 
 
+def refuse_unknown(name: str, unknown: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse settings that there are not, with the nearest of those that there are.
+
+    Args:
+        name: What they are settings of, as a YAML calls it.
+        unknown: Those that were given.
+        known: Those that there are.
+
+    Raises:
+        ValueError: If any was given.
+    """
+    known = list(known)
+    for setting in unknown:
+        nearest = difflib.get_close_matches(setting, known, 1)
+        meant = f' (did you mean {nearest[0]}?)' if nearest else ''
+        there_are = f'use {", ".join(known)}' if known else 'it has none'
+        raise ValueError(f'{name}.{setting} is no setting{meant}: {there_are}.')
+
+
 def parse_phases(
     bag_size: int | None,
     duration: str | Time | None,
@@ -100,11 +122,19 @@ def parse_phases(
             is at or past the end of training, or is not after the one before it.
     """
     if phases is None:
-        if bag_size is None or duration is None:
+        if bag_size is None and duration is None:
             raise ValueError('Superposition needs bag_size and duration, or phases: give one or the other.')
+        if duration is None:
+            raise ValueError(
+                f'bag_size is {bag_size!r} but there is no duration: say when it ends, as duration: 0.3dur.'
+            )
+        if bag_size is None:
+            raise ValueError(f'duration is {duration!r} but there is no bag_size: say how many tokens, as bag_size: 6.')
         return [Phase(_bag_size(bag_size), _moment(duration, 'duration'))]
     if bag_size is not None or duration is not None:
         raise ValueError('phases says what bag_size and duration would: give phases, or bag_size and duration.')
+    if isinstance(phases, (str, Mapping)) or not isinstance(phases, Sequence):
+        raise ValueError(f'phases is {phases!r}: give a list of {{bag_size, until}}, from coarse to fine.')
     if len(phases) == 0:
         raise ValueError('phases is empty: give at least one {bag_size, until}.')
     parsed = []
@@ -140,7 +170,7 @@ def _moment(value: Any, name: str) -> Time:
         ) from None
     if moment.unit not in _UNITS:
         raise ValueError(f'{name} is {value}: give it in dur, ba, tok, sp or ep.')
-    if moment.value <= 0:
+    if not moment.value > 0:  # nor if it is no number
         raise ValueError(f'{name} is {value}, so no step would be superposed: give a positive time.')
     if moment.unit == TimeUnit.DURATION and moment.value >= 1:
         raise ValueError(

@@ -1,24 +1,41 @@
 """One small data set of real text and one tokenizer for the whole session."""
 
 import gc
+import importlib.util
 import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Generator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REPO = Path(__file__).parent.parent
 SEQ_LEN = 24
 VOCAB_SIZE = 300
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser):
+    parser.addoption('--device', default='cpu', choices=['cpu', 'cuda'], help='where the tests compute')
+
+
+def pytest_configure(config: pytest.Config):
+    if config.getoption('device') == 'cpu':
+        # Trainers take a GPU wherever they see one, those in processes that tests start too.
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError('--device cuda: torch finds no GPU here; leave it out to test on the CPU.')
 
 
 def pytest_collection_finish():
@@ -29,10 +46,27 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Where llm-foundry is not installed (`make test-next`), skip what asks for it."""
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        if (error.name or '').split('.')[0] != 'llmfoundry' or importlib.util.find_spec('llmfoundry'):
+            raise
+        pytest.skip('needs llm-foundry')
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """A test that fails fails again."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """Where to compute: that of `pytest --device`."""
+    return torch.device(str(pytestconfig.getoption('device')))
 
 
 @pytest.fixture(scope='session')
@@ -70,5 +104,7 @@ def tiny_quickstart(dataset: Path) -> list[str]:
 
 
 @pytest.fixture(scope='session')
-def tokenizer(dataset: Path) -> PreTrainedTokenizerBase:
+def tokenizer(dataset: Path) -> 'PreTrainedTokenizerBase':
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(dataset / 'tokenizer', model_max_length=SEQ_LEN)

@@ -1,9 +1,12 @@
 """What torch does in a call, counted by its profiler: inside of its operators too."""
 
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -21,6 +24,27 @@ def operators(call: Callable[[], object]) -> Counter[str]:
 
 # The operators that read a tensor's values on the host: on a GPU each of them would wait for it.
 WAITING = {'aten::item', 'aten::_local_scalar_dense', 'aten::nonzero', 'aten::equal', 'aten::is_nonzero'}
+
+
+@contextmanager
+def errors_at_waits() -> Iterator[None]:
+    """On a GPU, whatever makes the host wait for it raises."""
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """What is not deterministic raises."""
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _events(call: Callable[[], object]) -> list[Any]:

@@ -11,7 +11,8 @@ import pytest
 import trainings
 from composer.core import Time, Timestamp, TimeUnit
 from conftest import SEQ_LEN, VOCAB_SIZE
-from experiments import report
+from experiments import pictures, report
+from experiments.page import write
 from experiments.settings import (
     BASELINE,
     BASELINES,
@@ -23,6 +24,7 @@ from experiments.settings import (
     GRID_SHARES,
     PUBLISHED,
     RECOMMENDED,
+    S4,
     Experiment,
     Scale,
     beyond,
@@ -51,33 +53,33 @@ def runs_of(losses: dict, scale: Scale = CPU) -> report.Runs:
 
 def test_the_speed_up_is_read_between_baselines_with_schedules_of_their_own():
     one, more, twice = BASELINES
-    runs = runs_of({one: [3.0, 3.2], more: [2.9, 3.1], twice: [2.8, 3.0], PUBLISHED: [2.9, 3.15]})
+    runs = runs_of({one: [3.0, 3.2], more: [2.9, 3.1], twice: [2.8, 3.0], S4: [2.9, 3.15]})
     # At the second baseline; half way to it in the logarithm, so that x / 1 = 1.5 / x; below all of them; above.
     assert report.speed_up(runs, -0.1) == ('', pytest.approx(1.5))
     assert report.speed_up(runs, -0.05) == ('', pytest.approx(1.5**0.5))
     assert report.speed_up(runs, -0.3) == ('more than ', 2)
     assert report.speed_up(runs, 0.02) == ('less than ', 1)
     # Differences -0.1 and -0.05: mean -0.075, deviation 0.0354; 1.5 ** 0.75, 1.5 ** 0.396 and 1.5 * (4 / 3) ** 0.104.
-    assert report.iso_loss(runs, PUBLISHED) == f'- {PUBLISHED.name}: 1.36, from 1.17 to 1.55 times.'
+    assert report.iso_loss(runs, S4) == f'- {S4.name}: 1.36, from 1.17 to 1.55 times.'
 
 
 def test_a_setting_that_ends_above_the_baseline_has_no_speed_up():
     one, more, twice = BASELINES
-    runs = runs_of({one: [3.0], more: [3.05], twice: [2.9], PUBLISHED: [3.02]})
-    assert report.iso_loss(runs, PUBLISHED) == f'- {PUBLISHED.name}: less than 1.00 times.'
+    runs = runs_of({one: [3.0], more: [3.05], twice: [2.9], S4: [3.02]})
+    assert report.iso_loss(runs, S4) == f'- {S4.name}: less than 1.00 times.'
     assert report.iso_loss(runs, phases((8, 0.1), (4, 0.2))) == ''
 
 
 def test_a_setting_wins_by_more_than_two_deviations_or_does_not():
     sure, unsure = phases((8, 0.1), (4, 0.2)), phases((4, 0.1), (2, 0.2))
-    losses = {BASELINE: [3.0, 3.1, 3.1], PUBLISHED: [3.0, 3.1, 3.2], sure: [2.9, 3.0, 3.08], unsure: [2.8, 3.1, 3.33]}
+    losses = {BASELINE: [3.0, 3.1, 3.1], S4: [3.0, 3.1, 3.2], sure: [2.9, 3.0, 3.08], unsure: [2.8, 3.1, 3.33]}
     # Differences -0.1, -0.1, -0.12: mean -0.1067, deviation 0.0115; and -0.2, 0, 0.13: mean -0.0233, deviation 0.1662.
     says = report.verdict(runs_of(losses), [Experiment('Some', 'Which?', list(losses), CPU.seeds)])
     assert f'standard deviations: {sure.name}, -0.107 ± 0.012.\n' in says
-    # From the baseline -0.1, -0.1, -0.02 and -0.2, 0, 0.23; the published recipe 0, 0, 0.1.
-    assert f'| {sure.name} | 3 | -0.073 ± 0.046 | **-0.107 ± 0.012** |  |\n' in says
-    assert f'| {unsure.name} | 3 | +0.010 ± 0.215 | -0.023 ± 0.166 |  |' in says
-    assert f'| {PUBLISHED.name} | 3 | +0.033 ± 0.058 |  |  |\n' in says
+    # From the baseline -0.1, -0.1, -0.02 and -0.2, 0, 0.23; bags of 4 0, 0, 0.1.
+    assert f'| {sure.name} | 3 | -0.073 ± 0.046 |  | **-0.107 ± 0.012** |  |\n' in says
+    assert f'| {unsure.name} | 3 | +0.010 ± 0.215 |  | -0.023 ± 0.166 |  |' in says
+    assert f'| {S4.name} | 3 | +0.033 ± 0.058 |  |  |  |\n' in says
     # The setting that is recommended, and the same differences from it.
     losses = {BASELINE: [3.5] * 3, RECOMMENDED: [3.0, 3.1, 3.2], sure: losses[sure]}
     says = report.verdict(runs_of(losses), [Experiment('Some', 'Which?', list(losses), CPU.seeds)])
@@ -85,27 +87,46 @@ def test_a_setting_wins_by_more_than_two_deviations_or_does_not():
 
 
 def test_a_setting_is_judged_by_most_of_its_seeds():
-    runs = runs_of({BASELINE: [3.0] * 6, PUBLISHED: [2.9, 2.8, 2.9, 2.7, 2.6, 2.7]})
-    few, most = (
-        Experiment('Some', 'Which?', [PUBLISHED], seeds) for seeds in (CPU.seeds, (*CPU.seeds, *CPU.fresh_seeds))
-    )
+    runs = runs_of({BASELINE: [3.0] * 6, S4: [2.9, 2.8, 2.9, 2.7, 2.6, 2.7]})
+    few, most = (Experiment('Some', 'Which?', [S4], seeds) for seeds in (CPU.seeds, (*CPU.seeds, *CPU.fresh_seeds)))
     for order in ([few, most], [most, few]):
-        assert f'| {PUBLISHED.name} | 6 | -0.233 ± 0.121 |' in report.verdict(runs, order)
+        assert f'| {S4.name} | 6 | -0.233 ± 0.121 |' in report.verdict(runs, order)
+
+
+def test_nothing_is_sure_of_the_published_recipe_at_fewer_than_three_seeds():
+    setting = phases((8, 0.1), (4, 0.2))
+    losses = {BASELINE: [3.0] * 5, PUBLISHED: [2.9, 2.91], setting: [2.5, 2.5, 2.51, 2.5, 2.49]}
+    says = report.verdict(runs_of(losses), [Experiment('Some', 'Which?', [setting], (17, 18, 19, 20, 21))])
+    assert f'| {setting.name} | 5 | **-0.500 ± 0.007** | -0.405 ± 0.007 (2) |  |  |' in says
+    assert 'Below the published s = 6 with r = 0.3, by more than two standard deviations: nothing.' in says
+    losses[PUBLISHED] += [2.9]
+    says = report.verdict(runs_of(losses), [Experiment('Some', 'Which?', [setting], (17, 18, 19, 20, 21))])
+    assert f'two standard deviations: {setting.name}, -0.400 ± 0.010 (3).' in says
+
+
+def test_only_what_was_run_at_three_seeds_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn: list[str] = []
+    monkeypatch.setattr(pictures.Figure, 'savefig', lambda figure, path: drawn.extend(
+        label.get_text() for label in figure.axes[0].get_yticklabels()
+    ))  # fmt: skip
+    losses = {BASELINE: [3.0] * 3, PUBLISHED: [2.9] * 3, S4: [2.8, 2.8], RECOMMENDED: [2.7, 2.6, 2.7]}
+    pictures.draw_settings(runs_of(losses), list(losses), tmp_path / 'x.png')
+    assert drawn == [f'published recipe: {PUBLISHED.name}', f'recommended: {RECOMMENDED.name}']
 
 
 def test_a_setting_that_diverged_at_a_seed_has_not_won():
     setting = phases((8, 0.1), (4, 0.2))
-    runs = runs_of({BASELINE: [3.0], PUBLISHED: [3.0, 3.1, 3.2], setting: [2.9, float('inf'), 3.1]})
-    says = report.verdict(runs, [Experiment('Some', 'Which?', [PUBLISHED, setting], CPU.seeds)])
-    assert says.splitlines()[0].endswith('by more than two standard deviations: nothing.')
-    assert f'| {setting.name} | 3 | -0.100 | diverged |' in says
+    runs = runs_of({BASELINE: [3.0], S4: [3.0, 3.1, 3.2], setting: [2.9, float('inf'), 3.1]})
+    says = report.verdict(runs, [Experiment('Some', 'Which?', [S4, setting], CPU.seeds)])
+    assert says.count('by more than two standard deviations: nothing.') == 2
+    assert f'| {setting.name} | 3 | -0.100 (1) |  | diverged |' in says
 
 
 def test_the_best_beyond_the_paper_are_judged_at_other_seeds():
     losses = {setting: 3.0 + i / 100 for i, setting in enumerate(reversed(beyond()))}
     assert len(experiments(CPU, dict(list(losses.items())[1:]))) == len(experiments(CPU))
     (best,) = [each for each in experiments(CPU, losses) if each not in experiments(CPU)]
-    assert best.settings[:3] == [BASELINE, PUBLISHED, COARSE_TO_FINE]
+    assert best.settings[:3] == [BASELINE, S4, COARSE_TO_FINE]
     assert len(best.settings) == 3 + FINALISTS
     assert max(losses[setting] for setting in best.settings[3:]) <= min(
         loss
@@ -115,10 +136,10 @@ def test_the_best_beyond_the_paper_are_judged_at_other_seeds():
     assert not set(CPU.seeds) & set(best.seeds)
     # What the others say of them: at seeds 17 to 19, better by far; at 20, 21 and 22 no better. Also if judged before.
     chosen = best.settings[3]
-    no_better = {PUBLISHED: [3.0, 3.0, 3.0, 3.0, 3.01, 3.0], chosen: [1.0, 1.0, 1.0, 3.01, 3.0, 3.0]}
+    no_better = {S4: [3.0, 3.0, 3.0, 3.0, 3.01, 3.0], chosen: [1.0, 1.0, 1.0, 3.01, 3.0, 3.0]}
     runs = runs_of({BASELINE: [3.0], **no_better})
-    before = Experiment('Some', 'Which?', [PUBLISHED, chosen], CPU.seeds)
-    assert f'| {chosen.name} | 3 |  | +0.000 ± 0.010 |' in report.verdict(runs, [before, best])
+    before = Experiment('Some', 'Which?', [S4, chosen], CPU.seeds)
+    assert f'| {chosen.name} | 3 |  |  | +0.000 ± 0.010 |' in report.verdict(runs, [before, best])
 
 
 def test_the_grid_says_where_it_is_lowest():
@@ -148,9 +169,7 @@ def test_the_page_of_every_experiment_also_with_a_run_that_diverged(tmp_path: Pa
     losses[diverged][1] = float('inf')
     page = tmp_path / 'evidence.md'
     (grid,) = [experiment for experiment in planned if experiment.form == 'grid']
-    report.write(
-        page, [runs_of({s: losses[s] for s in settings if s not in grid.settings or s in planned[0].settings})]
-    )
+    write(page, [runs_of({s: losses[s] for s in settings if s not in grid.settings or s in planned[0].settings})])
     assert (
         'Not run yet, or not at every seed: Coarse to fine; The best of these, again; Coarse to fine, in rows of their '
         f'own; The best of the map, again; {grid.title}.' in page.read_text()
@@ -159,7 +178,7 @@ def test_the_page_of_every_experiment_also_with_a_run_that_diverged(tmp_path: Pa
     at_more_seeds = [e for e in experiments(CPU, runs_of(losses).at_first_seed()) if not set(e.seeds) <= set(CPU.seeds)]
     for setting in {setting for experiment in at_more_seeds for setting in experiment.settings}:
         losses[setting] += [3.0, 3.0, 3.0]
-    report.write(page, [runs_of(losses), runs_of({BASELINE: [2.5, 2.6, 2.7]}, GPU)])
+    write(page, [runs_of(losses), runs_of({BASELINE: [2.5, 2.6, 2.7]}, GPU)])
     text = page.read_text()
     assert 'Not run yet' not in text
     listed = [setting for experiment in planned if experiment.form != 'grid' for setting in experiment.settings]

@@ -11,7 +11,6 @@ import reference
 import torch
 import transformers
 from composer.models import ComposerModel
-from llmfoundry.utils.builders import build_composer_model
 from trainers import VOCAB_SIZE, hugging_face, logged, make_trainer, mpt, random_loader, superposed_loss
 from transformers import PreTrainedTokenizerBase
 
@@ -106,10 +105,14 @@ def batch_of(padded: bool = False, packed: bool = False) -> dict[str, torch.Tens
 
 
 def check_superposed_is_the_definition(
-    make: Callable[[], Any], batch: dict[str, torch.Tensor], tolerance: float = 1e-3, **inputs: Any
+    make: Callable[[], Any],
+    batch: dict[str, torch.Tensor],
+    device: torch.device,
+    tolerance: float = 1e-3,
+    **inputs: Any,
 ) -> None:
-    """Loss and gradients, with the same random numbers for dropout."""
-    model, plain = make().train(), make().train()
+    """Loss and gradients, on a CPU with the same random numbers for dropout; the definition's are always the CPU's."""
+    model, plain = make().train().to(device), make().train()
     torch.manual_seed(5)
     expected = reference.loss_of(plain.model, reference.fold([batch], S), [1.0] * S, **inputs)
     expected.backward()
@@ -117,12 +120,12 @@ def check_superposed_is_the_definition(
 
     superposition = Attachment(model)
     torch.manual_seed(5)
-    loss = superposed_loss(superposition, model, fold_batch(batch, S))
+    loss = superposed_loss(superposition, model, on(device, fold_batch(batch, S)))
     assert len(superposition.router_losses) == (1 if hasattr(plain.model.config, 'router_aux_loss_coef') else 0)
     loss.backward()
     superposition.remove()
-    torch.testing.assert_close(loss, expected, rtol=tolerance / 100, atol=1e-6)
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(loss.detach().cpu(), expected.detach(), rtol=tolerance / 100, atol=1e-6)
+    grads = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
     assert grads.keys() == expected_grads.keys()
     assert len(grads) > 5
     for name, grad in grads.items():
@@ -131,9 +134,14 @@ def check_superposed_is_the_definition(
         ), name
 
 
-def check_the_rest_is_plain(make: Callable[[], Any], batch: dict[str, torch.Tensor]) -> None:
+def on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def check_the_rest_is_plain(make: Callable[[], Any], batch: dict[str, torch.Tensor], device: torch.device) -> None:
     """Evaluation while superposed, and training afterwards, are to the bit those of a model that never was."""
-    model, plain = make().train(), make()
+    model, plain = make().train().to(device), make().to(device)
+    batch = on(device, batch)
     superposition = Attachment(model)
     superposed_loss(superposition, model, fold_batch(batch, S))
     with torch.no_grad():
@@ -156,17 +164,20 @@ def check_the_rest_is_plain(make: Callable[[], Any], batch: dict[str, torch.Tens
 
 @pytest.mark.parametrize('padded', [False, True])
 @pytest.mark.parametrize('name', CONFIGS)
-def test_hugging_face(name: str, padded: bool):
+def test_hugging_face(name: str, padded: bool, device: torch.device):
     def make() -> Any:
         return hugging_face(transformers_model(name))
 
-    check_superposed_is_the_definition(make, batch_of(padded))
-    check_the_rest_is_plain(make, batch_of(padded))
+    check_superposed_is_the_definition(make, batch_of(padded), device)
+    check_the_rest_is_plain(make, batch_of(padded), device)
 
 
 @pytest.mark.parametrize('padded', [False, True])
 @pytest.mark.parametrize('name', MPT)
-def test_mpt(name: str, padded: bool):
+def test_mpt(name: str, padded: bool, device: torch.device):
+    if name == 'dropout' and device.type != 'cpu':
+        pytest.skip('a GPU draws other random numbers than the CPU')
+
     def make() -> Any:
         return mpt(**MPT[name])
 
@@ -177,20 +188,24 @@ def test_mpt(name: str, padded: bool):
         inputs['sequence_id'] = torch.tensor(
             [[ids.index(i) for i in ids] for ids in ([p.sequence_id for p in row] for row in rows)]
         )
-    check_superposed_is_the_definition(make, batch, **inputs)
-    check_the_rest_is_plain(make, batch)
+    check_superposed_is_the_definition(make, batch, device, **inputs)
+    check_the_rest_is_plain(make, batch, device)
 
 
 @pytest.mark.parametrize('make', [lambda: hugging_face(transformers_model('gemma2')), mpt])
-def test_under_autocast(make: Callable[[], Any]):
+def test_under_autocast(make: Callable[[], Any], device: torch.device):
     """Composer runs amp_bf16 on a GPU alone; this is what it does there."""
-    with torch.autocast('cpu', torch.bfloat16):
-        check_superposed_is_the_definition(make, batch_of(padded=True), tolerance=0.05)
+    with torch.autocast('cpu', torch.bfloat16), torch.autocast(device.type, torch.bfloat16):
+        check_superposed_is_the_definition(make, batch_of(padded=True), device, tolerance=0.05)
 
 
 @pytest.mark.parametrize('name', CONFIGS)
-def test_hf_causal_lm_of_llm_foundry(name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
+def test_hf_causal_lm_of_llm_foundry(
+    name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, device: torch.device
+):
     """Built from a folder with a config, as from the hub."""
+    from llmfoundry.utils.builders import build_composer_model
+
     transformers.AutoConfig.for_model(name, **CONFIGS[name]).save_pretrained(tmp_path)
     settings = {
         'pretrained_model_name_or_path': str(tmp_path),
@@ -203,8 +218,8 @@ def test_hf_causal_lm_of_llm_foundry(name: str, tokenizer: PreTrainedTokenizerBa
         torch.manual_seed(1)
         return build_composer_model('hf_causal_lm', settings, tokenizer)
 
-    check_superposed_is_the_definition(make, batch_of(padded=True))
-    check_the_rest_is_plain(make, batch_of(padded=True))
+    check_superposed_is_the_definition(make, batch_of(padded=True), device)
+    check_the_rest_is_plain(make, batch_of(padded=True), device)
 
 
 class Own(ComposerModel):
@@ -225,7 +240,7 @@ class Own(ComposerModel):
 
     def after_embedding(self, inputs: torch.Tensor) -> torch.Tensor:
         if hasattr(self, 'positions'):
-            inputs = inputs + self.positions(torch.arange(inputs.shape[1]))
+            inputs = inputs + self.positions(torch.arange(inputs.shape[1], device=inputs.device))
         return self.head(self.rnn(inputs)[0])
 
     def loss(self, outputs: torch.Tensor, batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -21,21 +21,12 @@ KERNELS = {
 }
 
 
-# Without the package's __init__, which spends many seconds on importing Composer.
-LOSS_ALONE = """
-import pytest, sys, types
-package = sys.modules['composer_tst'] = types.ModuleType('composer_tst')
-package.__path__ = [sys.argv[1]]
-sys.exit(pytest.main(sys.argv[2:]))
-"""
-
-
 def test_the_tests_of_the_loss_pass_with_the_kernels():
     # A process of its own, as Triton decides on import. What the interpreter allocates says nothing of a GPU, and
     # the kernels do not see the weights.
     tests = [str(Path(__file__).with_name('test_loss.py')), '-k', 'not one_buffer and not weights_count']
     result = subprocess.run(
-        [sys.executable, '-c', LOSS_ALONE, str(Path(loss_triton.__file__).parent), '--noconftest', *tests],
+        [sys.executable, '-m', 'pytest', *tests],
         env={**os.environ, 'TRITON_INTERPRET': '1'},
         capture_output=True,
         text=True,

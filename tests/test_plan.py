@@ -1,19 +1,21 @@
-"""tools/plan.py against sums written out by hand."""
+"""`composer-tst plan` against sums written out by hand."""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-import plan
 import pytest
 from composer.core import Time
 from conftest import REPO
 from omegaconf import OmegaConf
-from planning.config import Run
-from planning.model import Model
-from planning.published import expect
 from typer.testing import CliRunner, Result
+
+from composer_tst.planning.command import app
+from composer_tst.planning.config import Run
+from composer_tst.planning.model import Model
+from composer_tst.planning.plan import SWEEP_BAGS, SWEEP_SHARES
+from composer_tst.planning.published import expect
 
 QUICKSTART = REPO / 'yamls' / 'quickstart'
 # The quickstart's model: width 128, 2 layers, vocabulary 2048, untied, no biases, RMS norms; rows of 64, 16 a step.
@@ -28,7 +30,7 @@ def flops(positions: int, length: int) -> int:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(plan.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def planned(*arguments: object) -> dict[str, Any]:
@@ -68,6 +70,42 @@ def test_a_share_of_tokens_is_a_smaller_share_of_steps():
     assert [phase['steps'] for phase in made['phases']] == [125, 500]
     assert made['superposed_share_of_steps'] == 0.2
     assert made['data_tokens'] == 1000 * 16 * 64
+
+
+def test_a_share_of_tokens_is_explained():
+    shown = run(
+        QUICKSTART / 'baseline.yaml', f'max_duration={1000 * 16 * 64}tok', '--bag-size', 4, '--duration', '0.5dur'
+    ).stdout
+    assert 'superposed steps    20.0% of all' in shown
+    assert '0.5dur of 1024000tok is a share of the data, of which a superposed step reads' in shown
+    assert 'is a share of the data' not in run(QUICKSTART / 'tst.yaml').stdout
+
+
+def test_small_runs_are_in_megabytes_and_minutes():
+    shown = run(QUICKSTART / 'baseline.yaml').stdout
+    assert re.search(r'^shards +12.3 MB$', shown, re.M)  # 3000 * 16 * 64 tokens of 4 bytes
+    seconds = 3000 * flops(16 * 64, 64) / (8 * 989e12 * 0.4)
+    assert re.search(rf'^time +{seconds:.2g} seconds on 8 H100', shown, re.M)
+    hour = run(QUICKSTART / 'baseline.yaml', '--gpus', 1, '--mfu', seconds * 8 * 0.4 / 600).stdout
+    assert re.search(r'^time +10.0 minutes on', hour, re.M)
+
+
+def test_a_yaml_without_superposition_is_told_what_to_add():
+    assert 'no superposition: add algorithms.token_superposition' in run(QUICKSTART / 'baseline.yaml').stdout
+    assert 'no superposition' not in run(QUICKSTART / 'tst.yaml').stdout
+
+
+def test_what_needs_a_gpus_libraries_is_planned_without_and_written_back(tmp_path: Path):
+    stock = ['model.loss_fn=fused_crossentropy', 'model.attn_config={attn_impl: flash}']
+    assert planned(QUICKSTART / 'baseline.yaml', *stock)['parameters'] == PARAMETERS
+    path = tmp_path / 'new.yaml'
+    assert run(QUICKSTART / 'tst.yaml', *stock, '--write', path).exit_code == 0
+    made: Any = OmegaConf.load(path)
+    assert (made.model.loss_fn, made.model.attn_config.attn_impl) == ('fused_crossentropy', 'flash')
+    # llm-foundry's own default is the same loss.
+    written = path.read_text().replace('  loss_fn: fused_crossentropy\n', '')
+    path.write_text(written)
+    assert planned(path)['parameters'] == PARAMETERS
 
 
 def test_one_setting_is_changed_and_the_other_kept():
@@ -128,6 +166,9 @@ def test_shards_are_counted_against_the_data_there_is(tmp_path: Path):
     assert made['shard_bytes'] == 3000 * 16 * 64 * 2
     assert 'data repeats' in run(QUICKSTART / 'baseline.yaml', '--stats', path).stdout
     assert planned(QUICKSTART / 'baseline.yaml', '--stats', path, 'max_duration=2ep')['steps'] == 2000
+    # Every cell of a sweep that reads more than there is is marked: 1,000 steps' data for 3,000.
+    swept = run(QUICKSTART / 'baseline.yaml', '--stats', path, '--sweep').stdout
+    assert swept.count('! ') == swept.count('\ns = ') * 4 + 1
     path.write_text(json.dumps(stats | {'seq_len': 128}))
     result = run(QUICKSTART / 'baseline.yaml', '--stats', path)
     assert 'its rows have 128 tokens and max_seq_len is 64' in result.stderr
@@ -167,12 +208,17 @@ def test_expected_loss_elsewhere_is_called_an_extrapolation():
 
 def test_the_sweep_has_every_point():
     points: Any = planned(QUICKSTART / 'baseline.yaml', '--sweep')
-    assert len(points) == len(plan.SWEEP_BAGS) * len(plan.SWEEP_SHARES)
+    assert len(points) == len(SWEEP_BAGS) * len(SWEEP_SHARES)
     point = next(point for point in points if (point['bag_size'], point['share']) == (6, 0.2))
     assert point['data_tokens'] == (600 * 6 + 2400) * 16 * 64
-    assert (
-        '* This is an extrapolation: the nearest published model' in run(QUICKSTART / 'baseline.yaml', '--sweep').stdout
-    )
+    shown = run(QUICKSTART / 'baseline.yaml', '--sweep').stdout
+    # All of it is one, and the lowest of the published losses at the nearest scale is marked.
+    assert '*' not in shown
+    assert 'All of it is an extrapolation: the nearest published model' in shown
+    best = min((point for point in points if point['expected']), key=lambda point: point['expected']['change'])
+    row = next(line for line in shown.splitlines() if line.startswith(f's = {best["bag_size"]} '))
+    assert row.count('>') == shown.count('>') - 1 == 1
+    assert 's is the bag size, r the share of steps' in shown
     none: Any = planned(
         QUICKSTART / 'baseline.yaml', '--sweep', '--bag-size', 6, '--duration', '0.2dur',
         'algorithms.token_superposition.expand=none',
@@ -196,7 +242,19 @@ def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path
     assert [phase['steps'] for phase in planned(path)['phases']] == [300, 700]
     # What is printed is what is written.
     assert re.findall(r'^(?:superposed|plain) +\d+ +(\d+)', result.stdout, re.M) == ['300', '700']
+    for said in (
+        'max_duration is 1000ba and was 1024000tok: the steps of a plain run of that length',
+        'scheduler is {name: warmup_stable_decay, t_warmup: 100ba, t_decay: 0.1dur, alpha_f: 0.0} and was constant',
+        'scheduler.t_warmup is 100ba and was 100ba',
+        'The baseline needs the same scheduler',
+        'algorithms.token_superposition is {bag_size: 6, duration: 0.3dur}',
+    ):
+        assert said in result.stdout
     assert 'it exists' in run(path, '--write', path).stderr
+    # What is in order is left as it is, and nothing is said of it.
+    kept = run(QUICKSTART / 'tst.yaml', '--write', tmp_path / 'kept.yaml').stdout
+    assert 'scheduler' not in kept
+    assert 'max_duration' not in kept
 
 
 @pytest.mark.parametrize(
@@ -206,11 +264,18 @@ def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path
         (['global_train_batch_size=many'], "global_train_batch_size is 'many': give the rows"),
         (['max_duration=3000steps'], "max_duration is '3000steps': give a Composer Time"),
         (['max_duration=2ep'], 'needs --stats'),
+        (['scheduler.t_warmup=2800ba'], 't_warmup=2800ba and t_decay=0.1dur overlap in max_duration=3000ba'),
+        (['scheduler.t_decay=5000tok'], 't_decay=5000tok cannot be counted back from max_duration=3000ba'),
+        (['algorithms.token_superposition.bagsize=4'], 'bagsize is no setting (did you mean bag_size?)'),
+        (
+            ['model={name: hf_causal_lm, pretrained_model_name_or_path: meta-llama/Llama-3.2-1B}'],
+            "is 'meta-llama/Llama-3.2-1B', which is no folder with a config.json, and the hub does not answer",
+        ),
         (['model.name=gpt'], "model.name is 'gpt': this reads"),
         (['model.n_layers=two'], 'model: mpt_causal_lm refuses these settings'),
         (['max_seq_len=${nothing}'], 'nothing'),
         (['--bag-size', '1', '--duration', '0.3dur'], 'bag_size is 1: give an integer of at least 2'),
-        (['--bag-size', '4'], 'needs bag_size and duration'),
+        (['--bag-size', '4'], 'bag_size is 4 but there is no duration'),
         (['algorithms.token_superposition=4'], 'algorithms.token_superposition is 4: give its settings by name'),
         (['algorithms=[token_superposition]', '--bag-size', '4'], 'algorithms is ['),
         (['algorithms.token_superposition.phases=3'], 'algorithms.token_superposition: '),
@@ -227,7 +292,16 @@ def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path
         (['--stats', 'nowhere.json'], '--stats nowhere.json: cannot be read'),
         (['--write', 'new.yaml'], '--write needs a superposition'),
         (
-            ['--write', 'new.yaml', '--bag-size', '4', '--duration', '0.3dur', 'scheduler.t_decay=102400tok'],
+            [
+                '--write',
+                'new.yaml',
+                '--bag-size',
+                '4',
+                '--duration',
+                '0.3dur',
+                'scheduler.t_decay=102400tok',
+                'max_duration=3072000tok',
+            ],
             'scheduler.t_decay is 102400tok: give it in dur or ba',
         ),
         (['max_duration=0ba'], 'max_duration is 0ba: give a positive time'),
@@ -246,6 +320,12 @@ def test_what_is_wrong_gets_one_sentence(arguments: list[str], message: str):
     line = result.stderr.splitlines()[-1]
     assert line.startswith('error: ')
     assert message in line
+
+
+def test_stats_of_something_else_get_one_sentence(tmp_path: Path):
+    path = tmp_path / 'stats.json'
+    path.write_text('[]')
+    assert 'it is not what prepare-data writes' in run(QUICKSTART / 'tst.yaml', '--stats', path, '--sweep').stderr
 
 
 def test_a_file_that_is_not_there_gets_one_sentence():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from composer import Callback, State, Trainer
@@ -10,18 +10,22 @@ from composer.core import Algorithm, DataSpec
 from composer.loggers import InMemoryLogger, Logger
 from composer.metrics import LanguageCrossEntropy
 from composer.models import ComposerModel, HuggingFaceModel
-from llmfoundry.data.dataloader import build_dataloader
-from llmfoundry.models.mpt import ComposerMPTCausalLM
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from composer_tst.attach import Attachment
 
+# Some tests run where there is no llm-foundry.
+if TYPE_CHECKING:
+    from llmfoundry.models.mpt import ComposerMPTCausalLM
+
 VOCAB_SIZE = 300
 
 
-def mpt(**overrides: Any) -> ComposerMPTCausalLM:
+def mpt(**overrides: Any) -> 'ComposerMPTCausalLM':
     """A tiny MPT; plain attention, learned positions."""
+    from llmfoundry.models.mpt import ComposerMPTCausalLM
+
     torch.manual_seed(1)
     settings: dict[str, Any] = {
         'd_model': 16,
@@ -89,6 +93,8 @@ def text_loader(
     dataset: Path, tokenizer: PreTrainedTokenizerBase, split: str = 'train', batch_size: int = 4, **settings: Any
 ) -> DataSpec:
     """llm-foundry's own loader over the session's shards."""
+    from llmfoundry.data.dataloader import build_dataloader
+
     loader = {'num_workers': 0, 'prefetch_factor': None, 'persistent_workers': False, 'pin_memory': False}
     loader |= settings.pop('loader', {})
     max_seq_len = tokenizer.model_max_length
@@ -112,7 +118,7 @@ class Grads(Callback):
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         model = state.model
-        self.steps.append({name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None})
+        self.steps.append({name: p.grad.cpu().clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
 def make_trainer(
@@ -122,10 +128,10 @@ def make_trainer(
     max_duration: str = '8ba',
     **settings: Any,
 ) -> tuple[Trainer, InMemoryLogger]:
-    """A Trainer on the CPU, and what it logs."""
+    """A Trainer on the device of `pytest --device`, and what it logs."""
     logger = InMemoryLogger()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
-    defaults: dict[str, Any] = {'optimizers': optimizer, 'progress_bar': False, 'seed': 3, 'device': 'cpu'}
+    defaults: dict[str, Any] = {'optimizers': optimizer, 'progress_bar': False, 'seed': 3}
     trainer = Trainer(
         model=model,
         train_dataloader=train,

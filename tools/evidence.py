@@ -15,9 +15,12 @@ from typing import Annotated
 
 import torch
 import typer
-from experiments.report import Runs, write
+from experiments.page import write
+from experiments.report import Runs
 from experiments.settings import BASELINE, SCALES, Scale, experiments
 from experiments.training import Job, Result, train_all
+
+from composer_tst.progress import progress
 
 
 def main(
@@ -40,9 +43,17 @@ def main(
             (folder / f'{run["name"]}.json').write_text(json.dumps(run['result'], indent=1) + '\n')
     trained = Runs({}, size)
 
+    bar = progress(len(_planned(size, trained)), 'runs', 'evidence')
+
     def train(jobs: Iterable[Job]) -> None:
-        for results in train_all(jobs, data, folder, size.workers):
+        for at, results in enumerate(train_all(jobs, data, folder, size.workers)):
+            new = len(results.keys() - trained.results.keys())
             trained.results.update(results)
+            # The best of an experiment are judged again, in runs that are not planned before it has ended.
+            bar.total = max(bar.total, len(_planned(size, trained)))
+            if at == 0:  # what was trained before says nothing of how long the rest takes
+                bar.initial += new
+            bar.update(new)
             if not trained.rates():
                 continue
             entries = [
@@ -53,7 +64,7 @@ def main(
             _record(page, size).write_text(json.dumps(entries, indent=1) + '\n')
             write(page, [_read(page, other) for other in SCALES.values() if _record(page, other).exists()])
 
-    train(Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates)
+    train([Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates])
     # Large ones at their first seed, and at the others when all else is done.
     for large_at_all in (False, True):
         done = 0
@@ -62,6 +73,15 @@ def main(
             seeds = experiment.seeds if large_at_all or not experiment.large else experiment.seeds[:1]
             train(Job(setting, seed, trained.lr, size) for seed in seeds for setting in experiment.settings)
             done += 1
+    bar.close()
+
+
+def _planned(size: Scale, trained: Runs) -> set[Job]:
+    """Every run that is known to be needed."""
+    planned = experiments(size, trained.at_first_seed() if trained.rates() else None)
+    tuning = {Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates}
+    lr = trained.lr if trained.rates() else size.learning_rates[0]
+    return tuning | {Job(setting, seed, lr, size) for e in planned for setting in e.settings for seed in e.seeds}
 
 
 def _record(page: Path, scale: Scale) -> Path:

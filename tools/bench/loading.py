@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from llmfoundry.data.dataloader import build_dataloader
 from streaming import MDSWriter
 from transformers import PreTrainedTokenizerFast
 
@@ -29,9 +28,7 @@ def loader_cases(device: torch.device) -> Iterator[Case]:
         # Streaming wants a folder for each reader.
         loaders = [_text_loader(Path(folder, name)) for name in ('ours', 'plain')]
         for bag_size in BAG_SIZES:
-            ours = _forever(
-                _drawing(BagLoader(loaders[0], True, None, Resumption()), bag_size)
-            )
+            ours = _forever(_drawing(BagLoader(loaders[0], True, None, Resumption()), bag_size))
             plain = _forever(loaders[1])
             yield Case(
                 f'loader s={bag_size} B={BATCH_SIZE} L={LENGTH}, {BATCHES} loader batches',
@@ -58,6 +55,8 @@ def _forever(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 def _text_loader(folder: Path) -> Any:
+    from llmfoundry.data.dataloader import build_dataloader
+
     generator = np.random.default_rng(0)
     with MDSWriter(out=str(folder / 'train'), columns={'tokens': f'ndarray:int32:{LENGTH}'}) as writer:
         for _ in range(ROWS):

@@ -1,6 +1,8 @@
 """A whole training step through Composer's Trainer, superposed, recovering and plain."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from composer import Callback, State, Trainer
@@ -15,49 +17,83 @@ from composer_tst import TokenSuperposition
 from .measure import Case, Other
 
 BAG_SIZE = 6
-SECONDS = 20.0
+SUPERPOSED = '999999ba'
 
 
 def step_cases(device: torch.device) -> Iterator[Case]:
-    """A step of a Llama on random tokens: data, forward, backward, optimizer."""
+    """A step of a Llama on random tokens: data, forward, backward, optimizer; on a GPU compiled too."""
+    gpu = device.type == 'cuda'
     for length in (512, 2048):
-        plain = _Steps(device, length, None)
-        sequence = _Steps(device, length, TokenSuperposition(BAG_SIZE, '999999ba'))
-        yield Case(
-            f'step, expand: sequence, s={BAG_SIZE} {sequence.shape}',
-            sequence,
-            (Other('plain step', plain, time_at_most=1.02, memory_at_most=1.01),),
-            SECONDS,
-        )
-        batch = _Steps(device, length, TokenSuperposition(BAG_SIZE, '999999ba', expand='batch'))
-        yield Case(
-            f'step, expand: batch, s={BAG_SIZE} {batch.shape}', batch, (Other('expand: sequence', sequence),), SECONDS
-        )
-        recovery = _Steps(device, length, TokenSuperposition(BAG_SIZE, '1ba'))
-        yield Case(f'step, recovery {recovery.shape}', recovery, (Other('plain step, no package', plain),), SECONDS)
+        for compiled in (False, True) if gpu else (False,):
+            yield from _cases_of(device, Shape.of(device, length), compiled)
 
 
-class _Steps:
+def _cases_of(device: torch.device, shape: 'Shape', compiled: bool) -> Iterator[Case]:
+    gpu = device.type == 'cuda'
+
+    def steps(duration: str | None, expand: str = 'sequence') -> Any:
+        """A training run; on a GPU, where only one at a time may be alive, what makes it."""
+
+        def make() -> Steps:
+            return Steps(device, shape, duration and TokenSuperposition(BAG_SIZE, duration, expand=expand), compiled)
+
+        return make if gpu else make()
+
+    kind = f'{shape}{", compiled" if compiled else ""}'
+    at_most = 1.0 if gpu else 1.02
+    settings = {'seconds': 5.0 if gpu else 20.0, 'apart': gpu}
+    plain, sequence = steps(None), steps(SUPERPOSED)
+    yield Case(
+        f'step, expand: sequence, s={BAG_SIZE} {kind}',
+        sequence,
+        (Other('plain step', plain, time_at_most=at_most, memory_at_most=1.0 if gpu else 1.01),),
+        **settings,
+    )
+    batch = steps(SUPERPOSED, 'batch')
+    yield Case(f'step, expand: batch, s={BAG_SIZE} {kind}', batch, (Other('expand: sequence', sequence),), **settings)
+    recovery = steps('1ba')
+    yield Case(f'step, recovery {kind}', recovery, (Other('plain step, no package', plain),), **settings)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama and its batches."""
+
+    batch_size: int
+    length: int
+    width: int
+    layers: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, device: torch.device, length: int) -> 'Shape':
+        """270M parameters on a GPU, and what a CPU trains in a second."""
+        if device.type == 'cuda':
+            return cls(16384 // length, length, 1024, 12, 32768)
+        return cls(2048 // length, length, 256, 2, 8192)
+
+    def __str__(self) -> str:
+        return f'B={self.batch_size} L={self.length} d={self.width} layers={self.layers} V={self.vocabulary}'
+
+
+class Steps:
     """A training run that goes one step on at each call: from the end of a batch to the end of the next."""
 
-    def __init__(self, device: torch.device, length: int, algorithm: TokenSuperposition | None):
+    def __init__(self, device: torch.device, shape: Shape, algorithm: Any, compiled: bool = False):
         gpu = device.type == 'cuda'
-        width, layers, vocabulary, tokens = (1024, 12, 131072, 16384) if gpu else (256, 2, 8192, 2048)
-        batch_size = tokens // length
-        self.shape = f'B={batch_size} L={length} d={width} layers={layers} V={vocabulary}'
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 64,
-            max_position_embeddings=length,
+            vocab_size=shape.vocabulary,
+            hidden_size=shape.width,
+            intermediate_size=4 * shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.width // 64,
+            max_position_embeddings=shape.length,
         )
         model = HuggingFaceModel(LlamaForCausalLM(config), shift_labels=True)
-        trainer = Trainer(
+        self._trainer = Trainer(
             model=model,
-            train_dataloader=DataLoader(_Rows(length, vocabulary), batch_size),
+            train_dataloader=DataLoader(_Rows(shape.length, shape.vocabulary), shape.batch_size, pin_memory=gpu),
             algorithms=algorithm,
             optimizers=torch.optim.AdamW(model.parameters(), 1e-4),
             callbacks=[_Pause(greenlet.getcurrent())],
@@ -66,12 +102,19 @@ class _Steps:
             device='gpu' if gpu else 'cpu',
             progress_bar=False,
             seed=0,
+            compile_config={} if compiled else None,
         )
-        self._training = greenlet(trainer.fit)
+        self._training = greenlet(self._trainer.fit)
         self()  # the first step of all, which in the recovery run is the last one that is superposed
 
     def __call__(self) -> None:
+        """Go one step on."""
         self._training.switch()
+
+    def close(self) -> None:
+        """End the training where it is."""
+        self._training.throw()
+        self._trainer.close()
 
 
 class _Pause(Callback):

@@ -1,15 +1,10 @@
-"""The evidence as a page with pictures."""
+"""The evidence in numbers: differences, speed-ups, and the tables of them."""
 
 import itertools
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from .settings import (
     BASELINE,
@@ -18,23 +13,16 @@ from .settings import (
     GRID_SHARES,
     PUBLISHED,
     RECOMMENDED,
+    S4,
     Experiment,
     Scale,
     Setting,
-    experiments,
     one_size,
 )
 from .training import Job, Result
 
-_SHADES = colormaps['viridis_r']
-_BETTER = 'Below the published recipe, one bag size (here s = 4, r = 0.3), by more than two standard deviations:'
-_BOLD = """Bold: by more than two standard deviations of the difference. Of settings that are no better or worse, one in
-13 is bold at three seeds, one in 90 at five (Student's t)."""
-_TERMS = """Losses are next-token validation losses in nats per token. A difference is between runs of the same seed, ±
-is the sample standard deviation over seeds. Seconds a step are rough."""
-_ISO_LOSS = """How many times the steps the baseline needs for the same final loss; its interval is one standard
-deviation of the difference from the baseline to either side:"""
-_FRESH = 'A setting that was chosen for its loss at one seed is judged at others.'
+# What settings are compared with, as tables call it.
+OTHERS = {'baseline': BASELINE, 'the published s = 6': PUBLISHED, 's = 4': S4}
 
 
 @dataclass(frozen=True)
@@ -89,11 +77,11 @@ def spread(values: Sequence[float], digits: int = 3, signed: bool = False) -> st
 
 
 def table(runs: Runs, settings: Sequence[Setting], seeds: Sequence[int], others: Sequence[Runs] = ()) -> str:
-    """A row a setting: final losses, and differences from the baseline and the published recipe, seed by seed.
+    """A row a setting: final losses, and differences from the baseline, s = 6 and s = 4, seed by seed.
 
     Of each other scale there is a column with final losses, differences from its baseline, and seconds a step.
     """
-    columns = ['setting', 'seeds', 'final validation loss', 'minus baseline', 'minus published recipe', 'data tokens']
+    columns = ['setting', 'seeds', 'final validation loss', *(f'minus {other}' for other in OTHERS), 'data tokens']
     columns += ['s/step', *(f'{other.scale.name}: final loss, minus baseline, s/step' for other in others)]
     lines = [_row(columns), '|---' * len(columns) + '|']
     for setting in settings:
@@ -101,7 +89,7 @@ def table(runs: Runs, settings: Sequence[Setting], seeds: Sequence[int], others:
         if not results:
             continue
         cells = [setting.name, str(len(results)), spread(runs.losses(setting, seeds))]
-        cells += [spread(runs.differences(setting, than, seeds), signed=True) for than in (BASELINE, PUBLISHED)]
+        cells += [_difference(runs, setting, than, seeds)[0] for than in OTHERS.values()]
         cells += [f'{results[0].data_tokens / 1e6:.2f}M', _pace(results)]
         for other in others:
             theirs = other.all(setting, other.scale.seeds)
@@ -183,7 +171,7 @@ def _times(runs: Runs, difference: float) -> str:
 
 
 def verdict(runs: Runs, done: Sequence[Experiment]) -> str:
-    """What beats the published recipe, and how every setting that was run at several seeds compares."""
+    """What beats one bag size, and how every setting that was run at several seeds compares."""
     seeds: dict[Setting, list[int]] = {}
     for experiment in done:
         for setting in experiment.settings if experiment.form == 'table' else ():
@@ -192,120 +180,36 @@ def verdict(runs: Runs, done: Sequence[Experiment]) -> str:
                 # Of several experiments the one with most seeds, of equal ones the last: at other seeds than those
                 # that it was chosen at.
                 seeds[setting] = here
-    better: list[str] = []
-    others = {'baseline': BASELINE, 'published recipe': PUBLISHED, 'recommended': RECOMMENDED}
+    better: dict[str, list[str]] = {name: [] for name, other in OTHERS.items() if other.algorithm}
+    others = OTHERS | {'recommended': RECOMMENDED}
     lines = [_row(['setting', 'seeds', *(f'minus {other}' for other in others)]), '|---' * (2 + len(others)) + '|']
     for setting in seeds:
         cells = [setting.name, str(len(seeds[setting]))]
-        for than in others.values():
-            differences = runs.differences(setting, than, seeds[setting])
-            text = spread(differences, signed=True) if setting != than else ''
-            cells.append(f'**{text}**' if _sure(differences) else text)
-        if _sure(differences := runs.differences(setting, PUBLISHED, seeds[setting])) < 0:
-            better.append(f'{setting.name}, {spread(differences, signed=True)}')
+        for name, than in others.items():
+            text, mean = _difference(runs, setting, than, seeds[setting])
+            cells.append(f'**{text}**' if mean else text)
+            if name in better and mean < 0:
+                better[name].append(f'{setting.name}, {text}')
         lines.append(_row(cells))
-    return '\n'.join([f'{_BETTER} {"; ".join(better) or "nothing"}.', '', *lines])
+    says = [
+        f'Below {name} with r = 0.3, by more than two standard deviations: {"; ".join(found) or "nothing"}.'
+        for name, found in better.items()
+    ]
+    return '\n'.join(['\n\n'.join(says), '', *lines])
+
+
+def _difference(runs: Runs, setting: Setting, than: Setting, seeds: Sequence[int]) -> tuple[str, float]:
+    """A difference as tables show it, with the number of seeds where the other was run at fewer; and if it is sure."""
+    if setting == than:
+        return '', 0.0
+    differences = runs.differences(setting, than, seeds)
+    fewer = f' ({len(differences)})' if 0 < len(differences) < len(runs.all(setting, seeds)) else ''
+    return spread(differences, signed=True) + fewer, _sure(differences)
 
 
 def _sure(differences: Sequence[float]) -> float:
-    """The mean difference; 0 if it is of one seed, within two standard deviations, or not finite."""
-    if len(differences) < 2 or not all(map(math.isfinite, differences)):
+    """The mean difference; 0 if it is of fewer than three seeds, within two standard deviations, or not finite."""
+    if len(differences) < 3 or not all(map(math.isfinite, differences)):
         return 0.0
     mean = statistics.fmean(differences)
     return mean if abs(mean) > 2 * statistics.stdev(differences) else 0.0
-
-
-def draw_grid(runs: Runs, output: Path) -> None:
-    """The grid as curves over s, one for each r, in differences from the baseline."""
-    figure = Figure(figsize=(6, 3.6), dpi=140, layout='constrained')
-    axes = figure.subplots()
-    for i, share in enumerate(GRID_SHARES):
-        cells = [(s, runs.differences(one_size(s, share), BASELINE, runs.scale.seeds)) for s in GRID_BAGS]
-        means = [(s, statistics.fmean(differences)) for s, differences in cells if differences]
-        # One that diverged is not drawn.
-        axes.plot(*zip(*means, strict=True), 'o-', color=_SHADES(0.15 + 0.17 * i), label=f'r = {share:g}')
-    axes.axhline(0, color='#3c3c3c', ls=(0, (4, 3)), label='baseline')
-    axes.set_xscale('log', base=2)
-    axes.set_xticks(GRID_BAGS, [str(s) for s in GRID_BAGS])
-    axes.set_xlabel('bag size s')
-    axes.set_ylabel("final loss minus the baseline's")
-    _finish(axes)
-    axes.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
-    figure.savefig(output)
-
-
-def draw_settings(runs: Runs, settings: Sequence[Setting], output: Path) -> None:
-    """Every setting's difference from the baseline, a dot a seed, the best at the top."""
-    seeds = sorted({job.seed for job in runs.results})
-    differences = {s: runs.differences(s, BASELINE, seeds) for s in dict.fromkeys(settings) if s != BASELINE}
-    finite = {s: [x for x in differences[s] if math.isfinite(x)] for s in differences}
-    measured = {s: finite[s] for s in finite if finite[s]}
-    order = sorted(measured, key=lambda setting: -statistics.fmean(measured[setting]))
-    figure = Figure(figsize=(8, 1 + 0.24 * len(order)), dpi=140, layout='constrained')
-    axes = figure.subplots()
-    for y, setting in enumerate(order):
-        axes.plot(measured[setting], [y] * len(measured[setting]), 'o', ms=4, color='#0072b2', alpha=0.7)
-        axes.plot(statistics.fmean(measured[setting]), y, '|', ms=12, color='#0072b2')
-    axes.axvline(0, color='#3c3c3c', lw=0.8)
-    axes.set_yticks(range(len(order)), [setting.name for setting in order], fontsize=8)
-    axes.set_ylim(-1, len(order))
-    axes.set_xlabel("final loss minus the baseline's, same seed")
-    _finish(axes)
-    figure.savefig(output)
-
-
-def _finish(axes: Axes) -> None:
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(color='#ececec')
-    axes.set_axisbelow(True)
-
-
-def write(output: Path, scales: Sequence[Runs]) -> None:
-    """Write the page on the first of the scales, with columns for the others, and its pictures beside it."""
-    runs, *others = scales
-    planned = experiments(runs.scale, runs.at_first_seed())
-    done = _done(runs)
-    settings = [setting for experiment in done for setting in experiment.settings]
-    draw_settings(runs, settings, output.with_name(f'{output.stem}_settings.png'))
-    parts = ['# Evidence', *map(_about, scales), _TERMS, '## What it says', verdict(runs, done), _BOLD]
-    for other in others:
-        parts += [f'At the scale `{other.scale.name}`:', verdict(other, _done(other))]
-    parts += [_FRESH] if runs.scale.fresh_seeds else []
-    if missing := [
-        each.title for each in planned if not all(runs.get(s, x) for s in each.settings for x in each.seeds)
-    ]:
-        parts += [f'Not run yet, or not at every seed: {"; ".join(missing)}.']
-    parts += [f'![Every setting]({output.stem}_settings.png)']
-    for experiment in done:
-        parts += [f'## {experiment.title}', experiment.question]
-        if experiment.form == 'grid':
-            draw_grid(runs, output.with_name(f'{output.stem}_grid.png'))
-            parts += ["Final loss minus the baseline's.", grid(runs), f'![The grid]({output.stem}_grid.png)']
-        else:
-            parts += [table(runs, experiment.settings, experiment.seeds, others)]
-        if experiment.form == 'iso-loss':
-            parts += [
-                _ISO_LOSS,
-                '\n'.join(filter(None, (iso_loss(runs, s) for s in experiment.settings if s.algorithm))),
-            ]
-    output.write_text('\n\n'.join(part for part in parts if part) + '\n')
-
-
-def _done(runs: Runs) -> list[Experiment]:
-    """Experiments with most of their settings run at a seed: they share settings with others."""
-    planned = experiments(runs.scale, runs.at_first_seed())
-    return [e for e in planned if 2 * len([s for s in e.settings if runs.all(s, e.seeds)]) > len(e.settings)]
-
-
-def _about(runs: Runs) -> str:
-    """What was run at a scale, where, and how long it took."""
-    scale, results = runs.scale, list(runs.results.values())
-    rates = runs.rates()
-    hours = sum(result.seconds for result in results) / scale.workers / 3600
-    tuned = f"""is the one at which the baseline is best: its
-final losses at seed {scale.seeds[0]} are {', '.join(f'{lr:g}: {rates[lr]:.3f}' for lr in rates)}; all that follows is
-at {runs.lr:g}"""
-    return f"""Scale `{scale.name}`: {scale.about} {results[0].parameters / 1e6:.2f}M parameters, {scale.steps:,} steps,
-{scale.warmup} of warmup, decay over the last tenth. The learning rate {tuned if len(rates) > 1 else f'is {runs.lr:g}'}.
-{len(results)} runs, {scale.workers} at a time, {hours:.1f} hours of training on
-{'; '.join(dict.fromkeys(result.machine for result in results))}. Command: `make evidence SCALE={scale.name}`."""

@@ -1,5 +1,6 @@
 """Training what is not yet trained, several runs at a time, each in a process of its own."""
 
+import atexit
 import hashlib
 import json
 import math
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from bench.machine import machine
-from tqdm import tqdm
 
 from .settings import Scale, Setting
 
@@ -105,7 +105,7 @@ def train_all(jobs: Iterable[Job], data: Path, folder: Path, workers: int) -> It
 
     pool = ThreadPoolExecutor(workers)
     try:
-        yield from tqdm(pool.map(train, missing), total=len(missing), unit='run', disable=None)
+        yield from pool.map(train, missing)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -119,6 +119,16 @@ def _result_file(job: Job, data: Path, folder: Path) -> Path:
 
 
 def _train(job: Job, data: Path, folder: Path) -> None:
+    """Train one run and write its result, in a process of its own."""
+    try:
+        _train_and_write(job, data, folder)
+    finally:
+        # A child of multiprocessing ends without what is registered to run at exit. There streaming frees its shared
+        # memory; else Python's resource tracker does, and complains of a leak.
+        atexit._run_exitfuncs()
+
+
+def _train_and_write(job: Job, data: Path, folder: Path) -> None:
     if job.scale.device == 'cpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = ''  # Composer trains on a GPU where there is one
     name = job.name(data)

@@ -1,13 +1,16 @@
 """What the package leaves out and the evidence tries: other learning rates, and weightings, from phase to phase."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from composer.core import State, Time
 from llmfoundry.registry import algorithms, schedulers
 
 from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
-from composer_tst.weighting import Weighting
+from composer_tst.settings import Settings
+from composer_tst.weighting import Weighting, target_weights
 
 
 class RateOfItsOwn(WarmupStableDecayScheduler):
@@ -44,12 +47,20 @@ class WeightsByPhase(TokenSuperposition):
 
     def __init__(self, weightings: Sequence[Weighting], **others: Any):
         super().__init__(**others)
-        self.weightings = weightings
+        fields = {**vars(self.settings), 'weighting': tuple(weightings)}
+        self.settings = _SettingsByPhase(**fields, ended=lambda: len(self.schedule.progress.ended))
 
-    def _enter_phase(self, state: State) -> None:
-        setting, self.weighting = self.weighting, self.weightings[len(self.schedule.ended)]
-        super()._enter_phase(state)
-        self.weighting = setting
+
+@dataclass(frozen=True)
+class _SettingsByPhase(Settings):
+    """Settings whose ``weighting`` has one for each phase."""
+
+    ended: Callable[[], int] = lambda: 0
+
+    def weights(self, bag_size: int) -> torch.Tensor:
+        """Weights of a bag's targets in the phase under way."""
+        weightings: Any = self.weighting
+        return target_weights(weightings[self.ended()], bag_size)
 
 
 def register() -> None:

@@ -1,0 +1,7 @@
+"""``python -m composer_tst`` is the command ``composer-tst``."""
+
+import sys
+
+from composer_tst.cli import main
+
+sys.exit(main())

@@ -1,0 +1,50 @@
+"""``composer-tst compare``: runs beside a baseline, as a table and a picture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+FORMATS = ('.png', '.svg', '.pdf')
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    baseline: Annotated[Path, typer.Argument(metavar='BASELINE_DIR', help='Folder of the baseline run.')],
+    runs: Annotated[list[Path], typer.Argument(metavar='TST_DIR', help='Folders of the runs to compare.')],
+    output: Annotated[Path, typer.Option(metavar='PICTURE', help='Where to write it: .png, .svg or .pdf.')],
+) -> None:
+    """Draw the loss curves of runs beside a baseline's, and print final losses and iso-loss speed-ups.
+
+    They are read from TensorBoard files. The train loss of a superposed phase is the multi-hot cross-entropy over a
+    bag's tokens, another quantity than the next-token loss: it is drawn dashed and faint.
+    """
+    from composer_tst.comparing.events import CompareError
+    from composer_tst.comparing.fairness import remarks_on_all
+    from composer_tst.comparing.picture import draw
+    from composer_tst.comparing.runs import read_run
+    from composer_tst.comparing.table import table
+
+    try:
+        if output.suffix not in FORMATS:
+            raise CompareError(f'--output {output}: its suffix is its format, give {", ".join(FORMATS)}.')
+        folders = [baseline, *runs]
+        compared = [read_run(folder) for folder in folders]
+        if len({run.name for run in compared}) < len(compared):
+            compared = [replace(run, name=str(folder)) for run, folder in zip(compared, folders, strict=True)]
+        draw(compared, output)
+    except CompareError as error:
+        typer.echo(f'error: {error}', err=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        typer.echo(f'error: {error.filename or output}: {error.strerror or error}', err=True)
+        raise typer.Exit(1) from None
+    typer.echo(table(compared))
+    if said := remarks_on_all(compared):
+        typer.echo('\n' + '\n'.join(said))
+    typer.echo(f'\ncurves: {output}')

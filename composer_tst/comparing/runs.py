@@ -1,0 +1,140 @@
+"""A run as the comparison sees it, read from its TensorBoard files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from composer_tst.comparing.events import CompareError, Series, read_scalars
+
+TRAIN_LOSS = 'loss/train/total'
+BAG_SIZE = 'superposition/bag_size'
+DATA_TOKENS = 'superposition/data_tokens'
+S_TOKENS = 'superposition/s_tokens'
+TIME_TOKEN = 'time/token'
+EVAL_LOSS = 'metrics/eval/LanguageCrossEntropy'
+ANY_EVAL_LOSS = re.compile(r'metrics/(?!train/).+/LanguageCrossEntropy')
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the comparison needs of one run.
+
+    Args:
+        name: The folder's name.
+        measured: What its validation loss is called in the log, which names the validation set.
+        validation: Next-token validation loss, in nats per token.
+        train: Train loss, in nats; multi-hot cross-entropy wherever the bag size is above 1.
+        tokens: Cumulative data tokens.
+        positions: Cumulative model positions, s-tokens; the data tokens for a run without superposition.
+        bag_size: Bag size; empty for a run without superposition.
+        cut: A sentence for each event file that ends in the middle of a record.
+    """
+
+    name: str
+    measured: str
+    validation: Series
+    train: Series
+    tokens: Series
+    positions: Series
+    bag_size: Series
+    cut: tuple[str, ...] = ()
+
+    @property
+    def final_loss(self) -> float:
+        """Validation loss at the last evaluation."""
+        return float(self.validation.values[-1])
+
+    @property
+    def final_step(self) -> int:
+        """Steps at the last evaluation."""
+        return int(self.validation.steps[-1])
+
+    @property
+    def superposed(self) -> bool:
+        """Whether any step was trained on bags."""
+        return bool((self.bag_size.values > 1).any())
+
+    @property
+    def switches(self) -> list[int]:
+        """Steps at which the bag size changes: the first step of each new phase."""
+        changed = np.flatnonzero(np.diff(self.bag_size.values)) + 1
+        return self.bag_size.steps[changed].tolist()
+
+    @property
+    def phases(self) -> list[tuple[int, int, int]]:
+        """Bag size, first step and end of each phase, recovery included; empty without superposition."""
+        if not self.superposed:
+            return []
+        starts = [int(self.bag_size.steps[0]), *self.switches]
+        ends = [*self.switches, self.final_step]
+        return [(self.bag_size_at(start), start, end) for start, end in zip(starts, ends, strict=True)]
+
+    def bag_size_at(self, step: int) -> int:
+        """Bag size of a step, judged by the last one logged by then."""
+        latest = int(np.searchsorted(self.bag_size.steps, step, side='right')) - 1
+        return int(self.bag_size.values[max(latest, 0)]) if len(self.bag_size.steps) else 1
+
+    def tokens_at(self, steps: NDArray[np.int64] | Sequence[int]) -> NDArray[np.float64]:
+        """Cumulative data tokens at ``steps[N]``, linear between logged steps."""
+        return np.interp(steps, self.tokens.steps, self.tokens.values)
+
+    def superposed_at(self, steps: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether each of ``steps[N]`` was trained on bags, judged by the last bag size logged by then."""
+        if not len(self.bag_size.steps):
+            return np.zeros(len(steps), dtype=bool)
+        latest = np.searchsorted(self.bag_size.steps, steps, side='right') - 1
+        return self.bag_size.values[np.maximum(latest, 0)] > 1
+
+
+def _is_wanted(tag: str) -> bool:
+    known = (TRAIN_LOSS, BAG_SIZE, DATA_TOKENS, S_TOKENS, TIME_TOKEN)
+    return tag in known or ANY_EVAL_LOSS.fullmatch(tag) is not None
+
+
+def read_run(folder: Path) -> Run:
+    """Read the run whose event files lie somewhere under ``folder``.
+
+    Returns:
+        Run: The run, named by its folder.
+
+    Raises:
+        CompareError: If the folder is missing, has no event file or several runs, if validation loss, train loss or
+            tokens were not logged, if several validation losses were and none is labelled ``eval``, or if the last
+            validation loss is not finite.
+    """
+    scalars, cut = read_scalars(folder, _is_wanted)
+    eval_tags = [EVAL_LOSS] if EVAL_LOSS in scalars else sorted(filter(ANY_EVAL_LOSS.fullmatch, scalars))
+    if len(eval_tags) > 1:
+        raise CompareError(
+            f'{folder} logged several validation losses and none labelled eval ({", ".join(eval_tags)}); '
+            'label the one to compare eval in the eval loader.'
+        )
+    if not eval_tags:
+        raise CompareError(
+            f'{folder} logged no validation loss ({EVAL_LOSS}); give that run an eval loader and an eval interval.'
+        )
+    tokens_tag = DATA_TOKENS if DATA_TOKENS in scalars else TIME_TOKEN
+    for tag in (TRAIN_LOSS, tokens_tag):
+        if tag not in scalars:
+            raise CompareError(f'{folder} logged no {tag}, which every Composer run on tokens logs.')
+    validation = scalars[eval_tags[0]]
+    if not np.isfinite(validation.values[-1]):
+        raise CompareError(f'{folder} diverged: its last validation loss is {validation.values[-1]}.')
+    bag_size = scalars.get(BAG_SIZE, Series(np.empty(0, np.int64), np.empty(0)))
+    return Run(
+        name=folder.resolve().name,
+        measured=eval_tags[0],
+        validation=validation,
+        train=scalars[TRAIN_LOSS],
+        tokens=scalars[tokens_tag],
+        positions=scalars.get(S_TOKENS, scalars[tokens_tag]),
+        # Composer logs a step's loss under the steps before it, and what is known at its end under one more.
+        bag_size=Series(bag_size.steps - 1, bag_size.values),
+        cut=tuple(cut),
+    )

@@ -1,0 +1,203 @@
+"""The unit of work of both engines: some megabytes of input, read, tokenised and packed by itself.
+
+Parts depend on the inputs alone, never on the number of workers, so every run makes the same rows. Rows do
+not run on from one part to the next: the last, incomplete row of a part and split is dropped and counted.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .documents import BadDocument, Piece, open_parquet, read_documents
+from .errors import PrepareError, shown
+from .packing import Packer
+from .reading import DamagedError, opened, refusing
+from .sources import Source
+from .split import Splits, choose_split
+from .tokenizer import TextTokenizer
+
+# About as many bytes of rows as of text, so about one shard of streaming's default size.
+PART_BYTES = 64 << 20
+# So that a data set of any size has a number of parts, and of records of them, that is easily handled.
+MOST_PARTS = 10_000
+# What is tokenised in one call, in characters; bounds the memory of a worker.
+BATCH_CHARS = 1 << 20
+
+BAD_ADVICE = ' (with --skip-bad, the same command goes on from here without such documents)'
+
+Part = tuple[Piece, ...]
+Progress = Callable[[tuple[int, int]], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What turns documents into rows, the same for every part; and whether bad ones are passed over."""
+
+    seq_len: int
+    splits: Splits
+    text_key: str
+    skip_bad: bool
+
+
+@dataclass
+class SplitCount:
+    """What a part, or all of them, put into one split."""
+
+    documents: int = 0
+    characters: int = 0
+    rows: int = 0
+    # Documents that are whole in rows: their end-of-text tokens are. Those of the others went with dropped tokens.
+    ends: int = 0
+    dropped_tokens: int = 0
+    # Tokens that stand for what the vocabulary does not know, and characters that no token stands for at all.
+    unknown_tokens: int = 0
+    lost_characters: int = 0
+
+
+@dataclass
+class PartCount:
+    """What came of a part: counts by split, and the bad documents as sentences."""
+
+    splits: dict[str, SplitCount]
+    bad: list[str] = field(default_factory=list)
+
+    @classmethod
+    def zero(cls, settings: Settings) -> 'PartCount':
+        """Counts at zero."""
+        return cls({name: SplitCount() for name, _ in settings.splits})
+
+    @classmethod
+    def from_json(cls, record: dict) -> 'PartCount':
+        """The inverse of `dataclasses.asdict`."""
+        return cls({name: SplitCount(**split) for name, split in record['splits'].items()}, record['bad'])
+
+    def add(self, other: 'PartCount') -> None:
+        """Add another part's counts."""
+        self.bad += other.bad
+        for name, split in other.splits.items():
+            for key, value in vars(split).items():
+                setattr(self.splits[name], key, getattr(self.splits[name], key) + value)
+
+
+def plan_parts(sources: Sequence[Source]) -> list[Part]:
+    """Gather small files and cut large ones, where their format allows it, into parts of about one size."""
+    total = sum(source.size for source in sources)
+    part_bytes = max(PART_BYTES, total // MOST_PARTS)
+    parts: list[Part] = []
+    gathered: list[Piece] = []
+    size = 0
+    for source in sources:
+        for piece, piece_size in _pieces(source, part_bytes):
+            gathered.append(piece)
+            size += piece_size
+            if size >= part_bytes:
+                parts.append(tuple(gathered))
+                gathered, size = [], 0
+    return [*parts, tuple(gathered)] if gathered else parts
+
+
+def _pieces(source: Source, part_bytes: int) -> Iterator[tuple[Piece, int]]:
+    """Cut a source into pieces, each with its size in bytes."""
+    if source.size <= part_bytes or source.compression or source.format == 'text':
+        yield Piece(source), source.size
+    elif source.format == 'jsonl':
+        for start in range(0, source.size, part_bytes):
+            end = min(start + part_bytes, source.size)
+            yield Piece(source, start, end), end - start
+    else:
+        try:
+            with opened(source) as stream, refusing('parquet'):
+                metadata = open_parquet(stream).metadata
+        except DamagedError:
+            # Reading it will report it as a bad document.
+            yield Piece(source), source.size
+            return
+        start, size = 0, 0
+        for group in range(metadata.num_row_groups):
+            size += metadata.row_group(group).total_byte_size
+            if size >= part_bytes or group == metadata.num_row_groups - 1:
+                yield Piece(source, start, group + 1), size
+                start, size = group + 1, 0
+
+
+def pack_part(
+    part: Part, tokenizer: TextTokenizer, settings: Settings, count: PartCount, progress: Progress
+) -> Iterator[tuple[str, NDArray[np.int32]]]:
+    """Read, tokenise and pack a part; yield (split, rows[N, L]).
+
+    Args:
+        count: is filled in as the rows are taken.
+        progress: is told the documents and tokens of each batch.
+
+    Raises:
+        PrepareError: at the first bad document, unless bad documents are skipped.
+    """
+    packers = {name: Packer(settings.seq_len) for name, _ in settings.splits}
+    end_of_text = np.array([tokenizer.eos_id], np.int32)
+    for batch in _batches(part, tokenizer, settings, count):
+        documents, tokens = 0, 0
+        encoded = tokenizer.encode([text for _, text, _ in batch])
+        for (split, text, last), ids in zip(batch, encoded, strict=True):
+            counted = count.splits[split]
+            counted.lost_characters += tokenizer.count_lost(text)
+            if tokenizer.unknown_id is not None:
+                counted.unknown_tokens += int(np.count_nonzero(ids == tokenizer.unknown_id))
+            packers[split].add(ids)
+            tokens += len(ids)
+            if last:
+                packers[split].add(end_of_text)
+                counted.documents += 1
+                documents += 1
+        progress((documents, tokens + documents))
+        for split, packer in packers.items():
+            rows = packer.rows()
+            if len(rows):
+                count.splits[split].rows += len(rows)
+                count.splits[split].ends += int(np.count_nonzero(rows == tokenizer.eos_id))
+                yield split, rows
+    for split, packer in packers.items():
+        counted = count.splits[split]
+        counted.dropped_tokens = packer.held_tokens
+        ends = counted.ends + sum(int(np.count_nonzero(held == tokenizer.eos_id)) for held in packer.held)
+        if ends != counted.documents:
+            raise PrepareError(
+                f'--tokenizer: it makes end-of-text of text, {ends - counted.documents:,} times in a part that begins '
+                f'with {part[0].source.path}: use one that keeps an id for the ends of documents'
+            )
+
+
+def _batches(
+    part: Part, tokenizer: TextTokenizer, settings: Settings, count: PartCount
+) -> Iterator[list[tuple[str, str, bool]]]:
+    """Gather (split, piece of a document, whether it is the document's last) up to the batch size."""
+    batch: list[tuple[str, str, bool]] = []
+    chars = 0
+    for piece in part:
+        for document in read_documents(piece, settings.text_key):
+            if isinstance(document, BadDocument):
+                sentence = shown(f'{document.where}: {document.why}')
+                if not settings.skip_bad:
+                    raise PrepareError(sentence + BAD_ADVICE)
+                count.bad.append(sentence)
+                continue
+            split = choose_split(document.digest, settings.splits)
+            texts = tokenizer.pieces(_counted(document.chunks, count.splits[split]))
+            text = next(texts)
+            while text is not None:
+                following = next(texts, None)
+                batch.append((split, text, following is None))
+                chars += len(text)
+                if chars >= BATCH_CHARS:
+                    yield batch
+                    batch, chars = [], 0
+                text = following
+    if batch:
+        yield batch
+
+
+def _counted(chunks: Iterable[str], count: SplitCount) -> Iterator[str]:
+    for chunk in chunks:
+        count.characters += len(chunk)
+        yield chunk

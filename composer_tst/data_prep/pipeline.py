@@ -1,0 +1,179 @@
+"""The steps from raw text to a data set, in order."""
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from .address import Address, parse_address
+from .convert import Engine, Job, convert, convert_locally, merged
+from .errors import PrepareError, explained
+from .lock import locked
+from .output import BEGUN, Output, check_output
+from .parts import Part, PartCount, Settings, plan_parts
+from .sample import sample_texts
+from .shards import LONGEST_ROW, ShardOptions
+from .sources import check_bucket, list_sources
+from .tokenizer import TextTokenizer, check_vocabulary, load_tokenizer, save_tokenizer, train_tokenizer
+from .verify import describe, summarize, verify
+from .workers import in_worker, preload
+
+# Changes whenever the same arguments would make other rows than before.
+FORMAT = 2
+# Bad documents named on the screen; all of them are in `bad_documents.txt`.
+BAD_SHOWN = 10
+
+
+def prepare(
+    inputs: list[str],
+    out: str,
+    settings: Settings,
+    shard_options: ShardOptions,
+    tokenizer_name: str | None = None,
+    vocab_size: int | None = None,
+    engine: str = 'local',
+    check: bool = False,
+) -> None:
+    """Do what the command says.
+
+    Args:
+        tokenizer_name: a local folder or a hub name; or else
+        vocab_size: the size of a vocabulary to train.
+        engine: `local` or `spark`.
+        check: read every shard back before the data set becomes visible, or now if it is finished.
+
+    Raises:
+        PrepareError: for anything that the user can act on.
+    """
+    if not 1 <= settings.seq_len <= LONGEST_ROW:
+        raise PrepareError(f'--seq-len {settings.seq_len}: a row needs at least one token and at most {LONGEST_ROW:,}')
+    if not out:
+        raise PrepareError('--output is missing: name a folder or an s3:// address')
+    if (tokenizer_name is None) == (vocab_size is None):
+        raise PrepareError('give one of --tokenizer and --train-tokenizer')
+    if vocab_size is not None:
+        check_vocabulary(vocab_size)
+    shard_options.check()
+    address = parse_address(out)
+    _check_place(address)
+    run = _engine(engine)
+    preload()
+    sources = list_sources(inputs, address)
+    loaded = None if tokenizer_name is None else in_worker(load_tokenizer, tokenizer_name)
+    parts = plan_parts(sources)
+    fingerprint = {
+        'version of this program': FORMAT,
+        '--seq-len': settings.seq_len,
+        '--tokenizer': loaded and _digest([loaded.definition, loaded.eos_id]),
+        '--train-tokenizer': vocab_size,
+        '--split': settings.splits,
+        '--text-key': settings.text_key,
+        '--compression': shard_options.compression,
+        '--hashes': shard_options.hashes,
+        'listing of INPUT (names, sizes and times)': _digest([(s.path, s.size, s.stamp) for s in sources]),
+        'plan of parts': _digest([[(p.source.path, p.start, p.end) for p in part] for part in parts]),
+    }
+    output = Output(address.path)
+    # Before anything is written there, be it a lock; and again under the lock.
+    check_output(output, fingerprint)
+    with locked(output.path) as lock:
+        if not check_output(output, fingerprint):
+            output.record(BEGUN, fingerprint)
+        tokenizer = loaded or _trained(output, parts, settings, vocab_size or 0)
+        job = Job(tokenizer, settings, shard_options, output, lock)
+        records = convert(parts, job, run)
+        shards, count = merged(records, settings)
+        if not any(shards.values()):
+            raise _nothing(count, settings)
+        if check:
+            verify(job, records, count)
+        stats = summarize(shards, count, settings, tokenizer)
+        lock.check()
+        _publish(output, shards, count, stats)
+    _report(stats, count)
+
+
+def _check_place(address: Address) -> None:
+    if address.is_s3:
+        check_bucket(address)
+    elif os.path.lexists(address.path) and not os.path.isdir(address.path):
+        raise PrepareError(f'output {address.path} exists and is no folder: name another')
+
+
+def _engine(name: str) -> Engine:
+    if name == 'local':
+        return convert_locally
+    try:
+        from .spark import convert_with_spark
+    except ImportError as error:
+        raise PrepareError('--engine spark needs pyspark: pip install "composer-tst[spark]"') from error
+    return convert_with_spark
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _trained(output: Output, parts: Sequence[Part], settings: Settings, vocab_size: int) -> TextTokenizer:
+    """Train the tokenizer and save it beside the shards, or take the one that an interrupted run trained."""
+    state = output.recorded('tokenizer.json')
+    if state is None:
+        print(f'training a tokenizer of {vocab_size:,} tokens on a sample', file=sys.stderr)
+        tokenizer = train_tokenizer(sample_texts(parts, settings), vocab_size)
+        with explained('write', 'the temporary folder'), tempfile.TemporaryDirectory() as folder:
+            in_worker(save_tokenizer, tokenizer, folder)
+            files = {}
+            for name in sorted(os.listdir(folder)):
+                with open(os.path.join(folder, name), encoding='utf-8') as file:
+                    files[name] = file.read()
+        state = {'tokenizer': asdict(tokenizer), 'files': files}
+        output.record('tokenizer.json', state)
+    for name, text in state['files'].items():
+        output.publish(text.encode(), 'tokenizer', name)
+    return TextTokenizer(**state['tokenizer'])
+
+
+def _nothing(count: PartCount, settings: Settings) -> PrepareError:
+    documents = sum(split.documents for split in count.splits.values())
+    if count.bad and not documents:
+        return PrepareError(f'none of {len(count.bad):,} documents is good; the first: {count.bad[0]}')
+    bad = f' and {len(count.bad):,} bad ones, the first: {count.bad[0]}' if count.bad else ''
+    return PrepareError(
+        f'the input is too small: no split fills a row of --seq-len {settings.seq_len} ({documents:,} documents{bad})'
+    )
+
+
+def _publish(output: Output, shards: dict[str, list], count: PartCount, stats: dict) -> None:
+    """Write what is not a shard, the indexes last."""
+    if count.bad:
+        output.publish(''.join(f'{line}\n' for line in count.bad).encode(), 'bad_documents.txt')
+    output.publish(json.dumps(stats, indent=2).encode(), 'stats.json')
+    for name, entries in shards.items():
+        if entries:
+            index = {'version': 2, 'shards': entries}
+            output.publish(json.dumps(index, sort_keys=True).encode(), name, 'index.json')
+
+
+def _report(stats: dict, count: PartCount) -> None:
+    print(describe(stats))
+    for line in count.bad[:BAD_SHOWN]:
+        print(f'skipped {line}', file=sys.stderr)
+    if len(count.bad) > BAD_SHOWN:
+        print(f'and {len(count.bad) - BAD_SHOWN:,} more, see bad_documents.txt', file=sys.stderr)
+    for name, split in stats['splits'].items():
+        tokens = split['tokens'] + split['dropped_tokens']
+        if not split['rows']:
+            print(f'warning: split {name} has no rows: give it a larger share with --split', file=sys.stderr)
+        if split['unknown_tokens']:
+            share = split['unknown_tokens'] / tokens
+            print(f'warning: {share:.2%} of the tokens of split {name} are the unknown token', file=sys.stderr)
+        if split['lost_characters']:
+            share = split['lost_characters'] / split['characters']
+            print(
+                f'warning: {split["lost_characters"]:,} characters of split {name}, {share:.2%}, have no token: the '
+                'tokenizer drops what its vocabulary does not know',
+                file=sys.stderr,
+            )

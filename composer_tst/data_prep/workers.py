@@ -1,0 +1,116 @@
+"""Worker processes, with the packages they need loaded once for all of them.
+
+Workers are forked from a server process that has imported these packages: their memory is shared, a worker
+starts at once, and the parent is never forked.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
+from typing import Any
+
+from .errors import PrepareError
+
+PRELOADED = ['numpy', 'pyarrow.parquet', 'tokenizers', 'tqdm', 'typer', 'botocore.client']
+TICK_SECONDS = 0.2
+
+_context = multiprocessing.get_context('forkserver')
+# In a worker: the function, what it is told once, its way to report, and whether to give up.
+_work: tuple[Callable[..., Any], Any, Any, Any]
+
+
+def preload() -> None:
+    """Begin to load the packages, so that they are there when the first worker is wanted.
+
+    Not transformers, which takes seconds and much memory, and which only one short-lived worker needs.
+    """
+    _context.set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
+
+
+def parallel(
+    function: Callable[[Any, Any, Callable[[Any], None]], Any],
+    job: Any,
+    items: Iterable[Any],
+    report: Callable[[Any], None] = lambda _: None,
+) -> Iterator[Any]:
+    """Yield `function(job, item, report)` for every item, in the order in which they finish.
+
+    Args:
+        function: a function of a module.
+        job: what all items have in common; sent to a worker once.
+        items: what differs.
+        report: is called here with what the function passes to its own `report`.
+
+    Raises:
+        PrepareError: if a worker dies; and whatever `function` raises.
+    """
+    items = list(items)
+    # Those that this process may use, where the system can tell.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    count = max(1, min(cores, len(items)))
+    queue, stop = _context.SimpleQueue(), _context.Event()
+    preload()
+    pool = ProcessPoolExecutor(count, _context, _start, (function, job, queue, stop, cores // count, dict(os.environ)))
+    try:
+        waiting = {pool.submit(_run, item) for item in items}
+        while waiting:
+            done, waiting = wait(waiting, TICK_SECONDS, FIRST_COMPLETED)
+            while not queue.empty():
+                report(queue.get())
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool as error:
+        raise PrepareError(
+            'a worker died, perhaps killed for want of memory; the same command goes on from here'
+        ) from error
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def in_worker(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run one function in a worker and return what it returns."""
+    return next(parallel(_call, function, [arguments]))
+
+
+def _call(function: Callable[..., Any], arguments: tuple, report: Callable[[Any], None]) -> Any:
+    return function(*arguments)
+
+
+class _Stopped(Exception):
+    """Another item failed, or the user interrupted."""
+
+
+def _start(
+    function: Callable[..., Any], job: Any, queue: Any, stop: Any, threads: int, environment: dict[str, str]
+) -> None:
+    global _work
+    # A worker is born with the environment that the server was started with.
+    os.environ.update(environment)
+    _work = function, job, queue, stop
+    # Where there are fewer items than cores, tokenizers' own threads use the others.
+    os.environ['TOKENIZERS_PARALLELISM'] = 'true' if threads > 1 else 'false'
+    os.environ['RAYON_NUM_THREADS'] = str(threads)
+    # An interrupt reaches every process of a terminal; the parent alone answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # A worker whose parent was killed would wait for work for ever.
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _run(item: Any) -> Any:
+    function, job, queue, stop = _work
+
+    def report(value: Any) -> None:
+        if stop.is_set():
+            raise _Stopped
+        queue.put(value)
+
+    return function(job, item, report)

@@ -1,0 +1,1 @@
+"""What ``composer-tst plan`` is made of."""

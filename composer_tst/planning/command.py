@@ -1,0 +1,68 @@
+"""``composer-tst plan``: what a run will take before it is run, and the gain that the published grids suggest."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+# Dense bf16 peaks in FLOP/s, by their makers.
+GPUS = {'a100': 312e12, 'h100': 989e12, 'h200': 989e12, 'b200': 2250e12}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    yaml: Annotated[str, typer.Argument(metavar='YAML', help='A config of llm-foundry.')],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar='KEY=VALUE...', help='As for llmfoundry.')] = None,
+    bag_size: Annotated[int | None, typer.Option(help='Instead of what the YAML says.')] = None,
+    duration: Annotated[str | None, typer.Option(help='Instead of what the YAML says.')] = None,
+    stats: Annotated[str | None, typer.Option(help='The stats.json of the data.')] = None,
+    gpu: Annotated[str, typer.Option(help=', '.join(GPUS))] = 'h100',
+    gpus: Annotated[int, typer.Option(min=1, help='How many.')] = 8,
+    mfu: Annotated[float, typer.Option(help='The share of their peak that training reaches.')] = 0.4,
+    as_json: Annotated[bool, typer.Option('--json', help='As JSON.')] = False,
+    sweeping: Annotated[bool, typer.Option('--sweep', help='Bag sizes and shares of steps instead.')] = False,
+    out: Annotated[str | None, typer.Option('--write', metavar='NEW.yaml', help='The YAML to run, filled in.')] = None,
+) -> None:
+    """Say what a run will take and what it may bring."""
+    from composer_tst.planning.config import PlanError, change_settings, load, read_run, train_split
+    from composer_tst.planning.filling import fill_in, write
+    from composer_tst.planning.model import build
+    from composer_tst.planning.plan import make_plan, sweep
+    from composer_tst.planning.stats import read_data
+    from composer_tst.planning.tables import sweep_table, table
+
+    try:
+        if gpu not in GPUS:
+            raise PlanError(f'--gpu {gpu}: give one of {", ".join(GPUS)}')
+        if not 0 < mfu <= 1:
+            raise PlanError(f'--mfu {mfu}: give a share above 0 and up to 1')
+        config = load(yaml, overrides or [])
+        change_settings(config, bag_size, duration)
+        run = read_run(config)
+        changes: list[str] = []
+        if out:
+            config, changes = fill_in(config, run)
+            run = read_run(config)  # what is printed is what is written
+        split = train_split(config)
+        data = read_data(stats, split, run.length) if stats else None
+        model = build(config)
+        if sweeping:
+            points = sweep(run, model, data)
+            print(json.dumps(points, indent=2) if as_json else sweep_table(points))
+        else:
+            plan = make_plan(run, model, data, gpus * GPUS[gpu] * mfu)
+            print(json.dumps(plan, indent=2) if as_json else table(plan, f'{gpus} {gpu.upper()} at MFU {mfu:g}'))
+        if out:
+            write(config, out)
+            typer.echo('\n'.join(['', f'{out} is written; in it', *(f'  {change}' for change in changes)]), err=as_json)
+    except PlanError as error:
+        typer.echo(f'error: {error}', err=True)
+        raise typer.Exit(1) from None
+
+
+if __name__ == '__main__':
+    app()

@@ -1,0 +1,60 @@
+"""Each phase in numbers: steps, data tokens, positions, FLOPs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from composer_tst.plan import Data, Moment, plan_steps
+
+from .config import PlanError, Run
+from .model import Model
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """A phase in numbers: data tokens are read, positions are what the model works on."""
+
+    bag_size: int
+    steps: int
+    data_tokens: int
+    positions: int
+    flops_per_step: float
+
+
+def cost_phases(run: Run, model: Model, rows_in_data: int | None) -> list[PhaseCost]:
+    """The phases of a run, recovery last."""
+    draws = [phase.bag_size if run.expand != 'none' else 1 for phase in run.phases]
+    batches = max(1, rows_in_data // run.rows) if rows_in_data else None
+    data = Data(batches, samples=run.rows, tokens=run.rows * run.length)
+    try:
+        plan = plan_steps(run.phases, draws, run.max_duration, data, Moment())
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+    if plan is None:
+        raise PlanError('a time is given in epochs, which needs --stats to know the length of one')
+    for phase, start, end in zip(run.phases, [0, *plan.ends], plan.ends, strict=False):
+        if end <= start or end >= plan.total:
+            raise PlanError(
+                f'algorithms.token_superposition: the phase with bag_size {phase.bag_size} goes from step {start} to '
+                f'{end} of {plan.total}: give it steps, and leave some for recovery'
+            )
+    costs = []
+    bags = [(phase.bag_size, drawn) for phase, drawn in zip(run.phases, draws, strict=True)]
+    for (bag, drawn), start, end in zip([*bags, (1, 1)], [0, *plan.ends], [*plan.ends, plan.total], strict=True):
+        rows, length = run.rows, run.length
+        fewest = bag if run.superpose == 'output' else 2 * bag
+        if run.expand != 'sequence' and bag > 1 and length < fewest:
+            raise PlanError(
+                f'algorithms.token_superposition: max_seq_len is {length}, and a row by itself needs {fewest} tokens '
+                f'for bags of {bag}: use expand: sequence, a smaller bag_size, or longer rows'
+            )
+        if bag > 1 and run.superpose != 'output' and run.expand != 'sequence':
+            rows, length = rows * drawn, length // bag
+        steps = end - start
+        costs.append(
+            PhaseCost(
+                bag, steps, steps * drawn * run.rows * run.length, steps * rows * length,
+                float(rows * length * model.flops(length)),
+            )
+        )  # fmt: skip
+    return costs

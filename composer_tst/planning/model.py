@@ -1,0 +1,116 @@
+"""The model: its parameters and its FLOPs, counted without memory for its weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from .config import PlanError, value
+
+# What llm-foundry's MPT takes beside its architecture. The loss it takes by default is installed with a GPU alone.
+NO_ARCHITECTURE = ('name', 'loss_fn', 'use_train_metrics', 'additional_train_metrics')
+# Attention that needs no GPU, of as many parameters and FLOPs.
+PLAIN_ATTENTION = {'attn_impl': 'torch', 'rope_impl': 'hf'}
+# What Hugging Face's configs call the number of experts.
+EXPERTS = ('num_experts', 'num_local_experts', 'n_routed_experts')
+
+
+@dataclass(frozen=True)
+class Model:
+    """Counts of parameters, and the two numbers that decide a position's FLOPs at a length."""
+
+    parameters: int
+    active: int
+    multiplying: int
+    attention: int  # layers * heads * width of a head
+
+    def flops(self, length: int) -> int:
+        """FLOPs of one position, forward and backward, in a row of `length` positions."""
+        return 6 * self.multiplying + 12 * self.attention * length
+
+
+def build(config: DictConfig) -> Model:
+    """Count a model's parameters on the meta device."""
+    found = value(config, 'model', DictConfig, 'the model, as llm-foundry takes it')
+    settings: Any = OmegaConf.to_container(found, resolve=True)
+    name = value(config, 'model.name', str, 'hf_causal_lm or mpt_causal_lm')
+    if name not in BUILDERS:
+        raise PlanError(f'model.name is {name!r}: this reads {" and ".join(BUILDERS)}')
+    try:
+        with _quiet():
+            model = BUILDERS[name](settings)
+    except PlanError:
+        raise
+    except Exception as error:
+        # What a config is refused for takes many forms, some over several lines.
+        raise PlanError(f'model: {name} refuses these settings: {" ".join(str(error).split())[:300]}') from error
+    return _count(model)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without advice on models that are to be trained: this one is only counted."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _hugging_face(settings: dict[str, Any]) -> Any:
+    import torch
+    from llmfoundry.utils.config_utils import set_config_overrides
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_utils import no_init_weights
+
+    named = settings.get('pretrained_model_name_or_path')
+    try:
+        hf = AutoConfig.from_pretrained(named)
+    except OSError as error:
+        raise PlanError(
+            f'model.pretrained_model_name_or_path is {named!r}, which is no folder with a config.json, and the hub '
+            'does not answer for it: give such a folder'
+        ) from error
+    set_config_overrides(hf, settings.get('config_overrides') or {})
+    with torch.device('meta'), no_init_weights():
+        return AutoModelForCausalLM.from_config(hf)
+
+
+def _mpt(settings: dict[str, Any]) -> Any:
+    from llmfoundry.models.mpt import MPTConfig, MPTForCausalLM
+
+    shape = {key: item for key, item in settings.items() if key not in NO_ARCHITECTURE}
+    shape['attn_config'] = {**(shape.get('attn_config') or {}), **PLAIN_ATTENTION}
+    return MPTForCausalLM(MPTConfig(**{**shape, 'init_device': 'meta'}))
+
+
+BUILDERS = {'hf_causal_lm': _hugging_face, 'mpt_causal_lm': _mpt}
+
+
+def _count(model: Any) -> Model:
+    hf = model.config
+    count = sum(weight.numel() for weight in model.parameters())
+    experts = sum(weight.numel() for key, weight in model.named_parameters() if '.experts.' in key)
+    every = next((getattr(hf, key) for key in EXPERTS if hasattr(hf, key)), 1)
+    if every > 1 and not experts:
+        raise PlanError(f'model: {type(model).__name__} is a mixture whose experts this cannot tell from the rest')
+    active = count - experts + experts * getattr(hf, 'num_experts_per_tok', every) // every
+    # A tied matrix multiplies as the head; where there is no head of its own there is but one.
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = getattr(hf, 'tie_word_embeddings', False) or head is None
+    multiplying = active - (0 if tied else embedding.numel())
+    layers = getattr(hf, 'num_hidden_layers', None) or hf.n_layers
+    heads = getattr(hf, 'num_attention_heads', None) or hf.n_heads
+    width = getattr(hf, 'head_dim', None) or (getattr(hf, 'hidden_size', None) or hf.d_model) // heads
+    return Model(count, active, multiplying, layers * heads * width)

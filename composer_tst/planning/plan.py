@@ -1,0 +1,90 @@
+"""The plan of a run, and what other bag sizes and shares of its steps would bring.
+
+FLOPs are those of matrix products, forward and backward: 6 for each active parameter that multiplies (all but the
+input embedding) and 12 * layers * width of attention * length for attention, each per model position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from composer.core import TimeUnit
+
+from .config import Run, equal_steps
+from .cost import cost_phases
+from .model import Model
+from .published import expect
+from .stats import Data
+
+SWEEP_BAGS = (2, 3, 4, 6, 8, 12, 16)
+SWEEP_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+BYTES_A_TOKEN = 4  # int32, where no stats.json says what shards come to
+
+
+def make_plan(run: Run, model: Model, data: Data | None, speed: float) -> dict[str, Any]:
+    """Everything there is to say, as JSON.
+
+    Args:
+        data: the part of the data that the run reads, if it is known.
+        speed: FLOP/s of all GPUs together, at the MFU reached.
+    """
+    costs = cost_phases(run, model, data.rows if data else None)
+    flops = sum(cost.steps * cost.flops_per_step for cost in costs)
+    steps = sum(cost.steps for cost in costs)
+    tokens = sum(cost.data_tokens for cost in costs)
+    equivalent = flops / model.flops(run.length)
+    superposed = costs[:-1]
+    share = sum(cost.steps for cost in superposed) / steps
+    plan: dict[str, Any] = {
+        'parameters': model.parameters,
+        'active_parameters': model.active,
+        'phases': [asdict(cost) for cost in costs],
+        'steps': steps,
+        'superposed_share_of_steps': share,
+        'data_tokens': tokens,
+        'equivalent_tokens': equivalent,
+        'flops': flops,
+        'hours': flops / speed / 3600,
+        'shard_bytes': tokens * (data.bytes / data.tokens if data else BYTES_A_TOKEN),
+        'passes_over_data': tokens / data.tokens if data else None,
+        'share_of_tokens': _share_of_tokens(run),
+        'expected': None,
+    }
+    if superposed:
+        bag = sum(cost.steps * cost.bag_size for cost in superposed) / sum(cost.steps for cost in superposed)
+        expected = expect(run, model, equivalent, share, bag)
+        plan['expected'] = expected and asdict(expected)
+    return plan
+
+
+def _share_of_tokens(run: Run) -> str | None:
+    """The `duration` where it is a share of tokens or samples, and so another one of steps."""
+    if run.phases and run.max_duration.unit in (TimeUnit.TOKEN, TimeUnit.SAMPLE):
+        until = run.phases[-1].until
+        if until.unit == TimeUnit.DURATION:
+            return f'{until.to_timestring()} of {run.max_duration.to_timestring()}'
+    return None
+
+
+def sweep(run: Run, model: Model, data: Data | None) -> list[dict[str, Any]]:
+    """The plain run's steps with every bag size and share of them: data tokens and the expected change."""
+    plain = replace(run, max_duration=equal_steps(run), phases=())
+    steps = int(plain.max_duration.value)
+    found = []
+    for bag in SWEEP_BAGS:
+        for share in SWEEP_SHARES:
+            superposed = int(share * steps)
+            drawn = bag if run.expand != 'none' else 1
+            tokens = (superposed * drawn + steps - superposed) * run.rows * run.length
+            expected = expect(plain, model, steps * run.rows * run.length, share, bag)
+            found.append(
+                {
+                    'bag_size': bag,
+                    'share': share,
+                    'data_tokens': tokens,
+                    'passes_over_data': tokens / data.tokens if data else None,
+                    'expected': expected and asdict(expected),
+                }
+            )
+    return found

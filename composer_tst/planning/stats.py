@@ -1,0 +1,37 @@
+"""The data there is: the part of a `stats.json` that a run reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import PlanError
+
+
+@dataclass(frozen=True)
+class Data:
+    """A split in numbers."""
+
+    rows: int
+    tokens: int
+    bytes: int
+
+
+def read_data(path: str, split: str, length: int) -> Data:
+    """Read a split from a `stats.json`, whose rows must have `length` tokens."""
+    try:
+        stats = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise PlanError(f'--stats {path}: cannot be read: {error}') from error
+    if not isinstance(stats, dict) or 'seq_len' not in stats or not isinstance(stats.get('splits'), dict):
+        raise PlanError(f'--stats {path}: it is not what prepare-data writes: give its stats.json')
+    if stats['seq_len'] != length:
+        raise PlanError(
+            f'--stats {path}: its rows have {stats["seq_len"]} tokens and max_seq_len is {length}: '
+            f'prepare the data with --seq-len {length}'
+        )
+    found = stats['splits'].get(split)
+    if not found or not found['tokens']:
+        raise PlanError(f'--stats {path}: it has no split {split!r} with rows in it: prepare one')
+    return Data(found['rows'], found['tokens'], found['bytes'])

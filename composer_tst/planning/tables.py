@@ -1,0 +1,123 @@
+"""Plans and sweeps as text for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ADD_IT = 'add algorithms.token_superposition with bag_size and duration, or give --bag-size 6 --duration 0.3dur'
+
+
+def table(plan: dict[str, Any], gpu: str) -> str:
+    """The plan in lines for people."""
+    active = '' if plan['active_parameters'] == plan['parameters'] else f', {si(plan["active_parameters"])} active'
+    lines = [
+        f'parameters          {si(plan["parameters"])}{active}',
+        '',
+        'phase        bag      steps   data tokens   FLOPs per step',
+    ]
+    for cost in plan['phases']:
+        name = 'superposed' if cost['bag_size'] > 1 else 'plain'
+        lines.append(
+            f'{name:<10} {cost["bag_size"]:>5} {cost["steps"]:>10,} {si(cost["data_tokens"]):>13}'
+            f' {cost["flops_per_step"]:>16.3g}'
+        )
+    share = plan['superposed_share_of_steps']
+    lines += [
+        f'{"all":<16} {plan["steps"]:>10,} {si(plan["data_tokens"]):>13} {plan["flops"]:>16.3g} in all',
+        '',
+        f'superposed steps    {share:.1%} of all',
+    ]
+    if plan['share_of_tokens']:
+        lines += [
+            f'                    {plan["share_of_tokens"]} is a share of the data, of which a superposed step reads',
+            '                    more: for that share of the steps give max_duration in ba.',
+        ]
+    lines += [
+        f'equivalent tokens   {si(plan["equivalent_tokens"])}: what plain training reads at this cost',
+        f'shards              {size(plan["shard_bytes"])}',
+    ]
+    passes = plan['passes_over_data']
+    if passes is not None:
+        repeats = 'no row is read twice' if passes <= 1 else 'data repeats: prepare more, or lower bag_size or duration'
+        lines.append(f'passes over data    {passes:.2f}, {repeats}')
+    lines.append(f'time                {span(plan["hours"])} on {gpu}')
+    expected = plan['expected']
+    if expected:
+        lines.append(
+            f'expected loss       {expected["change"]:+.3f} nats against plain training at this cost, by '
+            f'{expected["source"]} ({over_scales(expected)})'
+        )
+        if expected['extrapolation']:
+            lines.append(f'                    This is an extrapolation: {expected["extrapolation"]}.')
+    elif share:
+        lines.append('expected loss       not stated: no published grid has this bag size, share and weighting')
+    else:
+        lines += ['', f'This YAML has no superposition: {ADD_IT}.']
+    return '\n'.join(lines)
+
+
+def over_scales(expected: dict[str, Any]) -> str:
+    """How much the published grids differ."""
+    if expected['low'] == expected['high']:
+        return 'the only published grid of these settings'
+    return f'{expected["low"]:+.3f} to {expected["high"]:+.3f} over published scales'
+
+
+def si(number: float) -> str:
+    """A number with three digits and a suffix."""
+    for magnitude, suffix in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
+        if number >= magnitude:
+            return f'{number / magnitude:.3g}{suffix}'
+    return f'{number:.3g}'
+
+
+def size(number: float) -> str:
+    """Bytes as people say them."""
+    for magnitude, unit in ((1e12, 'TB'), (1e9, 'GB')):
+        if number >= magnitude:
+            return f'{number / magnitude:,.1f} {unit}'
+    return f'{number / 1e6:,.1f} MB'
+
+
+def span(hours: float) -> str:
+    """Hours as people say them."""
+    if hours >= 1:
+        return f'{hours:,.1f} hours'
+    return f'{60 * hours:.1f} minutes' if hours >= 1 / 60 else f'{3600 * hours:.2g} seconds'
+
+
+def sweep_table(points: list[dict[str, Any]]) -> str:
+    """The sweep as a grid: change of the final loss, and data tokens."""
+    shares = dict.fromkeys(point['share'] for point in points)
+    known = [point for point in points if point['expected']]
+    best = min((point['expected']['change'] for point in known), default=None)
+    whys = list(dict.fromkeys(point['expected']['extrapolation'] for point in known))
+    # What is true of all of them is said once.
+    marks = {why: '*' * index for index, why in enumerate(sorted(filter(None, whys)), 1)} if len(whys) > 1 else {}
+    repeats = False
+    lines = ['bag size' + ''.join(f'r = {share}'.rjust(18) for share in shares)]
+    for bag in dict.fromkeys(point['bag_size'] for point in points):
+        cells = []
+        for point in (point for point in points if point['bag_size'] == bag):
+            expected = point['expected']
+            change = f'{expected["change"]:+.3f}' if expected else 'not stated'
+            if expected:
+                change = ('>' if expected['change'] == best else '') + change
+                change += marks.get(expected['extrapolation'], '')
+            again = (point['passes_over_data'] or 0) > 1
+            repeats = repeats or again
+            cells.append(f'{change} {si(point["data_tokens"])}{"!" if again else ""}'.rjust(18))
+        lines.append(f's = {bag}'.ljust(8) + ''.join(cells))
+    lines += [
+        '',
+        's is the bag size, r the share of steps that are superposed (duration). Each cell: the expected change of the',
+        'final loss in nats against plain training of as many steps, and the data tokens that are read.',
+    ]
+    if best is not None:
+        lines.append('> marks the lowest expected loss.')
+    if repeats:
+        lines.append('! There is less data than that: some of it would be read more than once.')
+    if len(whys) == 1 and whys[0]:
+        lines.append(f'All of it is an extrapolation: {whys[0]}.')
+    lines += [f'{mark} This is an extrapolation: {why}.' for why, mark in marks.items()]
+    return '\n'.join(lines)

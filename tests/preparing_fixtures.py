@@ -1,0 +1,48 @@
+"""Fixtures of the tests of tools/prepare_data.py: `pytest_plugins = ['preparing_fixtures']`."""
+
+import uuid
+from pathlib import Path
+
+import boto3
+import pytest
+from s3_server import s3_server  # noqa: F401
+
+# First, since it makes the tools importable.
+from preparing import Bucket, Folder, make_text  # isort: skip
+from composer_tst.data_prep import lock, tokenizer
+
+
+@pytest.fixture(scope='module')
+def bpe() -> tokenizer.TextTokenizer:
+    """Byte-level BPE of 400 tokens."""
+    return tokenizer.train_tokenizer([make_text(number) for number in range(50)], 400)
+
+
+@pytest.fixture(scope='module')
+def tokenizer_dir(bpe: tokenizer.TextTokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Its folder."""
+    folder = str(tmp_path_factory.mktemp('tokenizer'))
+    tokenizer.save_tokenizer(bpe, folder)
+    return folder
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Forty text files, of which two have the same text."""
+    folder = tmp_path / 'corpus'
+    (folder / 'deeper').mkdir(parents=True)
+    for number in range(39):
+        (folder / f'{number:02}.txt').write_text(make_text(number))
+    (folder / 'deeper' / 'copy.txt').write_text(make_text(3))
+    return folder
+
+
+@pytest.fixture(params=['disk', 's3'])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder | Bucket:
+    """A place of either kind."""
+    monkeypatch.setattr(lock, 'BEAT', 0.2)
+    monkeypatch.setattr(lock, 'DEAD_AFTER', 1.0)
+    if request.param == 'disk':
+        return Folder(tmp_path / 'place')
+    client = boto3.client('s3', endpoint_url=request.getfixturevalue('s3_server'))
+    return Bucket(client, f'place-{uuid.uuid4().hex[:12]}')

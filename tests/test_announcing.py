@@ -1,0 +1,89 @@
+"""The first lines of a run, against sums written out by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from composer_tst.announcing import Course, first_lines, last_line, no_save_folder, unknown_course, warnings_of
+
+# The quickstart: 3,000 steps of 16 rows of 64, phases of 8, 4 and 2 until 300, 600 and 900.
+QUICKSTART = Course([8, 4, 2], [300, 600, 900], 3000, [8, 4, 2], tokens_a_batch=16 * 64, batches_an_epoch=22000)
+
+
+def test_the_first_lines_say_what_the_run_is_going_to_do():
+    does, reads, jump = first_lines(QUICKSTART)
+    assert does == (
+        'Superposition until step 900 of 3,000: bags of 8 for 300 steps, 2.46M data tokens; bags of 4 for 300 steps, '
+        '1.23M data tokens; bags of 2 for 300 steps, 614,400 data tokens; plain tokens for 2,100 steps, 2.15M data '
+        'tokens.'
+    )
+    # (300 * (8 + 4 + 2) + 2100) / 3000 and / 22000
+    assert reads == 'It reads 2.10 times the data of a plain run of as many steps, 0.29 epochs of this loader.'
+    assert jump.startswith('When recovery begins, the training loss jumps, in published runs by 1 to 2 nats')
+    assert warnings_of(QUICKSTART) == []
+
+
+def test_what_is_not_known_is_left_out():
+    does, reads, _ = first_lines(replace(QUICKSTART, tokens_a_batch=None, batches_an_epoch=None))
+    assert 'bags of 2 for 300 steps; plain tokens' in does
+    assert 'data tokens' not in does
+    assert reads == 'It reads 2.10 times the data of a plain run of as many steps.'
+    says, _ = unknown_course('0.3dur', [6])
+    assert says.startswith('Superposition until 0.3dur with bags of 6: at which step that is')
+
+
+def test_a_superposition_that_begins_within_a_run_has_plain_steps_before_it():
+    does, reads, _ = first_lines(Course([4], [50], 100, [4], began=20, batches_an_epoch=100))
+    assert does == (
+        'Superposition from step 20 to step 50 of 100: plain tokens for 20 steps; bags of 4 for 30 steps; plain tokens '
+        'for 50 steps.'
+    )
+    assert reads.startswith('It reads 1.90 times the data')  # (20 + 30 * 4 + 50) / 100
+    assert reads.endswith('1.9 epochs of this loader.')
+
+
+def test_without_more_data_a_run_reads_what_a_plain_one_does():
+    assert (
+        first_lines(Course([4], [30], 100, [1]))[1] == 'It reads 1.00 times the data of a plain run of as many steps.'
+    )
+
+
+@pytest.mark.parametrize(
+    ('changed', 'warning'),
+    [
+        # 12 batches, bags of 4 for half of 40 steps: (20 * 4 + 20) / 12 = 8.33
+        (Course([4], [20], 40, [4], batches_an_epoch=12), 'The run reads its data 8.3 times (a plain run of these'),
+        # 160 / 159 is more than once and must not be rounded to it
+        (Course([4], [20], 100, [4], batches_an_epoch=159), 'The run reads its data 1.007 times'),
+        (replace(QUICKSTART, decay_begins=899), 'The learning rate decays from step 899, and superposition'),
+        (replace(QUICKSTART, warmup_ends=901), 'The learning rate warms up until step 901, and superposition'),
+        (replace(QUICKSTART, total=1799), 'Recovery has 899 of 1,799 steps, less than half'),
+    ],
+)  # fmt: skip
+def test_what_may_be_amiss_is_a_warning_with_its_number(changed: Course, warning: str):
+    (found,) = warnings_of(changed)
+    assert found.startswith(warning)
+
+
+@pytest.mark.parametrize(
+    'fine',
+    [
+        Course([4], [20], 100, [4], batches_an_epoch=160),
+        replace(QUICKSTART, decay_begins=900),
+        replace(QUICKSTART, warmup_ends=900),
+        replace(QUICKSTART, total=1800),
+    ],
+)
+def test_what_is_just_right_is_none(fine: Course):
+    assert warnings_of(fine) == []
+
+
+def test_the_last_line_says_what_was_read():
+    assert last_line(3000, 6_451_200, 3_072_000).startswith(
+        'Superposition: 3,000 steps read 6.45M data tokens in 3.07M positions of the model.'
+    )
+    assert last_line(1, 10, 10).startswith('Superposition: 1 step read 10 data tokens')
+
+
+def test_phase_checkpointer_says_where_it_writes_without_a_save_folder():
+    assert no_save_folder('tst/checkpoints').endswith('checkpoints of its phases go to tst/checkpoints.')

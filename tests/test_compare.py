@@ -1,0 +1,283 @@
+"""`composer-tst compare` on event files whose curves, and so whose answers, are known."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+from typer.testing import CliRunner
+
+from composer_tst.comparing import picture
+from composer_tst.comparing.command import app
+from composer_tst.comparing.events import CompareError, Series
+from composer_tst.comparing.runs import Run, read_run
+from composer_tst.comparing.speedup import first_crossing, iso_loss_speedup
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def write(
+    folder: Path,
+    validation: dict[int, float],
+    steps: range = range(100),
+    phases: dict[int, int] | None = None,
+    train: float = 3.0,
+    label: str = 'eval',
+    name: str = 'run',
+    shorter: int = 1,
+) -> Path:
+    """One event file, placed as Composer does; 10 tokens a step, ``phases`` the bag size from each step on.
+
+    A superposed step works on as many positions as a plain one, or on one of ``shorter``.
+    """
+    with SummaryWriter(str(folder / 'tensorboard' / name)) as writer:
+        bag, tokens, positions = 1, 0, 0
+        for step in range(steps.stop):
+            bag = (phases or {}).get(step, bag)
+            if step in steps:
+                writer.add_scalar('time/token', tokens, step)
+                writer.add_scalar('loss/train/total', train, step)
+            tokens += 10 * bag
+            positions += 10 // (shorter if bag > 1 else 1)
+            if phases and step in steps:
+                writer.add_scalar('superposition/bag_size', bag, step + 1)
+                writer.add_scalar('superposition/data_tokens', tokens, step + 1)
+                writer.add_scalar('superposition/s_tokens', positions, step + 1)
+        writer.add_scalar('time/token', tokens, steps.stop)
+        for step, loss in validation.items():
+            writer.add_scalar(f'metrics/{label}/LanguageCrossEntropy', loss, step)
+        writer.add_scalar('metrics/train/LanguageCrossEntropy', 1.0, steps.stop)
+    return folder
+
+
+def series(points: dict[int, float]):
+    return Series(np.array(list(points), np.int64), np.array(list(points.values())))
+
+
+@pytest.fixture
+def command() -> Command:
+    """The command line, called in this process: arguments in; exit code, stdout and stderr out."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        return result.exit_code, result.stdout, result.stderr
+
+    return call
+
+
+BASELINE = {25: 5.0, 50: 4.0, 75: 3.5, 100: 3.0}
+
+
+@pytest.mark.parametrize(
+    ('run', 'ratio'),
+    [
+        ({50: 3.75}, 62.5 / 50),  # half way between the baseline's evaluations at 50 and 75
+        ({50: 9.0, 100: 3.5}, 75 / 100),  # a run that loses
+        ({100: 3.0}, 1.0),
+        ({80: 2.9}, None),  # below all the baseline reached
+        ({10: 6.0}, 25 / 10),  # above the first evaluation: read off there
+    ],
+)
+def test_speedup_is_baseline_steps_at_the_runs_final_loss_over_its_steps(run: dict[int, float], ratio: float | None):
+    assert iso_loss_speedup(series(BASELINE), series(run)) == (ratio if ratio is None else pytest.approx(ratio))
+
+
+def test_speedup_counts_the_first_crossing_of_a_curve_that_rises_again():
+    assert first_crossing(series({10: 4.0, 20: 3.0, 30: 5.0, 40: 2.0}), 3.5) == 15.0
+
+
+def test_run_is_read_with_its_switches_and_tokens(tmp_path):
+    run = read_run(write(tmp_path / 'tst', {50: 4.0, 100: 3.0}, phases={0: 4, 20: 2, 30: 1}))
+    assert run.name == 'tst'
+    assert run.switches == [20, 30]
+    assert (run.final_loss, run.final_step) == (3.0, 100)
+    assert run.tokens_at([100])[0] == 10 * (20 * 4 + 10 * 2 + 70)
+    np.testing.assert_array_equal(run.superposed_at(np.array([0, 19, 29, 30, 99])), [1, 1, 1, 0, 0])
+
+
+def test_baseline_takes_tokens_from_the_timestamp(tmp_path):
+    run = read_run(write(tmp_path, BASELINE))
+    assert run.switches == []
+    assert not run.superposed_at(run.train.steps).any()
+    np.testing.assert_array_equal(run.tokens_at([0, 50, 100]), [0, 500, 1000])
+
+
+def test_resumed_run_counts_repeated_steps_once_as_trained_last(tmp_path):
+    write(tmp_path, {25: 5.0, 50: 4.5, 60: 4.4}, steps=range(70), train=3.0, phases={0: 2, 65: 1})
+    write(tmp_path, {50: 4.0, 75: 3.5, 100: 3.25}, steps=range(40, 100), train=2.0, phases={0: 2, 80: 1})
+    run = read_run(tmp_path)
+    # the evaluation at 60 belongs to the part of the first attempt that was thrown away
+    assert run.validation.steps.tolist() == [25, 50, 75, 100]
+    assert run.validation.values.tolist() == [5.0, 4.0, 3.5, 3.25]
+    assert run.train.steps.tolist() == list(range(100))
+    assert run.train.values.tolist() == [3.0] * 40 + [2.0] * 60
+    assert run.switches == [80]
+
+
+def test_an_evaluation_under_another_label_is_found(tmp_path):
+    assert read_run(write(tmp_path, BASELINE, label='c4')).final_loss == 3.0
+
+
+def test_command_prints_the_table_and_draws_a_small_picture(tmp_path, command):
+    baseline = write(tmp_path / 'baseline', BASELINE)
+    wins = write(tmp_path / 'wins', {50: 6.0, 100: 2.75}, phases={0: 4, 30: 1}, train=2.5)
+    loses = write(tmp_path / 'loses', {50: 6.0, 100: 3.5}, phases={0: 2, 30: 1})
+    path = tmp_path / 'new' / 'comparison.png'
+    code, out, _ = command(baseline, wins, loses, '--output', path)
+    assert code == 0
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
+    assert rows['baseline'] == ['3.0000', '-', '100', '1,000', '-']
+    assert rows['wins'] == ['2.7500', '-0.2500', '100', '1,900', 'not', 'reached']
+    assert rows['loses'] == ['3.5000', '+0.5000', '100', '1,300', '0.75x']
+    assert '(!)' not in out
+    content = path.read_bytes()
+    assert content.startswith(b'\x89PNG\r\n\x1a\n')
+    assert 10_000 < len(content) < 300_000
+
+
+@pytest.mark.parametrize(('suffix', 'begins'), [('.svg', b'<?xml'), ('.pdf', b'%PDF')])
+def test_the_suffix_of_the_output_is_its_format(tmp_path: Path, command: Command, suffix: str, begins: bytes):
+    path = tmp_path / f'comparison{suffix}'
+    assert command(write(tmp_path / 'a', BASELINE), write(tmp_path / 'b', BASELINE), '--output', path)[0] == 0
+    assert path.read_bytes().startswith(begins)
+
+
+def test_another_suffix_is_refused_before_anything_is_read(tmp_path: Path, command: Command):
+    code, _, error = command(tmp_path / 'nowhere', tmp_path / 'nowhere', '--output', tmp_path / 'comparison.jpg')
+    assert (code, error.count('\n')) == (1, 1)
+    assert f'{tmp_path}/comparison.jpg: its suffix is its format, give .png, .svg, .pdf.' in error
+
+
+def test_a_folder_of_several_runs_is_refused_with_their_names(tmp_path: Path, command: Command):
+    write(tmp_path / 'runs', BASELINE, name='baseline')
+    write(tmp_path / 'runs', BASELINE, name='tst')
+    code, _, error = command(tmp_path / 'runs', tmp_path / 'runs', '--output', tmp_path / 'x.png')
+    assert (code, error.count('\n')) == (1, 1)
+    assert f'{tmp_path}/runs holds 2 runs (tensorboard/baseline, tensorboard/tst): give the folder of one' in error
+
+
+TST = {0: 4, 30: 1}
+
+
+@pytest.mark.parametrize(
+    ('baseline', 'run', 'sentence', 'marked'),
+    [
+        ({}, {'steps': range(80), 'validation': {50: 4.0, 80: 3.4}}, 'at step 80 and baseline at 100', 'run'),
+        ({}, {'label': 'c4'}, 'run was evaluated on c4 and baseline on eval: losses on different data', 'run'),
+        ({}, {'phases': None}, 'run has no bags: it is a plain run', 'run'),
+        ({}, {'shorter': 4}, 'positions a step and baseline on 10: equal steps are not equal compute', 'run'),
+        ({'phases': TST}, {}, 'baseline is given as the baseline and has bags: give a plain run first', 'baseline'),
+    ],
+)  # fmt: skip
+def test_what_may_not_be_compared_is_said_and_marked(
+    tmp_path: Path, command: Command, baseline: dict, run: dict, sentence: str, marked: str
+):
+    first = write(tmp_path / 'baseline', BASELINE, **baseline)
+    second = write(tmp_path / 'run', **({'validation': BASELINE, 'phases': TST} | run))
+    code, out, _ = command(first, second, '--output', tmp_path / 'x.svg')
+    assert code == 0
+    assert any(line.startswith('(!) ') and sentence in line for line in out.splitlines()), out
+    assert any(line.startswith(f'{marked} (!)') for line in out.splitlines()), out
+    runs = [read_run(first), read_run(second)]
+    assert picture.title(runs).endswith(' (!)')
+    plain = [read_run(write(tmp_path / 'x', BASELINE)), read_run(write(tmp_path / 'y', BASELINE, phases=TST))]
+    assert '(!)' not in picture.title(plain)
+
+
+def test_a_file_that_is_cut_short_is_named(tmp_path: Path, command: Command):
+    run = write(tmp_path / 'run', BASELINE, phases=TST)
+    (path,) = run.rglob('*tfevents*')
+    path.write_bytes(path.read_bytes()[:-5])  # in the middle of the train metric, which nothing here reads
+    code, out, _ = command(write(tmp_path / 'baseline', BASELINE), run, '--output', tmp_path / 'x.png')
+    assert code == 0
+    assert f'{path} ends in the middle of a record' in out
+    path.write_bytes(path.read_bytes()[:200] + bytes(200) + path.read_bytes()[400:])
+    with pytest.raises(CompareError, match=str(path)):
+        read_run(run)
+
+
+def test_the_title_says_whether_it_helped_and_by_how_much(tmp_path: Path):
+    baseline = read_run(write(tmp_path / 'baseline', BASELINE))
+    wins = read_run(write(tmp_path / 'wins', {50: 6.0, 100: 2.75}, phases=TST))
+    loses = read_run(write(tmp_path / 'loses', {50: 6.0, 100: 3.5}, phases=TST))
+    assert picture.title([baseline, wins]) == 'wins ends 0.250 nats per token below baseline'
+    assert picture.title([baseline, loses]) == 'loses ends 0.500 nats per token above baseline'
+    assert picture.title([baseline, loses, wins]) == 'Of 2 runs wins ends lowest, 0.250 nats per token below baseline'
+
+
+def test_runs_stay_distinct_past_eight():
+    looks = [picture.look_of(index) for index in range(25)]
+    assert len(set(looks)) == 25
+
+
+def test_the_train_axis_shows_the_jump_at_the_switch(tmp_path: Path):
+    run = read_run(write(tmp_path / 'run', BASELINE, phases=TST))
+    jump = Series(run.train.steps, np.where(run.train.steps < 30, 3.0, np.where(run.train.steps < 33, 5.0, 3.0)))
+    jumped = Run(**{**vars(run), 'train': jump})
+    _, high = picture._train_limits([read_run(write(tmp_path / 'baseline', BASELINE)), jumped])
+    assert high > 5.0
+
+
+def test_runs_in_folders_of_one_name_are_told_apart_by_their_paths(tmp_path, command):
+    folders = [write(tmp_path / side / 'run', BASELINE) for side in ('a', 'b')]
+    _, out, _ = command(*folders, '--output', tmp_path / 'x.png')
+    assert [line.split()[0] for line in out.splitlines()[1:3]] == [str(folder) for folder in folders]
+
+
+def test_curves_are_cut_at_a_switch_and_the_superposed_part_is_dashed(tmp_path):
+    run = read_run(write(tmp_path, BASELINE, phases={0: 4, 30: 1}))
+    axes = Figure().subplots()
+    picture._draw_train(axes, run, by_tokens=False, look=picture.look_of(1))
+    superposed, recovery = axes.lines
+    assert np.asarray(superposed.get_xdata()).tolist() == list(range(30))
+    assert np.asarray(recovery.get_xdata()).tolist() == list(range(30, 100))
+    assert superposed.is_dashed()
+    assert not recovery.is_dashed()
+
+
+def test_smoothing_averages_around_each_point():
+    smoothed = picture.smooth(series({0: 0.0, 1: 3.0, 2: 6.0, 3: 0.0}), 3)
+    np.testing.assert_allclose(smoothed.values, [1.5, 3.0, 3.0, 3.0])
+
+
+def missing(tmp_path: Path) -> Path:
+    return tmp_path / 'nowhere'
+
+
+def empty(tmp_path: Path) -> Path:
+    (tmp_path / 'empty').mkdir()
+    return tmp_path / 'empty'
+
+
+def never_evaluated(tmp_path: Path) -> Path:
+    return write(tmp_path / 'never_evaluated', {})
+
+
+def diverged(tmp_path: Path) -> Path:
+    return write(tmp_path / 'diverged', {50: 4.0, 100: float('nan')})
+
+
+def two_evaluations(tmp_path: Path) -> Path:
+    write(tmp_path / 'two', BASELINE, label='c4')
+    return write(tmp_path / 'two', BASELINE, label='pile')
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (missing, 'is not a folder'),
+        (empty, 'holds no TensorBoard event file'),
+        (never_evaluated, 'logged no validation loss'),
+        (diverged, 'its last validation loss is nan'),
+        (two_evaluations, 'several validation losses'),
+    ],
+)
+def test_an_unusable_run_gets_one_sentence_and_exit_code_1(tmp_path, command, make, message):
+    folder, baseline = make(tmp_path), write(tmp_path / 'baseline', BASELINE)
+    code, _, error = command(baseline, folder, '--output', tmp_path / 'x.png')
+    assert code == 1
+    assert error.count('\n') == 1
+    assert str(folder) in error
+    assert message in error

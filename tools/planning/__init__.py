@@ -1,1 +1,0 @@
-"""What `plan.py` is made of."""
