@@ -19,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
-.PHONY: help install quickstart evidence benchmark benchmark-data wheel test test-faults test-slow test-fuzz \
+.PHONY: help install quickstart evidence benchmark benchmark-data wheel test test-next test-faults test-slow test-fuzz \
 	test-fuzz-data test-pythons mutants lint clean
 
 help: ## this list
@@ -73,8 +73,28 @@ benchmark-data: install ## what preparing data costs, on an idle machine
 wheel: install ## dist/*.whl; with REPOSITORY=https://... links of the page are absolute, as an index needs them
 	$(PYTHON) -m build
 
-test: install ## the test suite
-	$(PYTHON) -m pytest
+test: install ## the test suite (DEVICE=cpu)
+	$(PYTHON) -m pytest --device $(DEVICE)
+
+# The newest torch of the index, or another (TORCH=2.11), with the newest of all else that Composer's pins admit; no
+# llm-foundry, which admits one torch alone. Runs what needs none, and torch.compile with its own compiler.
+TORCH ?=
+NEXT := .venv-next$(addprefix -,$(TORCH))
+NEXT_TESTS := attach benchmark embedding epoch_ends families folding functional loader loss loss_triton \
+	phase_checkpointer plain_code schedule scheduler superposition used_again weighting
+
+test-next: $(NEXT)/.installed ## what needs no llm-foundry, on the newest torch (TORCH=2.11 for another)
+	PYTHONPATH=$(CURDIR) $(NEXT)/bin/python -m pytest -m 'not faults' -rsfE $(NEXT_TESTS:%=tests/test_%.py)
+	$(NEXT)/bin/python tests/versions.py
+
+$(NEXT)/.installed: pyproject.toml
+	$(PYTHON3) -m venv $(NEXT)
+	$(NEXT)/bin/python -m pip install --quiet uv
+	printf '%s\n' 'torch$(if $(TORCH),==$(TORCH).*)' torchvision > $(NEXT)/overrides.txt
+	$(NEXT)/bin/uv pip install --quiet --python $(NEXT)/bin/python --overrides $(NEXT)/overrides.txt \
+		torch 'mosaicml[nlp,peft]>=0.32.1,<0.33' 'mosaicml-streaming>=0.12.0,<0.13' 'wrapt>=1.14,<2' \
+		'greenlet>=3,<4' 'hypothesis>=6,<7' 'pytest>=7.2.1,<9' 'typer<1'
+	touch $@
 
 # Random kills, two nodes, other ranks, no package, a lost S3 server: what takes too long for `make test`.
 test-faults: install ## kills, lost nodes, a lost server; five to ten minutes
