@@ -68,8 +68,9 @@ class _BagEmbedding(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        bags, attended = ctx.saved_tensors
         gradient = _gradient_operator if torch.compiler.is_compiling() else _gradient
-        return gradient(grad_output, *ctx.saved_tensors, ctx.vocabulary, ctx.padding_idx), None, None, None
+        return gradient(grad_output, bags, attended, ctx.vocabulary, ctx.padding_idx), None, None, None
 
 
 def _mean(weight: Tensor, bags: Tensor, attended: Tensor | None) -> Tensor:

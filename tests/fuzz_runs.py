@@ -285,7 +285,7 @@ def simulate(case: Case, folder: str, observed_switches: list[int]) -> list[Step
         rows = rows[:used]
         step, weighed = _step_of(case, rows, s, model)
         optimizer.zero_grad()
-        loss = sum(weight * part for weight, part in weighed)
+        loss = torch.stack([weight * part for weight, part in weighed]).sum()
         loss.backward()
         optimizer.step()
         tokens = used * case.length
@@ -548,7 +548,7 @@ def fuzz(seed: int, examples: int, kinds: collections.Counter) -> None:
         deadline=None,
         database=None,
         print_blob=False,
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=list(hypothesis.HealthCheck),  # pyright: ignore[reportArgumentType]
     )
     @hypothesis.given(cases())
     def tried(case: Case) -> None:
@@ -567,7 +567,8 @@ def main() -> None:
     arguments = parser.parse_args()
     kinds: collections.Counter = collections.Counter()
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     end, round_ = time.monotonic() + 60 * arguments.minutes, 0
     try:
         while time.monotonic() < end:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # All that is slow to import, so that each mutant, in a fork, imports the package alone.
 import composer  # noqa: F401
@@ -49,7 +50,7 @@ OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv
              ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr}  # fmt: skip
 
 
-def changes(tree: ast.Module) -> Iterator[tuple[int, Callable[[ast.AST], None]]]:
+def changes(tree: ast.Module) -> Iterator[tuple[int, Callable[[Any], None]]]:
     """The places of a module that can be changed, each as the number of its node and what changes it."""
 
     def set_operator(new: type) -> Callable:

@@ -157,7 +157,8 @@ def copy_bandwidth(device: torch.device) -> float:
 def _seconds(call: Call, device: torch.device) -> float:
     """From the call to the end of what it set off: on a GPU by its own clock."""
     if device.type == 'cuda':
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        start, end = events
         torch.cuda.synchronize(device)
         start.record()
         call()
