@@ -7,7 +7,8 @@ import draw_method
 import pytest
 from conftest import REPO
 
-PAGES = [path for path in REPO.rglob('*.md') if not {'.venv', 'data', 'runs', 'build'} & set(path.parts)]
+OTHERS = ('.venv', '.venv-next', '.venv-pythons', 'data', 'runs', 'build')
+PAGES = [path for path in REPO.rglob('*.md') if not path.relative_to(REPO).parts[0].startswith(OTHERS)]
 
 
 def anchors(path: Path) -> set[str]:
