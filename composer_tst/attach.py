@@ -131,10 +131,10 @@ class Attachment:
             ValueError: If somebody else has set another one meanwhile, which this step has then trained on.
         """
         loss = vars(self._model).get('loss')
-        if not isinstance(loss, _Loss):
+        if not isinstance(loss, _Loss) or not loss.called:
             raise ValueError(
-                f'The loss of {self._name} was set between BEFORE_LOSS and AFTER_LOSS, where it is the multi-hot '
-                'cross-entropy: set it before.'
+                f'The loss of {self._name} is set between BEFORE_LOSS and AFTER_LOSS, or is no method, so that it was '
+                'not the multi-hot cross-entropy: make it a method, and set another one before.'
             )
         loss.take_off()
 
@@ -232,9 +232,11 @@ class _Loss:
         self._model = model
         self._state = state
         self._had = vars(model).get('loss')
+        self.called = False
 
     def __call__(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         if outputs is self._state.outputs:
+            self.called = True
             return self._attachment.loss(outputs)
         # A callback's; or another Trainer's, after a fit that failed here.
         return functools.partial(*self._own)(outputs, *args, **kwargs)

@@ -10,7 +10,7 @@ from composer.utils import dist
 from streaming import StreamingDataset
 from torch.utils.data import DataLoader, IterableDataset
 
-from composer_tst.loader import BagLoader, Resumption, check_epoch_is_whole
+from composer_tst.loader import BagLoader, Resumption, check_epoch_is_whole, same_random_numbers
 from composer_tst.plan import Data, Moment, too_short
 from composer_tst.schedule import Progress
 from composer_tst.stack import check_loader
@@ -107,11 +107,19 @@ class Drawing:
         """Take note that the trainer trains on what was drawn last.
 
         Raises:
-            ValueError: If that is not the data of a step, because the trainer has not passed over the steps it has
-                done.
+            ValueError: If that is not the data of a step: the loader was replaced, or the trainer has not passed over the
+                steps it has done.
         """
         loader = self._loader
-        if loader is None or not loader.passing_over:
+        if loader is None:
+            return
+        if superposed and not loader.yielded:
+            raise ValueError(
+                'The train loader was replaced after EPOCH_START, so that a superposed step has the data of a plain one: '
+                'have the callback replace it at EPOCH_END or ITERATION_START.'
+            )
+        loader.yielded = False
+        if not loader.passing_over:
             return
         loader.passing_over = False
         if superposed and loader.drawn != loader.draws:
@@ -176,7 +184,7 @@ def row_length_of(loader: Any) -> int | None:
         return length
     if isinstance(dataset, (IterableDataset, StreamingDataset)) or not hasattr(dataset, '__getitem__'):
         return None
-    with torch.random.fork_rng(devices=[]):
+    with same_random_numbers():
         batch: Any = loader.collate_fn([dataset[index] for index in range(min(loader.batch_size, len(dataset)))])
     if not isinstance(batch, Mapping):
         return None

@@ -5,7 +5,7 @@ handles plain batches (a user's transforms, splitting into microbatches, countin
 :func:`bag_rows` turns such rows into bags; a run does so for each microbatch, just before the model gets it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -258,15 +258,31 @@ def check_keys(batch: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If there are any.
     """
-    unknown = [
+    check_kinds(batch)
+    _refuse(
         key
         for key, value in batch.items()
         if key not in _PER_TOKEN and key not in _PER_ROW and not is_plain(value) and not _says_nothing(key, value)
-    ]
-    if unknown:
-        raise ValueError(
-            f'Superposition cannot fold {", ".join(unknown)}: have the collator leave it out of the batch.'
-        )
+    )
+
+
+def check_kinds(batch: Mapping[str, Any]) -> None:
+    """Refuse a batch with values of which nobody can say what rows they are of: other than tensors, lists and plain ones.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    _refuse(
+        key
+        for key, value in batch.items()
+        if not isinstance(value, torch.Tensor if key in _PER_TOKEN else (torch.Tensor, list, tuple))
+        and (key in _PER_TOKEN or not is_plain(value))
+    )
+
+
+def _refuse(keys: Iterable[str]) -> None:
+    if names := ', '.join(keys):
+        raise ValueError(f'Superposition cannot fold {names}: have the collator leave it out, or make it a tensor.')
 
 
 def _says_nothing(key: str, value: Any) -> bool:

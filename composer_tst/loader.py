@@ -13,7 +13,7 @@ import torch
 import wrapt
 from streaming import StreamingDataset
 
-from composer_tst.folding import is_plain
+from composer_tst.folding import check_kinds, is_plain
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class BagLoader(wrapt.ObjectProxy):
         draws: The loader batches that the next step draws; to be set before it is drawn.
         drawn: The loader batches drawn in this epoch.
         left_out: The samples left out so far, on this rank.
+        yielded: Whether a batch was yielded; set it to False where that is noted.
         passing_over: Whether the steps drawn are ones that the trainer is to pass over. Set it to False where it trains
             on one of them: the epoch then goes on from there.
     """
@@ -60,6 +61,7 @@ class BagLoader(wrapt.ObjectProxy):
     draws = 1
     drawn = 0
     left_out = 0
+    yielded = False
     passing_over = False
     joins_rows = False
     limit: int | None = None
@@ -90,8 +92,9 @@ class BagLoader(wrapt.ObjectProxy):
             # All of the epoch was drawn before. But as it begins, a dataset counts its epochs and takes up its state.
             next(batches, None)
         else:
-            yield from self._pass_over(batches, drawn, steps)
-            yield from self._steps(batches)
+            for batch in itertools.chain(self._pass_over(batches, drawn, steps), self._steps(batches)):
+                self.yielded = True
+                yield batch
         self.resumption = Resumption()
 
     def _pass_over(self, batches: Iterator[Any], drawn: int, steps: int) -> Iterator[Any]:
@@ -107,7 +110,7 @@ class BagLoader(wrapt.ObjectProxy):
             if not self.passing_over:
                 return
         # The trainer has put back the random numbers of the coming step.
-        with _same_random_numbers():
+        with same_random_numbers():
             self._draw(batches, drawn - self.drawn)
         self.passing_over = False
 
@@ -153,7 +156,7 @@ class BagLoader(wrapt.ObjectProxy):
 
 
 @contextmanager
-def _same_random_numbers() -> Iterator[None]:
+def same_random_numbers() -> Iterator[None]:
     """Draw without a trace in the random numbers to come."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     yield
@@ -188,6 +191,7 @@ def merge_batches(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 'give all of them the same.'
             )
     merged: dict[str, Any] = {}
+    check_kinds(first)
     for key, value in first.items():
         values: list[Any] = [batch[key] for batch in batches]
         if isinstance(value, torch.Tensor) and value.ndim:

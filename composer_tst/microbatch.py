@@ -131,7 +131,7 @@ class MicrobatchSize:
         size = self._state.device_train_microbatch_size
         if size is None or self._plain is None:
             return
-        if size != self._scaled:  # Composer has found meanwhile what fits
-            self._plain = max(1, int(size // self._scale))
+        if size != self._scaled:  # Composer has found meanwhile what fits, or the user has set another for a plain step
+            self._plain = max(1, int(size // self._scale)) if self._state.auto_microbatching else size
         self._scale, self._scaled = scale, self._plain * scale
         self._state.device_train_microbatch_size = self._scaled

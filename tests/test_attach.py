@@ -2,6 +2,7 @@
 
 import copy
 import io
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft import LoraConfig
 from profiled import WAITING, operators
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from trainers import VOCAB_SIZE, hugging_face, llama, mpt, superposed_loss
 from transformers import (
     BertConfig,
@@ -276,9 +278,54 @@ def test_a_loss_set_on_the_instance_is_given_back(caplog: pytest.LogCaptureFixtu
     attachment.begin(folded_rows())
     attachment.begin_loss(SimpleNamespace(outputs=None))
     model.loss = own
-    with pytest.raises(ValueError, match='The loss of HuggingFaceModel was set between BEFORE_LOSS and AFTER_LOSS'):
+    with pytest.raises(ValueError, match='The loss of HuggingFaceModel is set between BEFORE_LOSS and AFTER_LOSS'):
         attachment.end_loss()
     assert model.loss is own
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('copies', [False, True])
+def test_a_lookup_in_a_region_that_backward_runs_again_has_the_gradient_of_the_means(reentrant: bool, copies: bool):
+    """Also where what it is run again on is a copy, as activation offloading keeps."""
+
+    def gradient(checkpointed: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        anchor = torch.zeros(1, requires_grad=True)
+
+        def look(wte: Any, ids: torch.Tensor) -> torch.Tensor:
+            def region(ids: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+                return wte(ids).tanh() + anchor
+
+            if not checkpointed:
+                return region(ids, anchor)
+            hooks = torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone) if copies else nullcontext()
+            with hooks:
+                return checkpoint(region, ids, anchor, use_reentrant=reentrant)
+
+        model = Looks(look)
+        attachment = Attachment(model)
+        outputs = model(attachment.begin(folded_rows()))
+        attachment.check_forward()
+        attachment.loss(torch.cat([outputs, -outputs], 2).repeat(1, 1, VOCAB_SIZE)).backward()
+        attachment.end()
+        grad = find_embedding(model).weight.grad
+        assert grad is not None
+        return grad
+
+    torch.testing.assert_close(gradient(True), gradient(False))
+
+
+def test_a_loss_that_is_no_method_is_refused():
+    class Odd(Bare):
+        loss = property(lambda self: lambda outputs, batch: outputs.sum())  # pyright: ignore
+
+    model = Odd(nn.Embedding(VOCAB_SIZE, 4))
+    attachment = Attachment(model)
+    outputs = model(attachment.begin(folded_rows()))
+    attachment.begin_loss(SimpleNamespace(outputs=outputs))
+    model.loss(outputs, None)  # pyright: ignore
+    with pytest.raises(ValueError, match='The loss of Odd is set between .* or is no method'):
+        attachment.end_loss()
 
 
 def test_logits_that_are_not_one_for_each_bag_are_refused():

@@ -233,6 +233,11 @@ zero = torch.zeros(1)
             'one has input_ids, n, another input_ids:',
         ),
         ([{'input_ids': zero, 'n': 1}, {'input_ids': zero, 'n': 2}], 'n differs'),
+        *(
+            ([{'input_ids': zero, 'n': value}] * 2, 'Superposition cannot fold n: have the collator leave it out')
+            for value in (None, {'a': zero}, np.zeros(1))
+        ),
+        ([{'input_ids': zero, 'attention_mask': None}] * 2, 'Superposition cannot fold attention_mask'),
     ],
 )
 def test_batches_that_do_not_fit_together_are_refused(batches: list, message: str):

@@ -376,6 +376,17 @@ def test_a_loader_set_in_the_middle_of_an_epoch_is_drawn_from_in_the_next():
     assert trainer.state.dataloader is other
 
 
+def test_a_loader_set_as_an_epoch_starts_is_refused():
+    """Composer asks algorithms first, callbacks then, and then the loader."""
+
+    class Sets(Callback):
+        def epoch_start(self, state: Any, logger: Any) -> None:
+            state.set_dataloader(random_loader(), 'train')
+
+    with pytest.raises(ValueError, match='The train loader was replaced after EPOCH_START'):
+        train(callbacks=[Sets()])
+
+
 def test_evaluation_is_plain_with_a_loader_that_says_more_than_one_label():
     evaluators = [Evaluator(label=name, dataloader=random_loader(rows=8), eval_interval='1ba') for name in ('a', 'b')]
     trainer, logger = make_trainer(

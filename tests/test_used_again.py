@@ -157,6 +157,17 @@ def test_a_fit_begun_again_in_the_same_trainer_goes_on_from_its_last_whole_step(
     assert_untouched(trainer, loader, 8)
 
 
+def test_a_fit_after_one_that_failed_has_the_microbatches_it_is_given():
+    sizes, fails = Sizes(), Fails('after_backward')
+    algorithm = TokenSuperposition(3, '3ba', expand='batch')
+    trainer, _ = make_trainer(llama(), random_loader(), algorithm, '5ba', callbacks=[sizes, fails])
+    with pytest.raises(RuntimeError, match='made to fail'):
+        trainer.fit()
+    fails.step = -1
+    trainer.fit(device_train_microbatch_size=2)
+    assert sizes.seen == [12, 12, 6, 6, 2, 2]
+
+
 def test_a_fit_that_ends_superposed_leaves_all_as_it_was():
     loader = random_loader()
     trainer, _ = make_trainer(llama(), loader, TokenSuperposition(3, '4ba', expand='batch'), None)  # pyright: ignore
