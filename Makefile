@@ -78,7 +78,7 @@ NEXT_TESTS := attach benchmark embedding epoch_ends families folding functional 
 	phase_checkpointer plain_code schedule scheduler superposition used_again weighting
 
 test-next: $(NEXT)/.installed
-	$(NEXT)/bin/python -m pytest -m 'not faults' -rsfE $(NEXT_TESTS:%=tests/test_%.py)
+	PYTHONPATH=$(CURDIR) $(NEXT)/bin/python -m pytest -m 'not faults' -rsfE $(NEXT_TESTS:%=tests/test_%.py)
 	$(NEXT)/bin/python tests/versions.py
 
 $(NEXT)/.installed: pyproject.toml
