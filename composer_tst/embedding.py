@@ -69,7 +69,8 @@ class _BagEmbedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         gradient = _gradient_operator if torch.compiler.is_compiling() else _gradient
-        return gradient(grad_output, *ctx.saved_tensors, ctx.vocabulary, ctx.padding_idx), None, None, None
+        bags, attended = ctx.saved_tensors
+        return gradient(grad_output, bags, attended, ctx.vocabulary, ctx.padding_idx), None, None, None
 
 
 def _mean(weight: Tensor, bags: Tensor, attended: Tensor | None) -> Tensor:

@@ -32,7 +32,7 @@ def losses(device: str, algorithm: Any, **settings: Any) -> list[float]:
 
 
 @pytest.mark.parametrize('superposition', [{}, {'expand': 'batch'}, {'expand': 'none', 'superpose': 'output'}])
-def test_a_training_is_that_on_the_cpu(superposition: dict[str, str]):
+def test_a_training_is_that_on_the_cpu(superposition: dict[str, Any]):
     algorithms = [TokenSuperposition(phases=PHASES, **superposition) for _ in range(2)]
     expected = losses('cpu', algorithms[0], device_train_microbatch_size=2)
     assert len(expected) == 6

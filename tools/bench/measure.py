@@ -159,9 +159,9 @@ def _seconds(call: Call, device: torch.device) -> float:
     if device.type == 'cuda':
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        start.record()
+        start.record(torch.cuda.current_stream(device))
         call()
-        end.record()
+        end.record(torch.cuda.current_stream(device))
         end.synchronize()
         return start.elapsed_time(end) / 1e3
     begin = time.perf_counter()
