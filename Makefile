@@ -90,9 +90,10 @@ test-next: $(NEXT)/.installed ## what needs no llm-foundry, on the newest torch 
 $(NEXT)/.installed: pyproject.toml
 	$(PYTHON3) -m venv $(NEXT)
 	$(NEXT)/bin/python -m pip install --quiet uv
-	printf '%s\n' 'torch$(if $(TORCH),==$(TORCH).*)' torchvision > $(NEXT)/overrides.txt
+	$(NEXT)/bin/uv pip install --quiet --python $(NEXT)/bin/python 'torch$(if $(TORCH),==$(TORCH).*)' torchvision
+	$(NEXT)/bin/uv pip freeze --python $(NEXT)/bin/python | grep -E '^torch(vision)?==' > $(NEXT)/overrides.txt
 	$(NEXT)/bin/uv pip install --quiet --python $(NEXT)/bin/python --overrides $(NEXT)/overrides.txt \
-		torch 'mosaicml[nlp,peft]>=0.32.1,<0.33' 'mosaicml-streaming>=0.12.0,<0.13' 'wrapt>=1.14,<2' \
+		'mosaicml[nlp,peft]>=0.32.1,<0.33' 'mosaicml-streaming>=0.12.0,<0.13' 'wrapt>=1.14,<2' \
 		'greenlet>=3,<4' 'hypothesis>=6,<7' 'pytest>=7.2.1,<9' 'typer<1'
 	touch $@
 

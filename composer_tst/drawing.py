@@ -107,16 +107,16 @@ class Drawing:
         """Take note that the trainer trains on what was drawn last.
 
         Raises:
-            ValueError: If that is not the data of a step: the loader was replaced, or the trainer has not passed over the
-                steps it has done.
+            ValueError: If that is not the data of a step: the loader was replaced, or the trainer has not passed over
+                the steps it has done.
         """
         loader = self._loader
         if loader is None:
             return
         if superposed and not loader.yielded:
             raise ValueError(
-                'The train loader was replaced after EPOCH_START, so that a superposed step has the data of a plain one: '
-                'have the callback replace it at EPOCH_END or ITERATION_START.'
+                'The train loader was replaced after EPOCH_START, so that a superposed step has the data of a plain '
+                'one: have the callback replace it at EPOCH_END or ITERATION_START.'
             )
         loader.yielded = False
         if not loader.passing_over:

@@ -267,7 +267,7 @@ def check_keys(batch: Mapping[str, Any]) -> None:
 
 
 def check_kinds(batch: Mapping[str, Any]) -> None:
-    """Refuse a batch with values of which nobody can say what rows they are of: other than tensors, lists and plain ones.
+    """Refuse a batch with values other than tensors, lists and plain ones: nobody can say what rows they are of.
 
     Raises:
         ValueError: If there are any.

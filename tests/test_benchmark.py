@@ -1,17 +1,20 @@
 """tools/benchmark.py: what it compares computes the same, and its table says what was measured."""
 
+import dataclasses
 import json
 import time
+import weakref
 from pathlib import Path
 
 import benchmark
 import pytest
 import torch
 import typer
-from bench import measure, operations
+from bench import host, measure, operations, stepping
 from torch import Tensor
 from typer.testing import CliRunner
 
+from composer_tst import TokenSuperposition
 from composer_tst.embedding import bag_embedding
 from composer_tst.loss import multi_hot_cross_entropy
 
@@ -75,6 +78,113 @@ def test_what_one_call_leaves_and_the_next_frees_counts_once():
     case = measure.Case('a', step, (measure.Other('b', step),), seconds=0.0)
     (result,) = measure.compare(case, torch.device('cpu'))
     assert result.ours_mib == result.other_mib == 1
+
+
+def test_variants_that_are_apart_are_never_alive_together():
+    alive: list[str] = []
+
+    class Training:
+        def __init__(self, name: str):
+            alive.append(name)
+            assert len(alive) == 1
+            time.sleep(0.01)
+
+        def __call__(self) -> None:
+            assert alive
+
+        def close(self) -> None:
+            alive.clear()
+
+    others = tuple(measure.Other(name, lambda name=name: Training(name)) for name in ('b', 'c'))
+    results = measure.compare(measure.Case('a', lambda: Training('a'), others, 0.0, apart=True), torch.device('cpu'))
+    assert [result.other for result in results] == ['b', 'c']
+    assert not alive
+    # Making is no part of the time of a call.
+    assert all(result.ours_first_ms >= 10 > result.ours_ms for result in results)
+
+
+def test_the_first_call_is_apart_from_the_others():
+    calls: list[float] = []
+
+    def compiles_first() -> None:
+        time.sleep(0.05 if not calls else 0.001)
+        calls.append(0)
+
+    case = measure.Case('a', compiles_first, (measure.Other('b', lambda: time.sleep(0.001)),), seconds=0.0)
+    (result,) = measure.compare(case, torch.device('cpu'))
+    assert result.ours_first_ms >= 50 > result.ours_ms
+    assert result.other_first_ms < 50
+
+
+def test_a_share_of_a_copys_bandwidth():
+    """Half again as much to move as the copy has, in three times its time: at half of its bandwidth."""
+    copy = measure.Other('copy', lambda: time.sleep(0.01), moves=1.5)
+    case = measure.Case('a', lambda: time.sleep(0.03), (copy,), seconds=0.0)
+    (result,) = measure.compare(case, torch.device('cpu'))
+    assert result.bandwidth_share == pytest.approx(1.5 / result.time_ratio)
+    assert f'| {result.bandwidth_share:.0%} |' in benchmark.table([result])
+    assert measure.copy_bandwidth(torch.device('cpu')) > 0.1
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_each_part_of_the_operations_runs(dtype: torch.dtype, device: torch.device):
+    for case in (
+        operations.loss_case(device, dtype, 5, 19, 6, peers=False),
+        operations.embedding_case(device, dtype, 19, 8, 7, 3),
+        operations.embedding_case(device, dtype, 19, 8, 7, 3, half_one_token=True),
+    ):
+        results = measure.compare(dataclasses.replace(case, seconds=0.0), device)
+        assert len(results) == len(case.others) >= 3
+
+
+def test_more_shapes_than_the_compiler_keeps_are_compiled(device: torch.device):
+    def double(x: Tensor) -> Tensor:
+        return 2 * x
+
+    for size in range(2, 14):  # dynamo gives up at the ninth
+        torch._dynamo.utils.counters.clear()
+        compiled = torch.compile(double, fullgraph=True, dynamic=False, backend='eager')
+        assert compiled(torch.ones(size, device=device)).sum() == 2 * size
+        assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+        measure.clear(device)
+
+
+@pytest.mark.slow
+def test_what_is_called_compiled_is_compiled(device: torch.device):
+    measure.clear(device)
+    case = operations.loss_case(device, torch.float32, 5, 20, 2, peers=True)
+    torch._dynamo.utils.counters.clear()
+    measure.compare(dataclasses.replace(case, seconds=0.0), device)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2
+
+
+def test_trainings_go_step_by_step_and_leave_nothing(device: torch.device):
+    shape = stepping.Shape(batch_size=2, length=12, width=64, layers=1, vocabulary=300)
+    for algorithm in (None, TokenSuperposition(3, stepping.SUPERPOSED)):
+        steps = stepping.Steps(device, shape, algorithm)
+        state = steps._trainer.state
+        model = weakref.ref(state.model)
+        at = [int(state.timestamp.batch)]
+        for _ in range(3):
+            steps()
+            at.append(int(state.timestamp.batch))
+        assert at == list(range(at[0], at[0] + 4))
+        steps.close()
+        del steps, state
+        measure.clear(device)
+        assert model() is None
+
+
+def test_the_hosts_work_is_counted(device: torch.device):
+    shape = stepping.Shape(batch_size=2, length=12, width=64, layers=1, vocabulary=300)
+    work = host.host_work(device, shape)
+    assert work['plain'].waits > 0
+    if device.type == 'cuda':  # on a CPU, reading the values of the host's own batch counts too
+        assert work['superposed'].waits <= work['plain'].waits
+        assert work['superposed'].copies <= work['plain'].copies
+    text = benchmark.host_table({'steps': {k: dataclasses.asdict(v) for k, v in work.items()}, 'fold_ms': 1.0})
+    assert f'| superposed | {work["superposed"].waits:.1f} |' in text
+    assert host.fold_milliseconds(shape) > 0
 
 
 def test_the_command_writes_its_table_and_strict_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -91,7 +91,7 @@ class Nodes:
             mount = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"'
             command = ['unshare', '--map-root-user', '--mount', 'sh', '-c', mount, 'sh', *command]
             log = (folder / f'node{node}.log').open('a')
-            env = os.environ | environment | {'OMP_NUM_THREADS': '1', 'COLUMNS': '500'}
+            env = os.environ | environment | {'OMP_NUM_THREADS': '1', 'COLUMNS': '500', 'CUDA_VISIBLE_DEVICES': ''}
             self.launchers.append(
                 subprocess.Popen(
                     command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=place_of_its_own, start_new_session=True

@@ -52,7 +52,9 @@ assert weight.grad.any()
 
 def test_what_needs_composer_is_imported_when_it_is_asked_for():
     code = """
+before = set(sys.modules)
 import composer_tst
+assert {name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names == {'composer_tst'}
 assert set(composer_tst.__all__) <= set(dir(composer_tst))
 for name in composer_tst.__all__:
     try:
@@ -67,6 +69,19 @@ except AttributeError as error:
     print(error)
 """
     assert "module 'composer_tst' has no attribute 'nothing'" in run(code)
+
+
+def test_a_composer_run_imports_nothing_more_for_it_but_wrapt():
+    code = """
+import sys
+import composer.models, streaming, transformers
+before = set(sys.modules)
+from composer_tst import PhaseCheckpointer, TokenSuperposition, WarmupStableDecayScheduler
+print(*sorted({name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))
+"""
+    command = [sys.executable, '-c', code]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+    assert set(result.stdout.split()) <= {'composer', 'composer_tst', 'transformers', 'wrapt'}
 
 
 def test_labels_are_made_from_the_ids():

@@ -47,7 +47,7 @@ def on_two(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         capture_output=True,
         text=True,
         cwd=output.parent,
-        env=os.environ | {'OMP_NUM_THREADS': '1', 'COLUMNS': '500'},
+        env=os.environ | {'OMP_NUM_THREADS': '1', 'COLUMNS': '500', 'CUDA_VISIBLE_DEVICES': ''},
     )
     assert launched.returncode == 0, launched.stdout[-3000:] + launched.stderr[-3000:]
     return json.loads(output.read_text())

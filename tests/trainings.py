@@ -156,6 +156,8 @@ class Run:
         self.log = log
         self.processes: list[BaseProcess] = []
         address = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()), 'WORLD_SIZE': str(ranks)}
+        if ranks > 1:
+            address['CUDA_VISIBLE_DEVICES'] = ''  # a GPU takes one rank
         for rank in range(ranks):
             place = {'RANK': rank, 'LOCAL_RANK': rank, 'LOCAL_WORLD_SIZE': ranks, 'NODE_RANK': 0}
             env = dict(os.environ) | address | {key: str(value) for key, value in place.items()} | (environment or {})

@@ -160,9 +160,9 @@ def _seconds(call: Call, device: torch.device) -> float:
         events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         start, end = events
         torch.cuda.synchronize(device)
-        start.record()
+        start.record(torch.cuda.current_stream(device))
         call()
-        end.record()
+        end.record(torch.cuda.current_stream(device))
         end.synchronize()
         return start.elapsed_time(end) / 1e3
     begin = time.perf_counter()
@@ -192,8 +192,11 @@ def _peak_bytes(call: Call, device: torch.device) -> int:
     results = profiler.profiler.kineto_results if profiler.profiler else None
     assert results is not None
     changes = [event for event in results.events() if event.name() == '[memory]']
-    held = peak = 0
+    # Later versions of torch also report that memory is freed which they did not see allocated. So a peak is measured
+    # from the lowest point before it, which where they do not is where it began.
+    held = lowest = peak = 0
     for change in sorted(changes, key=lambda event: event.start_ns()):
         held += change.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
-        peak = max(peak, held)
+        lowest = min(lowest, held)
+        peak = max(peak, held - lowest)
     return peak

@@ -112,9 +112,10 @@ class Steps:
         self._training.switch()
 
     def close(self) -> None:
-        """End the training where it is."""
+        """End the training where it is, and let go of it."""
         self._training.throw()
-        self._trainer.close()
+        # Not closed: Composer's engine, closed, keeps its state to the process's end, and let go of, does not.
+        del self._trainer, self._training
 
 
 class _Pause(Callback):
