@@ -52,7 +52,7 @@ NAMES = ['out', 'out[1]', 'o?t', 'a*b', 'deep/er/out', 'x#y%20z', 'é']
 # What others may have there, beside the output and below it.
 FOREIGN = ['beside.txt', 'out1/x', '.{}.partial/x', '{}/.hidden', '{}/train/notes.txt', '{}/.records/notes', '{}.old/x']
 SIZES = {
-    (parts, 'PART_BYTES'): [1, 200, 2000, 1 << 20],
+    (parts, 'PART_BYTES'): [150, 600, 2000, 1 << 20],
     (parts, 'BATCH_CHARS'): [1, 300, 1 << 20],
     (tokenizer, 'PIECE_CHARS'): [600, 1 << 18],
     (reading, 'BLOCK_BYTES'): [5, 64, 1 << 20],

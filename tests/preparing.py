@@ -29,6 +29,15 @@ SETTINGS = parts.Settings(L, SPLITS, 'text', False)
 WORDS = ('the', 'of', 'superposition', 'naïve', '東京', '🙂', 'tab\there', 'line\nbreak', '', '...', '3.14', 'f(x):')
 
 
+def make_text(number: int, words: int = 60) -> str:
+    """A document that differs from every other one."""
+    return f'{number} ' + ' '.join(WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(words))
+
+
+TOOL = str(Path(__file__).parents[1] / 'tools' / 'prepare_data.py')
+TEXTS = [make_text(number) for number in range(40)]
+
+
 def prepare(*arguments: object) -> Result:
     """Run the command."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -70,11 +79,6 @@ def _prepare_and_die(arguments: list[str]) -> None:
 
     convert.parallel = dying
     app(arguments[1:])
-
-
-def make_text(number: int, words: int = 60) -> str:
-    """A document that differs from every other one."""
-    return f'{number} ' + ' '.join(WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(words))
 
 
 def sources_of(*inputs: object) -> list[sources.Source]:

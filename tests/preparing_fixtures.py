@@ -8,8 +8,8 @@ import pytest
 from s3_server import s3_server  # noqa: F401
 
 # First, since it makes the tools importable.
-from preparing import Bucket, Folder, make_text  # isort: skip
-from composer_tst.data_prep import lock, tokenizer
+from preparing import TEXTS, Bucket, Folder, L, make_text, write_jsonl  # isort: skip
+from composer_tst.data_prep import lock, parts, tokenizer
 
 
 @pytest.fixture(scope='module')
@@ -46,3 +46,12 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         return Folder(tmp_path / 'place')
     client = boto3.client('s3', endpoint_url=request.getfixturevalue('s3_server'))
     return Bucket(client, f'place-{uuid.uuid4().hex[:12]}')
+
+
+@pytest.fixture
+def common(tmp_path: Path, tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The arguments but for the output, for an input of several parts."""
+    monkeypatch.setattr(parts, 'PART_BYTES', 2500)
+    return [
+        write_jsonl(tmp_path / 'a.jsonl', TEXTS), '--seq-len', L, '--tokenizer', tokenizer_dir, '--split', 'train=1',
+    ]  # fmt: skip

@@ -26,7 +26,7 @@ from s3_server import BUCKET, s3_server  # noqa: F401
 
 # First, since it makes the tools importable.
 from preparing import prepare, refuse, source, sources_of, succeed, tree  # isort: skip
-from composer_tst.data_prep import documents, parts, reading, s3, tokenizer
+from composer_tst.data_prep import documents, lock, parts, reading, s3, tokenizer
 from composer_tst.data_prep.errors import PrepareError
 
 L = 16
@@ -262,6 +262,27 @@ def test_a_body_that_is_cut_short_is_fetched_again_and_is_never_bad_data(
     with pytest.raises(PrepareError, match=f'cannot read s3://{BUCKET}/{name}: .*, 3 times; when it can be reached'):
         texts_of(f's3://{BUCKET}/{name}')
     server.server.shutdown()
+
+
+def test_a_lock_whose_renewal_got_no_answer_is_still_held(client: Any, monkeypatch: pytest.MonkeyPatch):
+    """boto asks again, and by then the condition does not hold any more."""
+    monkeypatch.setattr(lock, 'BEAT', 0.1)
+    put, answers = s3.S3.put, []
+
+    def unanswered(self: Any, path: str, data: bytes, condition: dict) -> str:
+        answers.append(put(self, path, data, condition))
+        if len(answers) == 2:
+            raise FileExistsError(path)
+        return answers[-1]
+
+    monkeypatch.setattr(s3.S3, 'put', unanswered)
+    with lock.locked(f's3://{BUCKET}/held') as held:
+        deadline = time.monotonic() + 20
+        while len(answers) < 5 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        held.check()
+    assert len(answers) >= 5
+    assert 'held/.records/lock' not in objects(client, '')
 
 
 def test_lines_from_a_bucket_come_fast(client: Any):

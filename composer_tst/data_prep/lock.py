@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from multiprocessing.reduction import DupFd
 from typing import Any
 
-from .errors import PrepareError, explained, shown
+from .errors import FAILURES, PrepareError, explained, shown
 from .output import RECORDS
 from .s3 import S3
 
@@ -122,8 +122,12 @@ class S3Lock:
         """Delete the lock, if it is still ours."""
         self.ended.set()
         self.thread.join()
-        if not self.lost and self._owner() == self.owner:
-            self.store.delete(self.address)
+        try:
+            if not self.lost and self._owner() == self.owner:
+                self.store.delete(self.address)
+        except PrepareError as error:
+            # What was done is done: the next run waits until the lock is seen to be dead.
+            print(f'the lock stays: {shown(str(error))}', file=sys.stderr)
 
     def _put(self, condition: dict[str, str]) -> str:
         # Another time each time, so that the stamp changes.
@@ -167,9 +171,13 @@ class S3Lock:
     def _renew(self) -> None:
         while not self.ended.wait(BEAT):
             try:
-                self.stamp = self._put({'If-Match': self.stamp})
-            except FileExistsError:
-                self.lost = True
-                return
-            except PrepareError as error:
-                print(f'the lock was not renewed: {error}', file=sys.stderr)
+                with contextlib.suppress(FileExistsError):
+                    self.stamp = self._put({'If-Match': self.stamp})
+                    continue
+                # Taken over; or our own put, tried again since its answer was lost.
+                self.lost = self._owner() != self.owner
+                if self.lost:
+                    return
+                self.stamp = self.store.head(self.address)[1]
+            except (PrepareError, *FAILURES) as error:
+                print(f'the lock was not renewed: {shown(str(error))}', file=sys.stderr)
