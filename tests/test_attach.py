@@ -308,8 +308,7 @@ def test_a_lookup_in_a_region_that_backward_runs_again_has_the_gradient_of_the_m
         attachment.check_forward()
         attachment.loss(torch.cat([outputs, -outputs], 2).repeat(1, 1, VOCAB_SIZE)).backward()
         attachment.end()
-        grad = find_embedding(model).weight.grad
-        assert grad is not None
+        grad: Any = find_embedding(model).weight.grad
         return grad
 
     torch.testing.assert_close(gradient(True), gradient(False))
