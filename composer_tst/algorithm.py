@@ -213,6 +213,9 @@ class TokenSuperposition(Algorithm):
 
     def _start(self, state: State) -> None:
         """Begin a fit; what one that failed has left changed is put right first."""
+        if self._of.state is None:  # added to a Trainer that was made before
+            self._join(state)
+            self._of.max_duration = state.max_duration
         self._of.close()
         if int(state.timestamp.batch) == 0:
             # The clock begins, or begins again; but a dataset may go on where a checkpoint left it.

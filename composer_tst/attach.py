@@ -63,6 +63,7 @@ class Attachment:
 
     def begin(self, folded: Mapping[str, Any]) -> dict[str, Any]:
         """Hand the bags of a folded microbatch over, and give what the model is to read."""
+        self._embedding = find_embedding(self._model)
         inputs = {key: value for key, value in folded.items() if key not in ('labels', 'bag_mask')}
         if not isinstance(self._model, HuggingFaceModel):  # which would compute its loss of any labels
             inputs['labels'] = _NoLabels(self._name)
@@ -108,18 +109,21 @@ class Attachment:
             return
         self._tried_out = True
         row = {key: value if is_plain(value) else value[:1] for key, value in folded.items()}
+        buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
         with torch.no_grad(), torch.random.fork_rng(), torch.compiler.set_stance('force_eager'):
             model(self.begin(row))
+            for buffer, before in buffers:
+                buffer.copy_(before)
         self.check_forward()
 
     def begin_loss(self, state: Any) -> None:
         """Have the model's loss of ``state.outputs`` be the multi-hot cross-entropy, until :meth:`end_loss`."""
-        own = vars(self._model).get('loss')
-        if own is not None and own is not self._own_loss:
+        own = vars(self._model).get('loss', type(self._model).loss)
+        if own is not self._own_loss and not _is_known(own):
             self._own_loss = own
             log.warning(
-                'A loss is set on the %s: superposed steps train on the multi-hot cross-entropy instead of it, and '
-                'recovery trains on it.',
+                'The %s has a loss of its own: superposed steps train on the multi-hot cross-entropy instead of it, '
+                'and recovery trains on it.',
                 self._name,
             )
         vars(self._model)['loss'] = _Loss(self, self._model, state)
@@ -201,6 +205,11 @@ def _forget_lookups(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         return
     if batch.get('input_ids') is embedding.handed_over:
         embedding.found = embedding.missed = False
+
+
+def _is_known(loss: Any) -> bool:
+    """Whether a loss is the next-token cross-entropy of Composer's or llm-foundry's own models."""
+    return getattr(loss, '__module__', '').partition('.')[0] in ('composer', 'llmfoundry')
 
 
 class _NoLabels:

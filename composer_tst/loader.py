@@ -106,6 +106,8 @@ class BagLoader(wrapt.ObjectProxy):
             draws = min(self.draws, drawn - steps + 1) if step == 0 else 1
             if self.drawn < drawn:
                 group = self._draw(batches, max(1, draws))
+            if not group:  # the epoch is shorter than it was
+                return
             yield merge_batches(group) if len(group) > 1 else group[0]
             if not self.passing_over:
                 return

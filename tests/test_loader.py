@@ -172,6 +172,11 @@ def test_random_numbers_of_the_coming_step_are_as_the_trainer_has_put_them_back(
     assert more == others
 
 
+def test_an_epoch_that_has_become_shorter_than_what_was_done_of_it_ends():
+    assert len(drawn(bag_loader(numbers(4), 3, resumption=Resumption(9, 3)))) < 3
+    assert len(drawn(bag_loader(numbers(0), 3, resumption=Resumption(9, 3)))) == 0
+
+
 @pytest.mark.parametrize('steps', [1, 3])
 def test_a_trainer_that_passes_over_no_step_trains_from_the_beginning_of_the_epoch(steps: int):
     bags = bag_loader(numbers(24), 2, resumption=Resumption(3 * steps, steps))

@@ -12,6 +12,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from composer import Callback, Evaluator
+from composer.algorithms import LabelSmoothing
 from composer.callbacks import ThresholdStopper
 from composer.core import DataSpec
 from composer.models import ComposerModel
@@ -385,6 +386,36 @@ def test_a_loader_set_as_an_epoch_starts_is_refused():
 
     with pytest.raises(ValueError, match='The train loader was replaced after EPOCH_START'):
         train(callbacks=[Sets()])
+
+
+def test_an_algorithm_added_to_a_trainer_that_is_made(losses: list[float]):
+    trainer, logger = make_trainer(llama(), random_loader(), None, '4ba')
+    trainer.state.algorithms.append(TokenSuperposition(S, '2ba'))
+    trainer.fit()
+    assert logged(logger, 'loss/train/total') == losses
+    trainer, _ = make_trainer(llama(), random_loader(), LabelSmoothing(), '4ba')
+    trainer.state.algorithms.append(TokenSuperposition(S, '2ba'))
+    with pytest.raises(ValueError, match='LabelSmoothing cannot be combined with TokenSuperposition'):
+        trainer.fit()
+
+
+def test_an_embedding_replaced_in_the_run(losses: list[float]):
+    class Replaces(Callback):
+        def batch_start(self, state: Any, logger: Any) -> None:
+            model = state.model.model
+            new = nn.Embedding(*model.get_input_embeddings().weight.shape)
+            new.weight = model.get_input_embeddings().weight
+            model.set_input_embeddings(new)
+
+    assert train(callbacks=[Replaces()]) == losses
+
+
+def test_a_loss_of_the_models_class_is_said_to_be_left_out(caplog: pytest.LogCaptureFixture):
+    train()
+    train(model=mpt())
+    assert 'has a loss of its own' not in caplog.text
+    train(model=Own())
+    assert caplog.text.count('The Own has a loss of its own: superposed steps train on the multi-hot cross-ent') == 1
 
 
 def test_evaluation_is_plain_with_a_loader_that_says_more_than_one_label():
