@@ -115,8 +115,8 @@ class Drawing:
             return
         if superposed and not loader.yielded:
             raise ValueError(
-                'The train loader was replaced after EPOCH_START or FIT_START, so that a superposed step has the data of '
-                'a plain one: have the callback replace it at EPOCH_END or ITERATION_START.'
+                'The train loader was replaced after EPOCH_START or FIT_START, so that a superposed step has the data '
+                'of a plain one: have the callback replace it at EPOCH_END or ITERATION_START.'
             )
         loader.yielded = False
         if not loader.passing_over:
