@@ -1,7 +1,6 @@
 """Folding: a plain batch becomes rows of bags and the bags they must predict, in two steps.
 
-:func:`lay_out` puts the tokens of a batch in the rows that the model will see, and keeps a plain batch: whatever
-handles plain batches (a user's transforms, splitting into microbatches, counting of tokens) handles it too.
+:func:`lay_out` puts the tokens in the rows that the model will see, in a batch that is plain for all that handles it.
 :func:`bag_rows` turns such rows into bags; a run does so for each microbatch, just before the model gets it.
 """
 
@@ -253,11 +252,7 @@ def _check_batch(batch: Mapping[str, Any], bag_size: int, expand: str, superpose
 
 
 def check_keys(batch: Mapping[str, Any]) -> None:
-    """Refuse a batch with values that are neither folded nor the same for all rows.
-
-    Raises:
-        ValueError: If there are any.
-    """
+    """Refuse, with a ValueError, a batch with values that are neither folded nor the same for all rows."""
     check_kinds(batch)
     _refuse(
         key
@@ -267,11 +262,7 @@ def check_keys(batch: Mapping[str, Any]) -> None:
 
 
 def check_kinds(batch: Mapping[str, Any]) -> None:
-    """Refuse a batch with values other than tensors, lists and plain ones: nobody can say what rows they are of.
-
-    Raises:
-        ValueError: If there are any.
-    """
+    """Refuse, with a ValueError, values other than tensors, lists and plain ones: what rows are they of?"""
     _refuse(
         key
         for key, value in batch.items()
