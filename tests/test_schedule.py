@@ -15,7 +15,7 @@ from composer_tst.settings import Phase, Settings, parse_phases
     ('settings', 'message'),
     [
         ({}, 'needs bag_size and duration, or phases'),
-        ({'bag_size': 4}, 'needs bag_size and duration, or phases'),
+        ({'bag_size': 4}, 'bag_size is 4 but there is no duration: say when it ends, as duration: 0.3dur'),
         ({'bag_size': 1, 'duration': '0.3dur'}, 'bag_size is 1: give an integer of at least 2'),
         ({'bag_size': 2.0, 'duration': '0.3dur'}, 'bag_size is 2.0'),
         ({'bag_size': True, 'duration': '0.3dur'}, 'bag_size is True'),
