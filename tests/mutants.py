@@ -102,7 +102,8 @@ def lives(name: str, source: str) -> bool:
         if child == 0:
             sys.path[:0] = [folder, str(HERE)]
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1), os.dup2(null, 2)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
             files = [str(path) for test in TESTS[name] if (path := HERE / f'test_{test}.py').exists()]
             # An endless loop is a death like others.
             import signal
