@@ -5,9 +5,6 @@ so that any architecture runs as it does on plain tokens and computes no loss of
 after the backward pass, one thing is changed on the model, which is no parameter, buffer or state-dict key: the lookup
 of the input embedding gives the mean embedding of the bag that each of these ids stands for. Whatever else the
 embedding does (Gemma's scale, MPT's tied output head) stays: only ``nn.Embedding``'s own lookup is replaced.
-
-The bags are for the ids that were handed over, told by their storage, and for nothing else: any other ids are looked up
-as ever, in evaluation, by a callback, or in a backward pass that runs a part of the model again.
 """
 
 import functools
