@@ -19,7 +19,7 @@ from composer_tst.resumption import check_resumed_settings
 from composer_tst.run import Run
 from composer_tst.schedule import Progress, Schedule
 from composer_tst.settings import SETTINGS, parse_settings, refuse_unknown
-from composer_tst.stack import check_algorithms, check_callbacks, put_first
+from composer_tst.stack import check_algorithms, check_callbacks, check_eval_batch, put_first
 from composer_tst.weighting import Weighting
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ _OF_A_RUN = (
     Event.BATCH_END,
     Event.EPOCH_END,
     Event.FIT_END,
+    Event.EVAL_BATCH_START,
 )
 _OF_A_SUPERPOSED_STEP = (
     Event.BEFORE_TRAIN_BATCH,
@@ -150,6 +151,8 @@ class TokenSuperposition(Algorithm):
             self._compare_settings(state)
         elif event == Event.FIT_START:
             self._start(state)
+        elif event == Event.EVAL_BATCH_START:
+            check_eval_batch(state.batch, state.model)
         else:
             assert self._of.run is not None
             self._go_on(self._of.run, event, state, logger)

@@ -38,22 +38,19 @@ class Drawing:
         self._resumed = self._resumption.drawn > 0
 
     def _resume(self, fresh: bool) -> Resumption:
-        """Where in an epoch the data begin, by what Composer does to get there."""
-        state, progress = self._state, self._progress
-        steps = int(state.timestamp.batch_in_epoch)
-        self._is_judged = True
-        if 'train' not in state.dataset_resumption:
-            # The trainer draws the steps of this epoch again, and passes over them.
-            drawn = progress.drawn if steps and progress.drawn is not None else steps
-        elif fresh:
-            # The dataset goes on by itself; how much it has given is not known if superposition is new to the run.
-            self._is_judged = progress.drawn is not None or not steps
-            drawn, steps = (steps if progress.drawn is None else progress.drawn), 0
-        else:
-            # It has taken up its state before, and begins another epoch.
-            drawn = steps = 0
-        progress.drawn = drawn
-        return Resumption(drawn, steps)
+        """Where in an epoch the data begin.
+
+        Either the trainer draws the steps of this epoch again and passes over them; or the dataset goes on by itself
+        from its state in a checkpoint, which it takes up once.
+        """
+        saved, steps = self._progress.drawn, int(self._state.timestamp.batch_in_epoch)
+        by_itself = 'train' in self._state.dataset_resumption
+        under_way = fresh if by_itself else steps > 0
+        drawn = (steps if saved is None else saved) if under_way else 0
+        # How much a dataset has given by itself is not known if superposition is new to the run.
+        self._is_judged = not (by_itself and under_way and steps > 0 and saved is None)
+        self._progress.drawn = drawn
+        return Resumption(drawn, 0 if by_itself else steps)
 
     def begin(self, draws: int) -> None:
         """Stand in for the train loader, where a step draws several batches or an epoch is under way."""

@@ -166,13 +166,14 @@ class Schedule:
             if end <= start and moment.value > 0 and now.get(moment.unit) < moment:
                 problem = (
                     f'The phase with bag_size {phase.bag_size} until {phase.until.to_timestring()} has no steps: '
-                    f'it begins at step {start} and ends at step {end} of {plan.total}.'
+                    f'it begins at step {start} and ends at step {end} of {plan.total}: '
+                    f'give it until at least {start + 1}ba.'
                 )
                 _refuse_or_warn(problem, began, moment, whole)
             elif moment.value <= 0:
                 raise ValueError(
-                    f'The phase with bag_size {phase.bag_size} until {phase.until.to_timestring()} has no steps: it is '
-                    f'less than one step of {longest.to_timestring()}.'
+                    f'The phase with bag_size {phase.bag_size} until {phase.until.to_timestring()} has no steps: it '
+                    f'is less than one step of {longest.to_timestring()}: give it until at least {start + 1}ba.'
                 )
             start, began = max(start, end), moment
 

@@ -131,6 +131,15 @@ def check_batch(batch: Mapping[str, Any], given: Mapping[str, Any], bag_size: in
         )
 
 
+def check_eval_batch(batch: Any, model: Any) -> None:
+    """Refuse, with a ValueError, an eval batch without the labels that Hugging Face models are evaluated on."""
+    model = getattr(model, 'module', model)
+    if isinstance(model, HuggingFaceModel) and isinstance(batch, Mapping) and 'labels' not in batch:
+        raise ValueError(
+            f'An eval batch has no labels (it has {", ".join(batch)}): have the collator of the eval loader add them.'
+        )
+
+
 def _attends_by_length(model: Any) -> bool:
     """Whether it is an MPT that gives flash attention the lengths of the sequences in a row."""
     transformer: Any = getattr(getattr(model, 'model', None), 'transformer', None)

@@ -8,6 +8,7 @@ Memory is the peak of two calls in a row over what stood before it: torch's coun
 On a GPU times are its own clock's, and a whole training is measured alone, the next one when nothing is left of it.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -77,10 +78,12 @@ def host_table(work: dict[str, Any]) -> str:
     return '\n'.join([*lines, '', f'Folding the batches of a step: {work["fold_ms"]:.2f} ms on the host.'])
 
 
-def measured(cases: Iterator[Case], on: torch.device) -> Iterator[Result]:
+def measured(part: str, cases: Iterator[Case], on: torch.device) -> Iterator[Result]:
     """The results of each case, of which only one at a time is alive."""
-    while (case := next(cases, None)) is not None:
-        typer.echo(f'measuring {case.setting}', err=True)
+    for number in itertools.count(1):
+        if (case := next(cases, None)) is None:
+            return
+        typer.echo(f'{part}, setting {number}: {case.setting}', err=True)
         yield from compare(case, on)
         del case
         clear(on)
@@ -97,13 +100,14 @@ def main(
     record: dict[str, Any] = {'machine': machine(on), 'copy_gb_per_s': copy_bandwidth(on), 'results': []}
     typer.echo(f'{record["machine"]}, copies {record["copy_gb_per_s"]:.0f} GB/s\n')
     results: list[Result] = []
-    for part in [what] if what else Part:
+    parts = [what] if what else list(Part)
+    for number, part in enumerate(parts, 1):
         if part is Part.host:
             shape = Shape.of(on, 2048)
             steps = {name: asdict(work) for name, work in host_work(on).items()}
             record['host'] = {'steps': steps, 'fold_ms': fold_milliseconds(shape)}
             continue
-        for result in measured(CASES[part](on), on):
+        for result in measured(f'{number} of {len(parts)}, {part.value}', CASES[part](on), on):
             results.append(result)
             record['results'].append(asdict(result))
             if json_file:  # at once: a later case may not fit the device

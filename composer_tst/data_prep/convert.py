@@ -5,18 +5,18 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
+
+from composer_tst.progress import progress
 
 from .errors import PrepareError
 from .lock import DiskLock, S3Lock
 from .output import Output, part_name
-from .parts import BAD_ADVICE, Part, PartCount, Settings, pack_part
+from .parts import BAD_ADVICE, Done, Part, PartCount, Report, Settings, pack_part
 from .shards import ShardOptions, digest_of, stored
 from .tokenizer import TextTokenizer
 from .workers import parallel
 
 Item = tuple[int, Part]
-Report = Callable[[tuple[int, int]], None]
 
 
 @dataclass(frozen=True)
@@ -109,18 +109,18 @@ def convert(parts: Sequence[Part], job: Job, engine: Engine) -> list[dict]:
             for sentence in records[number]['count']['bad']:
                 raise PrepareError(sentence + BAD_ADVICE)
     if items:
-        with tqdm(unit=' tokens', unit_scale=True, bar_format='{n_fmt} tokens [{elapsed}, {rate_fmt}{postfix}]') as bar:
-            documents = 0
+        sizes = [sum(piece.size for piece in part) for part in parts]
+        finished = sum(sizes[number] for number in records)
+        documents = tokens = 0
+        with progress(sum(sizes), 'bytes', 'read', initial=finished, unit_scale=True) as bar:
 
-            def show(counts: tuple[int, int]) -> None:
-                nonlocal documents
-                documents += counts[0]
-                bar.update(counts[1])
-                bar.set_postfix_str(f'{documents:,} documents, {len(records)}/{len(parts)} parts', refresh=False)
+            def show(done: Done) -> None:
+                nonlocal documents, tokens
+                documents, tokens = documents + done.documents, tokens + done.tokens
+                bar.set_postfix_str(f'{documents:,} documents, {tokens:,} tokens', refresh=False)
+                bar.update(done.bytes)
 
-            for number, record in engine(job, items, show):
-                records[number] = record
-            show((0, 0))
+            records.update(engine(job, items, show))
     return [records[number] for number in range(len(parts))]
 
 

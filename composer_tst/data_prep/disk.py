@@ -112,11 +112,14 @@ class DiskInput(Input):
     def readinto(self, buffer: Any) -> int:
         """Read up to the buffer's size."""
         with explained('read', self.path):
-            return self.file.readinto(buffer)
+            count = self.file.readinto(buffer)
+        self.position += count
+        return count
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """Go to a byte."""
-        return self.file.seek(offset, whence)
+        self.position = self.file.seek(offset, whence)
+        return self.position
 
     def close(self) -> None:
         """Close the file."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from .reading import BLOCK_BYTES, DamagedError, blocks, opened, refusing
+from .reading import BLOCK_BYTES, DamagedError, Meter, blocks, opened, refusing
 from .sources import Source
 from .split import content_hash
 
@@ -22,11 +22,15 @@ BATCH_ROWS = 64
 
 @dataclass(frozen=True)
 class Piece:
-    """A range of a source: bytes of JSON lines, row groups of Parquet, else the whole (`end` is None)."""
+    """A range of a source: bytes of JSON lines, row groups of Parquet, else the whole (`end` is None).
+
+    `size` is in bytes, of row groups unpacked ones.
+    """
 
     source: Source
     start: int = 0
     end: int | None = None
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,13 @@ class BadDocument:
     why: str
 
 
-def read_documents(piece: Piece, text_key: str) -> Iterator[Document | BadDocument]:
+def read_documents(piece: Piece, text_key: str, meter: Meter | None = None) -> Iterator[Document | BadDocument]:
     """Read a piece's documents in order.
 
     Args:
         piece: what to read.
         text_key: the field of a JSON line, or the column of a Parquet file, that holds the text.
+        meter: is told how far it is.
 
     Raises:
         PrepareError: if the disk or the object store fails, or the input changed; what is wrong with the
@@ -61,25 +66,25 @@ def read_documents(piece: Piece, text_key: str) -> Iterator[Document | BadDocume
     kind = source.compression or source.format
     try:
         with refusing(kind):
-            yield from readers[source.format](piece, text_key)
+            yield from readers[source.format](piece, text_key, meter or Meter())
     except DamagedError as error:
         yield BadDocument(source.path, str(error))
 
 
-def _decoded(source: Source) -> Iterator[str]:
+def _decoded(source: Source, meter: Meter) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder('utf-8')()
-    with opened(source) as stream:
+    with opened(source, meter) as stream:
         for block in blocks(stream):
             yield decoder.decode(block)
 
 
-def _text_document(piece: Piece, text_key: str) -> Iterator[Document | BadDocument]:
+def _text_document(piece: Piece, text_key: str, meter: Meter) -> Iterator[Document | BadDocument]:
     source = piece.source
     decoder = codecs.getincrementaldecoder('utf-8')()
     digest = content_hash()
     size = 0
     held = []
-    with opened(source) as stream:
+    with opened(source, meter) as stream:
         try:
             for block in blocks(stream):
                 if b'\0' in block:
@@ -96,12 +101,12 @@ def _text_document(piece: Piece, text_key: str) -> Iterator[Document | BadDocume
     if size == 0:
         yield BadDocument(source.path, 'empty document')
     else:
-        yield Document(digest.digest(), held or _decoded(source))
+        yield Document(digest.digest(), held or _decoded(source, meter))
 
 
-def _jsonl_documents(piece: Piece, text_key: str) -> Iterator[Document | BadDocument]:
+def _jsonl_documents(piece: Piece, text_key: str, meter: Meter) -> Iterator[Document | BadDocument]:
     source = piece.source
-    with opened(source) as stream:
+    with opened(source, meter) as stream:
         position = piece.start
         if position > 0:
             # The range begins with the first line that starts in it.
@@ -175,7 +180,7 @@ def open_parquet(stream: Any) -> pq.ParquetFile:
     return pq.ParquetFile(stream, page_checksum_verification=True)
 
 
-def _parquet_documents(piece: Piece, text_key: str) -> Iterator[Document | BadDocument]:
+def _parquet_documents(piece: Piece, text_key: str, meter: Meter) -> Iterator[Document | BadDocument]:
     source = piece.source
     with opened(source) as stream, tempfile.TemporaryFile() as unpacked:
         if source.compression:
@@ -189,12 +194,15 @@ def _parquet_documents(piece: Piece, text_key: str) -> Iterator[Document | BadDo
             yield BadDocument(source.path, f'{"several columns" if columns else "no column"} "{text_key}"')
             return
         groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        for group in range(piece.start, len(groups) if piece.end is None else piece.end):
+        last = len(groups) if piece.end is None else piece.end
+        first, rows = sum(groups[: piece.start]), sum(groups[piece.start : last])
+        for group in range(piece.start, last):
             number, end = sum(groups[:group]), sum(groups[: group + 1])
             try:
                 with refusing('parquet'):
                     for cell in _cells(file, group, text_key):
                         number += 1
+                        meter.share = (number - first) / rows
                         try:
                             document = _from_field(cell.as_py(), text_key)
                         except UnicodeDecodeError:

@@ -13,6 +13,8 @@ class Input(io.RawIOBase):
 
     def __init__(self, path: str, size: int, stamp: str):
         self.path, self.size, self.stamp = path, size, stamp
+        # The byte that is read next.
+        self.position = 0
 
     def readable(self) -> bool:
         """It is."""

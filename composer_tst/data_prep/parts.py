@@ -6,6 +6,7 @@ not run on from one part to the next: the last, incomplete row of a part and spl
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from .documents import BadDocument, Piece, open_parquet, read_documents
 from .errors import PrepareError, shown
 from .packing import Packer
-from .reading import DamagedError, opened, refusing
+from .reading import DamagedError, Meter, opened, refusing
 from .sources import Source
 from .split import Splits, choose_split
 from .tokenizer import TextTokenizer
@@ -28,7 +29,17 @@ BATCH_CHARS = 1 << 20
 BAD_ADVICE = ' (with --skip-bad, the same command goes on from here without such documents)'
 
 Part = tuple[Piece, ...]
-Progress = Callable[[tuple[int, int]], None]
+
+
+class Done(NamedTuple):
+    """What has been done since the last report."""
+
+    documents: int
+    tokens: int
+    bytes: int
+
+
+Report = Callable[[Done], None]
 
 
 @dataclass(frozen=True)
@@ -89,54 +100,55 @@ def plan_parts(sources: Sequence[Source]) -> list[Part]:
     gathered: list[Piece] = []
     size = 0
     for source in sources:
-        for piece, piece_size in _pieces(source, part_bytes):
+        for piece in _pieces(source, part_bytes):
             gathered.append(piece)
-            size += piece_size
+            size += piece.size
             if size >= part_bytes:
                 parts.append(tuple(gathered))
                 gathered, size = [], 0
     return [*parts, tuple(gathered)] if gathered else parts
 
 
-def _pieces(source: Source, part_bytes: int) -> Iterator[tuple[Piece, int]]:
-    """Cut a source into pieces, each with its size in bytes."""
+def _pieces(source: Source, part_bytes: int) -> Iterator[Piece]:
+    """Cut a source into pieces."""
     if source.size <= part_bytes or source.compression or source.format == 'text':
-        yield Piece(source), source.size
+        yield Piece(source, size=source.size)
     elif source.format == 'jsonl':
         for start in range(0, source.size, part_bytes):
             end = min(start + part_bytes, source.size)
-            yield Piece(source, start, end), end - start
+            yield Piece(source, start, end, end - start)
     else:
         try:
             with opened(source) as stream, refusing('parquet'):
                 metadata = open_parquet(stream).metadata
         except DamagedError:
             # Reading it will report it as a bad document.
-            yield Piece(source), source.size
+            yield Piece(source, size=source.size)
             return
         start, size = 0, 0
         for group in range(metadata.num_row_groups):
             size += metadata.row_group(group).total_byte_size
             if size >= part_bytes or group == metadata.num_row_groups - 1:
-                yield Piece(source, start, group + 1), size
+                yield Piece(source, start, group + 1, size)
                 start, size = group + 1, 0
 
 
 def pack_part(
-    part: Part, tokenizer: TextTokenizer, settings: Settings, count: PartCount, progress: Progress
+    part: Part, tokenizer: TextTokenizer, settings: Settings, count: PartCount, report: Report
 ) -> Iterator[tuple[str, NDArray[np.int32]]]:
     """Read, tokenise and pack a part; yield (split, rows[N, L]).
 
     Args:
         count: is filled in as the rows are taken.
-        progress: is told the documents and tokens of each batch.
+        report: is told what each batch has done.
 
     Raises:
         PrepareError: at the first bad document, unless bad documents are skipped.
     """
     packers = {name: Packer(settings.seq_len) for name, _ in settings.splits}
     end_of_text = np.array([tokenizer.eos_id], np.int32)
-    for batch in _batches(part, tokenizer, settings, count):
+    reported = 0
+    for batch, read in _batches(part, tokenizer, settings, count):
         documents, tokens = 0, 0
         encoded = tokenizer.encode([text for _, text, _ in batch])
         for (split, text, last), ids in zip(batch, encoded, strict=True):
@@ -150,13 +162,15 @@ def pack_part(
                 packers[split].add(end_of_text)
                 counted.documents += 1
                 documents += 1
-        progress((documents, tokens + documents))
+        report(Done(documents, tokens + documents, read - reported))
+        reported = read
         for split, packer in packers.items():
             rows = packer.rows()
             if len(rows):
                 count.splits[split].rows += len(rows)
                 count.splits[split].ends += int(np.count_nonzero(rows == tokenizer.eos_id))
                 yield split, rows
+    report(Done(0, 0, sum(piece.size for piece in part) - reported))
     for split, packer in packers.items():
         counted = count.splits[split]
         counted.dropped_tokens = packer.held_tokens
@@ -170,12 +184,16 @@ def pack_part(
 
 def _batches(
     part: Part, tokenizer: TextTokenizer, settings: Settings, count: PartCount
-) -> Iterator[list[tuple[str, str, bool]]]:
-    """Gather (split, piece of a document, whether it is the document's last) up to the batch size."""
+) -> Iterator[tuple[list[tuple[str, str, bool]], int]]:
+    """Gather (split, piece of a document, whether it is the document's last) up to the batch size.
+
+    Beside it is how many bytes of the part have been read.
+    """
     batch: list[tuple[str, str, bool]] = []
-    chars = 0
+    chars, read = 0, 0
     for piece in part:
-        for document in read_documents(piece, settings.text_key):
+        meter = Meter()
+        for document in read_documents(piece, settings.text_key, meter):
             if isinstance(document, BadDocument):
                 sentence = shown(f'{document.where}: {document.why}')
                 if not settings.skip_bad:
@@ -190,11 +208,12 @@ def _batches(
                 batch.append((split, text, following is None))
                 chars += len(text)
                 if chars >= BATCH_CHARS:
-                    yield batch
+                    yield batch, read + meter.bytes_of(piece.start, piece.size)
                     batch, chars = [], 0
                 text = following
+        read += piece.size
     if batch:
-        yield batch
+        yield batch, read
 
 
 def _counted(chunks: Iterable[str], count: SplitCount) -> Iterator[str]:

@@ -7,10 +7,12 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from .inputs import Input
 from .sources import MISSING, Source
 from .stores import store_of
 
@@ -30,12 +32,28 @@ class DamagedError(Exception):
     """A file that is not there, or whose bytes its format refuses."""
 
 
+@dataclass
+class Meter:
+    """How far the file that is read has been read: the file, and a share for what is not read in order."""
+
+    file: Input | None = None
+    share: float | None = None
+
+    def bytes_of(self, start: int, size: int) -> int:
+        """How many of `size` bytes from `start` on have been read."""
+        if self.share is not None:
+            return int(self.share * size)
+        return 0 if self.file is None else min(max(self.file.position - start, 0), size)
+
+
 @contextmanager
-def opened(source: Source) -> Iterator[Any]:
+def opened(source: Source, meter: Meter | None = None) -> Iterator[Any]:
     """Open a source as a stream of unpacked bytes; at its end, see whether it changed meanwhile."""
     if source.stamp == MISSING:
         raise DamagedError('it is not there')
     with store_of(source.path).open(source.path, source.size, source.stamp) as raw:
+        if meter is not None:
+            meter.file = raw
         stream = io.BufferedReader(raw, BLOCK_BYTES)
         if source.compression:
             if source.size == 0:

@@ -128,7 +128,7 @@ class S3Input(Input):
 
     def __init__(self, path: str, size: int, stamp: str):
         super().__init__(path, size, stamp)
-        self.position, self.start, self.block = 0, 0, b''
+        self.start, self.block = 0, b''
 
     def readinto(self, buffer: Any) -> int:
         """Read up to the buffer's size."""

@@ -12,15 +12,16 @@ from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
-from .convert import Item, Job, Report, convert_part
+from .convert import Item, Job, convert_part
 from .errors import PrepareError
+from .parts import Done, Part, PartCount, Report
 
 # Tasks of one wave for each core: enough that few cores wait at its end, and few after a bad document.
 WAVE_TASKS_PER_CORE = 8
 
 
 def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[tuple[int, dict]]:
-    """Convert parts on this machine or, under `spark-submit`, on its cluster. The progress bar is Spark's.
+    """Convert parts on this machine or, under `spark-submit`, on its cluster; report each part when it is finished.
 
     Raises:
         PrepareError: if Spark cannot start or fails; and what a task raises.
@@ -32,14 +33,14 @@ def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[
         package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         archive = os.path.join(folder, 'composer_tst')
         context.addPyFile(shutil.make_archive(archive, 'zip', os.path.dirname(package), os.path.basename(package)))
-        told = context.broadcast(job)
+        told, parts = context.broadcast(job), dict(items)
         endpoint = os.environ.get('S3_ENDPOINT_URL')
 
         def task(item: Item) -> tuple[int, Any]:
             if endpoint:
                 os.environ['S3_ENDPOINT_URL'] = endpoint
             try:
-                return convert_part(told.value, item, lambda counts: None)
+                return convert_part(told.value, item, lambda done: None)
             except PrepareError as error:
                 return -1, str(error)
 
@@ -50,6 +51,7 @@ def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[
                 for number, record in context.parallelize(some, len(some)).map(task).collect():
                     if number < 0:
                         raise PrepareError(record)
+                    report(_done(job, parts[number], record))
                     yield number, record
         except (PySparkException, Py4JError) as error:
             lines = [line.strip() for line in str(error).splitlines()]
@@ -57,6 +59,12 @@ def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[
             raise PrepareError(f'Spark failed: {why}; the same command goes on from here') from error
         finally:
             session.stop()
+
+
+def _done(job: Job, part: Part, record: dict) -> Done:
+    splits = PartCount.from_json(record['count']).splits.values()
+    tokens = sum(split.rows * job.settings.seq_len + split.dropped_tokens for split in splits)
+    return Done(sum(split.documents for split in splits), tokens, sum(piece.size for piece in part))
 
 
 def find_java() -> None:
