@@ -10,8 +10,8 @@ import evidence
 import pytest
 import trainings
 from composer.core import Time, Timestamp, TimeUnit
-from conftest import SEQ_LEN, VOCAB_SIZE
-from experiments import pictures, report
+from conftest import REPO, SEQ_LEN, VOCAB_SIZE
+from experiments import budgets, budgets_page, pictures, report
 from experiments.page import write
 from experiments.settings import (
     BASELINE,
@@ -35,6 +35,7 @@ from experiments.settings import (
 from experiments.training import Job, Result
 from experiments.variants import RateOfItsOwn, WeightsByPhase
 from trainers import logged, make_trainer, mpt, random_loader
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
 
@@ -144,7 +145,7 @@ def test_the_best_beyond_the_paper_are_judged_at_other_seeds():
 
 def test_the_grid_says_where_it_is_lowest():
     runs = runs_of({BASELINE: [3.0, 3.1], one_size(6, 0.2): [2.9, 3.02], one_size(2, 0.5): [3.2]})
-    rows = report.grid(runs).splitlines()
+    rows = report.grid(runs, GRID_BAGS, GRID_SHARES, CPU.seeds).splitlines()
     assert '| 0.2 | not run | not run | not run | -0.090 ± 0.014 (2) | not run |  |' in rows
     assert '| 0.5 | +0.200 (1) | not run | not run | not run | not run |  |' in rows
     assert rows[-1].endswith('Lowest: s = 6, r = 0.2, at -0.090.')
@@ -153,11 +154,11 @@ def test_the_grid_says_where_it_is_lowest():
 def test_the_means_of_the_grid_are_over_seeds_at_which_all_of_it_was_run():
     losses = {one_size(s, 0.2): [3.0 + s / 10, 3.1] for s in GRID_BAGS}
     losses[one_size(2, 0.2)] = [3.2, 3.6, 1.0]
-    rows = report.grid(runs_of({BASELINE: [3.0, 3.1, 3.1], **losses})).splitlines()
+    rows = report.grid(runs_of({BASELINE: [3.0, 3.1, 3.1], **losses}), GRID_BAGS, GRID_SHARES, CPU.seeds).splitlines()
     # 0.2, 0.3, 0.4, 0.6, 0.8 at one seed, mean 0.46; 0.5 and four times 0 at the other, mean 0.1.
     assert any(row.startswith('| 0.2 |') and row.endswith('| +0.280 ± 0.255 |') for row in rows)
     losses = {one_size(3, r): [3.0 + r] for r in GRID_SHARES}
-    rows = report.grid(runs_of({BASELINE: [3.0], **losses})).splitlines()
+    rows = report.grid(runs_of({BASELINE: [3.0], **losses}), GRID_BAGS, GRID_SHARES, CPU.seeds).splitlines()
     assert '| mean |  | +0.300 |  |  |  |  |' in rows
 
 
@@ -238,9 +239,9 @@ def test_what_is_finished_is_kept_and_what_changed_is_trained_again(
         learning_rates=(1e-3,),
         fresh_seeds=(),
     )
-    monkeypatch.setitem(evidence.SCALES, 'cpu', tiny)
-    page, results = tmp_path / 'docs' / 'evidence.md', tmp_path / 'runs' / 'cpu'
-    evidence.main(dataset, 'cpu', tmp_path / 'runs', page)
+    monkeypatch.setitem(evidence.GROUPS, 'cpu', replace(evidence.GROUPS['cpu'], scales=(tiny,)))
+    page, results = tmp_path / 'docs' / 'evidence_mpt.md', tmp_path / 'runs' / 'cpu'
+    evidence.main('cpu', dataset, tmp_path / 'runs', page.parent)
     files = sorted(results.glob('*.json'))
     assert len(files) == 6
     times = [file.stat().st_mtime_ns for file in files]
@@ -250,12 +251,12 @@ def test_what_is_finished_is_kept_and_what_changed_is_trained_again(
     assert '| s = 4, r = 0.3 | 1 |' in page.read_text()
 
     more = replace(tiny, seeds=(17, 18))
-    monkeypatch.setitem(evidence.SCALES, 'cpu', more)
-    evidence.main(dataset, 'cpu', tmp_path / 'runs', page)
+    monkeypatch.setitem(evidence.GROUPS, 'cpu', replace(evidence.GROUPS['cpu'], scales=(more,)))
+    evidence.main('cpu', dataset, tmp_path / 'runs', page.parent)
     assert len(list(results.glob('*.json'))) == 12
     assert [file.stat().st_mtime_ns for file in files] == times
     assert '| s = 4, r = 0.3 | 2 |' in page.read_text()
-    assert (page.parent / 'evidence_settings.png').stat().st_size > 1000
+    assert (page.parent / 'evidence_mpt_settings.png').stat().st_size > 1000
 
     baseline = Job(BASELINE, 17, 0.001, tiny)
     assert (results / f'{baseline.name(dataset)}.json').exists()
@@ -264,6 +265,36 @@ def test_what_is_finished_is_kept_and_what_changed_is_trained_again(
     # Elsewhere, where the record is all that is known.
     record, text = page.with_name('evidence_cpu.json'), page.read_text()
     elsewhere = tmp_path / 'elsewhere'
-    evidence.main(dataset, 'cpu', elsewhere / 'runs', elsewhere / 'evidence.md', known=record)
-    assert (elsewhere / 'evidence.md').read_text() == text
+    evidence.main('cpu', dataset, elsewhere / 'runs', elsewhere / 'docs', known=record)
+    assert (elsewhere / 'docs' / 'evidence_mpt.md').read_text() == text
     assert not [path for path in (elsewhere / 'runs' / 'cpu').iterdir() if path.is_dir()], 'something was trained'
+
+
+def test_the_page_over_budgets(tmp_path: Path):
+    losses = {setting: [3.0 - i / 100, 3.1 - i / 50, 3.2] for i, setting in enumerate(budgets.RECIPES)}
+    small, large = budgets.BUDGETS[0], budgets.LARGEST
+    grid = next(e for e in budgets.of_budget(large) if e.form == 'grid')
+    at_one_seed = {setting: [3.1] for setting in grid.settings if setting not in losses}
+    scales = [runs_of(losses, small), runs_of({**losses, **at_one_seed}, large)]
+    checked = Job(S4, 17, 0.004, large)
+    scales[1].results[checked] = Result(3.25, 100, 1000, 10, 1.0, 'a machine')
+    budgets_page.write(tmp_path / 'evidence.md', scales)
+    text = (tmp_path / 'evidence.md').read_text()
+    assert '| setting | `tokens-1`, 0.99 tokens per parameter | `tokens-28`, 28 tokens per parameter |' in text
+    # Differences of the second recipe: -0.01, -0.02, 0.
+    assert f'| {S4.name} | -0.010 ± 0.010 | -0.010 ± 0.010 |' in text
+    assert '| baseline | 3.100 ± 0.100 | 3.100 ± 0.100 |' in text
+    assert f'- {S4.name}: 0.001: 2.990, 0.004: 3.250' in text
+    assert '| 0.1 | +0.100 (1) |' in text
+    assert (
+        'Not run yet, or not at every seed: The best of the grid, again (tokens-28); Cheaper, or better (tokens-28); '
+        'Limited data (tokens-28).' in text
+    )
+    assert (tmp_path / 'evidence_budgets.png').stat().st_size > 1000
+
+
+def test_a_budget_is_what_it_says():
+    assert [round(scale.tokens_per_parameter or 0, 2) for scale in budgets.BUDGETS] == [0.99, 5.08, 28.22, 28.22]
+    config = json.loads((REPO / 'yamls' / 'evidence' / 'llama' / 'config.json').read_text())
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    assert sum(weight.numel() for weight in model.parameters()) == budgets.PARAMETERS

@@ -197,11 +197,11 @@ def test_recovery_is_plain_training_from_the_switch_to_the_bit(
 def test_epochs_that_leave_out_rows_of_each_stream_are_whole(dataset: Path, tokenizer: PreTrainedTokenizerBase):
     streams = {split: {'local': str(dataset), 'split': split} for split in ('train', 'val')}
     settings: dict[str, Any] = {'local': None, 'streams': streams, 'batching_method': 'stratified'}
-    loader = text_loader(dataset, tokenizer, batch_size=16, **settings)
+    loader = text_loader(dataset, tokenizer, batch_size=64, **settings)
     batches = len(loader.dataloader)  # pyright: ignore[reportArgumentType]
     trainer, logger = make_trainer(mpt(vocab_size=300), loader, TokenSuperposition(bag_size=2, duration='2ba'), '1ep')
     trainer.fit()
-    read = logged(logger, 'superposition/data_tokens')[-1] / 16 / tokenizer.model_max_length
+    read = logged(logger, 'superposition/data_tokens')[-1] / 64 / tokenizer.model_max_length
     assert read < batches - 1
 
 

@@ -1,74 +1,129 @@
-"""Train everything that docs/evidence.md reports, and write it.
+"""Train everything that docs/evidence.md and docs/evidence_mpt.md report, and write them.
 
-    python tools/evidence.py --data data/quickstart
+    python tools/evidence.py --scale tokens
 
 Runs that are finished are kept in ``--runs`` and not trained again, unless what they depend on has changed: stop it at
 any time, and run it again to go on. The page is written anew as runs end, with what there is, and beside it what each
-run came to, as ``evidence_SCALE.json``: with ``--known`` another machine goes on from there.
+run came to, as ``evidence_SCALE.json``: another machine goes on from there.
 """
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from experiments.page import write
+from experiments import budgets_page, page
+from experiments.budgets import BUDGETS, PROSE_BUDGETS, of_budget
 from experiments.report import Runs
-from experiments.settings import BASELINE, SCALES, Scale, experiments
+from experiments.settings import (
+    BASELINE,
+    CPU,
+    GPU,
+    PUBLISHED,
+    ROWS,
+    S4,
+    Experiment,
+    Scale,
+    Setting,
+    experiments,
+)
 from experiments.training import Job, Result, train_all
 
 from composer_tst.progress import progress
 
 
+@dataclass(frozen=True)
+class Group:
+    """Scales that are trained by one command, one after another, and reported on one page.
+
+    Args:
+        scales: The scales.
+        page: The page's name.
+        write: Writes it.
+        experiments: What is trained at a scale, given it and the final losses at its first seed.
+        beside: Groups that are reported on the same page, in their order.
+        checked: Settings that are tried at the neighbours of the baseline's learning rate too.
+    """
+
+    scales: tuple[Scale, ...]
+    page: str
+    write: Callable[[Path, Sequence[Runs]], None]
+    experiments: Callable[..., list[Experiment]]
+    beside: tuple[str, ...] = ()
+    checked: tuple[Setting, ...] = ()
+
+
+_MPT = ('cpu', 'rows', 'gpu')
+GROUPS = {
+    'tokens': Group((*BUDGETS, *PROSE_BUDGETS), 'evidence.md', budgets_page.write, of_budget, checked=(S4, PUBLISHED)),
+    **{size.name: Group((size,), 'evidence_mpt.md', page.write, experiments, _MPT) for size in (CPU, ROWS, GPU)},
+}
+
+
 def main(
-    data: Annotated[Path, typer.Option(help='What prepare_data.py wrote.')] = Path('data/quickstart'),
-    scale: Annotated[str, typer.Option(help=f'{" or ".join(SCALES)}: tools/experiments/settings.py.')] = 'cpu',
+    scale: Annotated[str, typer.Option(help=f'{" or ".join(GROUPS)}: tools/experiments/.')] = 'cpu',
+    data: Annotated[Path | None, typer.Option(help="What prepare-data wrote, in place of the scale's own.")] = None,
     runs: Annotated[Path, typer.Option(help='Where runs and their results are kept.')] = Path('runs/evidence'),
-    page: Annotated[Path, typer.Option(help='The page; pictures and records go beside it.')] = Path('docs/evidence.md'),
-    known: Annotated[Path | None, typer.Option(help='A record of runs that need not be trained again.')] = None,
+    docs: Annotated[Path, typer.Option(help='Where the page, its pictures and the record go.')] = Path('docs'),
+    known: Annotated[Path | None, typer.Option(help='Another record of runs that need not be trained again.')] = None,
 ) -> None:
     """Rerun the evidence and write its page."""
-    if scale not in SCALES:
-        raise typer.BadParameter(f'{scale} is no scale: choose {" or ".join(SCALES)}.', param_hint='--scale')
-    size, folder = SCALES[scale], runs / scale
-    if size.device == 'cuda' and not torch.cuda.is_available():
+    if scale not in GROUPS:
+        raise typer.BadParameter(f'{scale} is no scale: choose {" or ".join(GROUPS)}.', param_hint='--scale')
+    group = GROUPS[scale]
+    if group.scales[0].device == 'cuda' and not torch.cuda.is_available():
         raise typer.BadParameter(f'{scale} needs a GPU, and torch sees none.', param_hint='--scale')
-    folder.mkdir(parents=True, exist_ok=True)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    if known:
-        for run in json.loads(known.read_text()):
-            (folder / f'{run["name"]}.json').write_text(json.dumps(run['result'], indent=1) + '\n')
-    trained = Runs({}, size)
+    docs.mkdir(parents=True, exist_ok=True)
+    of_scale = {size: Runs({}, size) for size in group.scales}
+    for size in of_scale:
+        (runs / size.name).mkdir(parents=True, exist_ok=True)
+    for record in (known, _record(docs, scale)):
+        for run in json.loads(record.read_text()) if record and record.exists() else ():
+            result = runs / run.get('scale', scale) / f'{run["name"]}.json'
+            if result.parent.exists() and not result.exists():
+                result.write_text(json.dumps(run['result'], indent=1) + '\n')
 
-    bar = progress(len(_planned(size, trained)), 'runs', 'evidence')
+    def write() -> None:
+        entries = [
+            {'name': job.name(data or Path(size.data)), 'scale': size.name, 'setting': job.setting.name}
+            | {'seed': job.seed, 'lr': job.lr, 'result': asdict(result)}
+            for size, trained in of_scale.items()
+            for job, result in trained.results.items()
+        ]
+        _record(docs, scale).write_text(json.dumps(entries, indent=1) + '\n')
+        others = [_read(docs, name) for name in group.beside if name != scale and _record(docs, name).exists()]
+        shown = [trained for trained in of_scale.values() if trained.rates()]
+        group.write(docs / group.page, sorted([*shown, *others], key=lambda each: _order(each.scale)))
+
+    for size, trained in of_scale.items():
+        _train(group, size, trained, data or Path(size.data), runs / size.name, write)
+
+
+def _train(group: Group, size: Scale, trained: Runs, data: Path, folder: Path, write: Callable[[], None]) -> None:
+    """Train what a scale lacks."""
+    bar = progress(len(_planned(group, size, trained)), 'runs', f'evidence {size.name}')
 
     def train(jobs: Iterable[Job]) -> None:
         for at, results in enumerate(train_all(jobs, data, folder, size.workers)):
             new = len(results.keys() - trained.results.keys())
             trained.results.update(results)
             # The best of an experiment are judged again, in runs that are not planned before it has ended.
-            bar.total = max(bar.total, len(_planned(size, trained)))
+            bar.total = max(bar.total, len(_planned(group, size, trained)))
             if at == 0:  # what was trained before says nothing of how long the rest takes
                 bar.initial += new
             bar.update(new)
-            if not trained.rates():
-                continue
-            entries = [
-                {'name': job.name(data), 'setting': job.setting.name, 'seed': job.seed, 'lr': job.lr}
-                | {'result': asdict(result)}
-                for job, result in trained.results.items()
-            ]
-            _record(page, size).write_text(json.dumps(entries, indent=1) + '\n')
-            write(page, [_read(page, other) for other in SCALES.values() if _record(page, other).exists()])
+            if trained.rates():
+                write()
 
     train([Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates])
+    train(Job(setting, size.seeds[0], lr, size) for setting in group.checked for lr in _around(size, trained.lr))
     # Large ones at their first seed, and at the others when all else is done.
     for large_at_all in (False, True):
         done = 0
-        while done < len(planned := experiments(size, trained.at_first_seed())):
+        while done < len(planned := group.experiments(size, trained.at_first_seed())):
             experiment = planned[done]
             seeds = experiment.seeds if large_at_all or not experiment.large else experiment.seeds[:1]
             train(Job(setting, seed, trained.lr, size) for seed in seeds for setting in experiment.settings)
@@ -76,25 +131,38 @@ def main(
     bar.close()
 
 
-def _planned(size: Scale, trained: Runs) -> set[Job]:
+def _around(size: Scale, lr: float) -> list[float]:
+    """The candidates for a learning rate next to the one that the baseline chose."""
+    at = size.learning_rates.index(lr)
+    return list(size.learning_rates[max(at - 1, 0) : at + 2])
+
+
+def _planned(group: Group, size: Scale, trained: Runs) -> set[Job]:
     """Every run that is known to be needed."""
-    planned = experiments(size, trained.at_first_seed() if trained.rates() else None)
-    tuning = {Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates}
-    lr = trained.lr if trained.rates() else size.learning_rates[0]
-    return tuning | {Job(setting, seed, lr, size) for e in planned for setting in e.settings for seed in e.seeds}
+    planned = group.experiments(size, trained.at_first_seed() if trained.rates() else None)
+    jobs = {Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates}
+    best = trained.lr if trained.rates() else size.learning_rates[0]
+    jobs |= {Job(setting, size.seeds[0], lr, size) for setting in group.checked for lr in _around(size, best)}
+    return jobs | {Job(setting, seed, best, size) for e in planned for setting in e.settings for seed in e.seeds}
 
 
-def _record(page: Path, scale: Scale) -> Path:
-    return page.with_name(f'{page.stem}_{scale.name}.json')
+def _record(docs: Path, scale: str) -> Path:
+    return docs / f'evidence_{scale}.json'
 
 
-def _read(page: Path, scale: Scale) -> Runs:
+def _order(scale: Scale) -> int:
+    return [each.name for group in GROUPS.values() for each in group.scales].index(scale.name)
+
+
+def _read(docs: Path, name: str) -> Runs:
     """The runs of a record whose settings are still those of the scale."""
-    settings = {setting.name: setting for experiment in experiments(scale) for setting in experiment.settings}
+    group = GROUPS[name]
+    (scale,) = group.scales
+    settings = {setting.name: setting for experiment in group.experiments(scale) for setting in experiment.settings}
     return Runs(
         {
             Job(settings[run['setting']], run['seed'], run['lr'], scale): Result(**run['result'])
-            for run in json.loads(_record(page, scale).read_text())
+            for run in json.loads(_record(docs, name).read_text())
             if run['setting'] in settings
         },
         scale,

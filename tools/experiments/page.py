@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .pictures import draw_grid, draw_settings
 from .report import Runs, grid, iso_loss, table, verdict
-from .settings import Experiment, experiments
+from .settings import GRID_BAGS, GRID_SHARES, Experiment, experiments
 
 BOLD = """Bold: by more than two standard deviations of the difference. Of settings that are no better or worse, one in
 13 is bold at three seeds, one in 90 at five (Student's t). In brackets, the number of seeds where it is not that of the
@@ -24,7 +24,14 @@ def write(output: Path, scales: Sequence[Runs]) -> None:
     done = _done(runs)
     compared = [setting for e in done if e.form != 'grid' for setting in e.settings]
     draw_settings(runs, compared, output.with_name(f'{output.stem}_settings.png'))
-    parts = ['# Evidence', *map(_about, scales), TERMS, '## What it says', verdict(runs, done), BOLD]
+    parts = [
+        '# Evidence on a small MPT, at 0.8 tokens per parameter',
+        *map(about, scales),
+        TERMS,
+        '## What it says',
+        verdict(runs, done),
+        BOLD,
+    ]
     for other in others:
         parts += [f'At the scale `{other.scale.name}`:', verdict(other, _done(other))]
     parts += [FRESH] if runs.scale.fresh_seeds else []
@@ -39,7 +46,7 @@ def write(output: Path, scales: Sequence[Runs]) -> None:
             draw_grid(runs, output.with_name(f'{output.stem}_grid.png'))
             parts += [
                 "Final loss minus the baseline's.",
-                grid(runs),
+                grid(runs, GRID_BAGS, GRID_SHARES, runs.scale.seeds),
                 f'![Loss over the share of superposed steps]({output.stem}_grid.png)',
             ]
         else:
@@ -58,7 +65,7 @@ def _done(runs: Runs) -> list[Experiment]:
     return [e for e in planned if 2 * len([s for s in e.settings if runs.all(s, e.seeds)]) > len(e.settings)]
 
 
-def _about(runs: Runs) -> str:
+def about(runs: Runs) -> str:
     """What was run at a scale, where, and how long it took."""
     scale, results = runs.scale, list(runs.results.values())
     rates = runs.rates()

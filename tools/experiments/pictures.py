@@ -43,7 +43,7 @@ def draw_grid(runs: Runs, output: Path) -> None:
     axes.set_xticks(GRID_SHARES, [f'{r:g}' for r in GRID_SHARES])
     axes.set_xlabel('share of steps that are superposed, r')
     axes.set_ylabel("final loss minus the baseline's")
-    _finish(axes)
+    finish(axes)
     figure.savefig(output)
 
 
@@ -85,11 +85,12 @@ def draw_settings(runs: Runs, settings: Sequence[Setting], output: Path) -> None
             label.set_fontweight('bold')
     axes.set_ylim(-0.7, max(len(order), 1) - 0.3)
     axes.set_xlabel("final loss minus the baseline's of the same seed\nbars: one standard deviation")
-    _finish(axes)
+    finish(axes)
     figure.savefig(output)
 
 
-def _finish(axes: Axes) -> None:
+def finish(axes: Axes) -> None:
+    """What all pictures have in common."""
     axes.spines[['top', 'right']].set_visible(False)
     axes.grid(color='#ececec')
     axes.set_axisbelow(True)

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from .settings import (
     BASELINE,
     BASELINES,
-    GRID_BAGS,
-    GRID_SHARES,
     PUBLISHED,
     RECOMMENDED,
     S4,
@@ -108,30 +106,30 @@ def _pace(results: Sequence[Result]) -> str:
     return spread([result.seconds / result.steps for result in results])
 
 
-def grid(runs: Runs) -> str:
+def grid(runs: Runs, bags: Sequence[int], shares: Sequence[float], seeds: Sequence[int]) -> str:
     """The loss over s and r, minus the baseline's at the same seeds, its means over s and r, and where it is lowest."""
-    lines = [_row(['r', *(f's = {s}' for s in GRID_BAGS), 'mean']), '|---' * (len(GRID_BAGS) + 2) + '|']
+    lines = [_row(['r', *(f's = {s}' for s in bags), 'mean']), '|---' * (len(bags) + 2) + '|']
     means: dict[str, float] = {}
-    for share in GRID_SHARES:
+    for share in shares:
         row = [f'{share:g}']
-        for bag_size in GRID_BAGS:
+        for bag_size in bags:
             cell = one_size(bag_size, share)
-            differences = runs.differences(cell, BASELINE, runs.scale.seeds)
+            differences = runs.differences(cell, BASELINE, seeds)
             row += [f'{spread(differences, signed=True)} ({len(differences)})' if differences else 'not run']
             if differences:
                 means[cell.name] = statistics.fmean(differences)
-        lines.append(_row([*row, _mean(runs, [one_size(bag_size, share) for bag_size in GRID_BAGS])]))
-    columns = ([one_size(bag_size, share) for share in GRID_SHARES] for bag_size in GRID_BAGS)
-    lines.append(_row(['mean', *(_mean(runs, cells) for cells in columns), '']))
+        lines.append(_row([*row, _mean(runs, [one_size(bag_size, share) for bag_size in bags], seeds)]))
+    columns = ([one_size(bag_size, share) for share in shares] for bag_size in bags)
+    lines.append(_row(['mean', *(_mean(runs, cells, seeds) for cells in columns), '']))
     lowest = min(means, key=lambda name: means[name])
     lines += ['', f'In brackets, the number of seeds. Lowest: {lowest}, at {means[lowest]:+.3f}.']
     return '\n'.join(lines)
 
 
-def _mean(runs: Runs, cells: Sequence[Setting]) -> str:
+def _mean(runs: Runs, cells: Sequence[Setting], seeds: Sequence[int]) -> str:
     """The mean difference of several settings from the baseline, over the seeds at which all of them were run."""
-    seeds = [seed for seed in runs.scale.seeds if all(runs.differences(cell, BASELINE, [seed]) for cell in cells)]
-    of_seeds = (statistics.fmean(runs.differences(cell, BASELINE, [seed])[0] for cell in cells) for seed in seeds)
+    complete = [seed for seed in seeds if all(runs.differences(cell, BASELINE, [seed]) for cell in cells)]
+    of_seeds = (statistics.fmean(runs.differences(cell, BASELINE, [seed])[0] for cell in cells) for seed in complete)
     return spread(list(of_seeds), signed=True)
 
 
@@ -204,10 +202,16 @@ def _difference(runs: Runs, setting: Setting, than: Setting, seeds: Sequence[int
         return '', 0.0
     differences = runs.differences(setting, than, seeds)
     fewer = f' ({len(differences)})' if 0 < len(differences) < len(runs.all(setting, seeds)) else ''
-    return spread(differences, signed=True) + fewer, _sure(differences)
+    return spread(differences, signed=True) + fewer, sure(differences)
 
 
-def _sure(differences: Sequence[float]) -> float:
+def tokens_per_parameter(scale: Scale) -> str:
+    """A budget in words."""
+    assert scale.tokens_per_parameter is not None
+    return f'{scale.tokens_per_parameter:.2g} tokens per parameter'
+
+
+def sure(differences: Sequence[float]) -> float:
     """The mean difference; 0 if it is of fewer than three seeds, within two standard deviations, or not finite."""
     if len(differences) < 3 or not all(map(math.isfinite, differences)):
         return 0.0

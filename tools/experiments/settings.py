@@ -21,6 +21,9 @@ class Scale:
         device: Where they train, `cpu` or `cuda`.
         fresh_seeds: More seeds, at which no setting was chosen. None where only the experiments on equal steps and
             equal loss are run.
+        yaml: What is trained, from the root of the repository.
+        data: Where the prepared data are.
+        tokens_per_parameter: Positions of the baseline per parameter, where a scale is a budget among others.
     """
 
     name: str
@@ -33,6 +36,9 @@ class Scale:
     workers: int
     device: str
     fresh_seeds: tuple[int, ...] = ()
+    yaml: str = 'yamls/quickstart/baseline.yaml'
+    data: str = 'data/quickstart'
+    tokens_per_parameter: float | None = None
 
 
 CPU = Scale(
@@ -71,8 +77,8 @@ ROWS = replace(
     ),
     learning_rates=(2e-3,),
     fresh_seeds=(),
+    data='data/rows',
 )
-SCALES = {scale.name: scale for scale in (CPU, ROWS, GPU)}
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,11 @@ def one_size(bag_size: int, share: float, **others: str) -> Setting:
     """One bag size until a share of the steps."""
     name = ', '.join((f's = {bag_size}', f'r = {share:g}', *others.values()))
     return superposed(name, bag_size=bag_size, duration=f'{share:g}dur', **others)
+
+
+def limited(setting: Setting) -> Setting:
+    """The same on data that are as many as a baseline reads."""
+    return Setting(f'{setting.name}, limited data', (*setting.algorithm, 'train_loader.dataset.split=limited'))
 
 
 def rated(name: str, **scheduler: float) -> Setting:

@@ -22,7 +22,7 @@ from .settings import Scale, Setting
 if TYPE_CHECKING:
     from composer import Trainer
 
-YAML = Path(__file__).parents[2] / 'yamls' / 'quickstart' / 'baseline.yaml'
+REPO = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,11 @@ class Job:
     def name(self, data: Path) -> str:
         """A name for files, another one if anything that the run depends on is changed."""
         text = re.sub(r'[^a-z0-9.]+', '-', f'{self.setting.name} lr {self.lr:g} seed {self.seed}'.lower())
-        made_of = (json.dumps(self.overrides(data)), YAML.read_text(), (data / 'stats.json').read_text())
+        stats = (data / 'stats.json').read_text()
+        if self.scale.tokens_per_parameter is not None:
+            # Of other versions of the packages it is other text, of the same kind.
+            stats = str(json.loads(stats)['vocab_size'])
+        made_of = (json.dumps(self.overrides(data)), (REPO / self.scale.yaml).read_text(), stats)
         return f'{text}-{hashlib.sha256("".join(made_of).encode()).hexdigest()[:8]}'
 
     @property
@@ -136,7 +140,7 @@ def _train_and_write(job: Job, data: Path, folder: Path) -> None:
     if list(checkpoints.glob(f'ep*-ba{job.steps}-rank0.pt')):
         shutil.rmtree(checkpoints)  # killed after the end but before its result was written: it cannot go on
     place = [f'variables.folder={folder}', f'run_name={name}', 'python_log_level=warning']
-    trainer = _run([*job.overrides(data), *place])
+    trainer = _run(str(REPO / job.scale.yaml), [*job.overrides(data), *place])
     loss = float(trainer.state.eval_metrics['eval']['LanguageCrossEntropy'].compute())
     result = Result(
         final_loss=loss if math.isfinite(loss) else math.inf,
@@ -153,7 +157,7 @@ def _train_and_write(job: Job, data: Path, folder: Path) -> None:
     path.with_suffix('.part').rename(path)
 
 
-def _run(overrides: list[str], attempts: int = 3) -> 'Trainer':
+def _run(yaml: str, overrides: list[str], attempts: int = 3) -> 'Trainer':
     from llmfoundry.command_utils import train_from_yaml
 
     from .variants import register
@@ -162,9 +166,9 @@ def _run(overrides: list[str], attempts: int = 3) -> 'Trainer':
     try:
         # On a CPU Composer has no amp_bf16. Without autocast's cache, which would hold the weights of the first step.
         with torch.autocast('cpu', dtype=torch.bfloat16, cache_enabled=False):
-            return train_from_yaml(str(YAML), overrides)
+            return train_from_yaml(yaml, overrides)
     except FileExistsError:
         # StreamingDatasets made at one moment may choose one name for their shared memory: the second finds it taken.
         if attempts == 1:
             raise
-        return _run(overrides, attempts - 1)
+        return _run(yaml, overrides, attempts - 1)

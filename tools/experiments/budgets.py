@@ -1,0 +1,109 @@
+"""How the gain depends on the budget: a small Llama at several numbers of tokens per parameter.
+
+A scale for each budget; the widest questions are asked at the largest.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from .settings import (
+    BASELINE,
+    PUBLISHED,
+    RECOMMENDED,
+    S4,
+    S4_BATCH,
+    Experiment,
+    Scale,
+    Setting,
+    finals,
+    limited,
+    one_size,
+    phases,
+)
+
+PARAMETERS = 362_816
+SEEDS, FRESH_SEEDS = (17, 18, 19), (20, 21, 22)
+PUBLISHED_BATCH = one_size(6, 0.3, expand='batch')
+RECIPES = (BASELINE, S4, PUBLISHED, S4_BATCH, PUBLISHED_BATCH, RECOMMENDED)
+GRID_BAGS, GRID_SHARES = (2, 4, 6, 8), (0.1, 0.2, 0.3, 0.4)
+# A run of the largest budget reads as many documents as `limited` has, once.
+LIMITED = 'limited'
+
+
+def _budget(name: str, text: str, steps: int, batch: int = 8, **others: object) -> Scale:
+    """Steps of so many rows of 128."""
+    tokens = steps * batch * 128
+    return Scale(
+        name=name,
+        about=f'a Llama on {text}, in rows of 128, {batch * 128:,} s-tokens a step: {tokens / PARAMETERS:.1f} tokens '
+        'per parameter.',
+        overrides=(f'global_train_batch_size={batch}', f'device_train_microbatch_size={batch}'),
+        steps=steps,
+        warmup=steps // 20,
+        seeds=SEEDS,
+        learning_rates=(1e-3, 2e-3, 4e-3, 8e-3),
+        workers=2,
+        device='cpu',
+        yaml='yamls/evidence/llama.yaml',
+        tokens_per_parameter=tokens / PARAMETERS,
+        **others,  # pyright: ignore[reportArgumentType]
+    )
+
+
+CODE, PROSE = 'Python source', 'prose'
+LARGEST = _budget('tokens-28', CODE, 10_000, fresh_seeds=FRESH_SEEDS)
+BUDGETS = (
+    _budget('tokens-1', CODE, 350),
+    _budget('tokens-5', CODE, 1_800),
+    _budget('tokens-28-large', CODE, 2_500, batch=32),  # as many tokens as the largest in steps four times as large
+    LARGEST,
+)
+PROSE_BUDGETS = (
+    _budget('prose-5', PROSE, 1_800, data='data/prose'),
+    _budget('prose-28', PROSE, 10_000, data='data/prose'),
+)
+
+
+def of_budget(scale: Scale, losses: Mapping[Setting, float] | None = None) -> list[Experiment]:
+    """All experiments at a budget, in the order of the questions.
+
+    Args:
+        scale: The budget.
+        losses: Final losses at its first seed, from which the best of a map are chosen.
+    """
+    first, losses = scale.seeds[:1], losses or {}
+    gain = Experiment('The gain', 'How much lower does TST end after as many steps?', RECIPES, scale.seeds)
+    if not scale.fresh_seeds:
+        return [gain]
+    grid = [one_size(bag_size, share) for share in GRID_SHARES for bag_size in GRID_BAGS]
+    beside = [BASELINE, S4, PUBLISHED]
+    return [
+        gain,
+        Experiment('Share and bag size', 'Which share of steps, which bag size?', [BASELINE, *grid], first, 'grid'),
+        *finals('The best of the grid, again', grid, losses, beside, scale.fresh_seeds),
+        Experiment('Cheaper, or better', 'What is level at less cost, or better at equal cost?', others(), first),
+        *finals('The best of these, again', others(), losses, beside, scale.fresh_seeds),
+        Experiment(
+            'Limited data',
+            'The baseline reads all the data there is once; superposed runs read the same again and again.',
+            [limited(setting) for setting in (BASELINE, S4, PUBLISHED, RECOMMENDED)],
+            scale.seeds,
+        ),
+    ]
+
+
+def others() -> Sequence[Setting]:
+    """What the paper left open."""
+    return [
+        S4_BATCH,
+        PUBLISHED_BATCH,
+        RECOMMENDED,
+        one_size(4, 0.3, expand='none'),
+        one_size(6, 0.3, expand='none'),
+        one_size(6, 0.05),  # until warmup ends
+        phases((6, 0.25), (4, 0.275), (2, 0.3)),  # a short ramp at the end
+        phases((8, 0.1), (4, 0.2), (2, 0.3)),
+        phases((6, 0.2), (2, 0.4)),
+        one_size(8, 0.3, weighting='power_law'),
+        one_size(8, 0.3, weighting='first'),
+        one_size(12, 0.3, weighting='power_law'),
+    ]
