@@ -286,7 +286,7 @@ def _separate_joined_rows(sequence_id: torch.Tensor, joined: int) -> torch.Tenso
     if joined == 1:
         return sequence_id
     groups = sequence_id.reshape(-1, joined, sequence_id.shape[1])
-    used = groups.amax(2, keepdim=True).clamp(min=-1) + 1
+    used = groups.amax(2, keepdim=True) + 1
     shift = used.cumsum(1) - used
     return torch.where(groups < 0, groups, groups + shift).reshape(sequence_id.shape)
 

@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 PACKAGE = HERE.parent / 'composer_tst'
 TESTS = {
     'algorithm.py': ['used_again', 'plain_code', 'changed_settings', 'superposition'],
-    'attach.py': ['attach', 'plain_code'],
+    'attach.py': ['attach', 'plain_code', 'used_again'],
     'drawing.py': ['epoch_ends', 'used_again', 'superposition'],
     'folding.py': ['folding', 'superposition', 'plain_code'],
     'loader.py': ['loader', 'epoch_ends'],

@@ -91,7 +91,7 @@ def test_pieces_of_a_file_give_every_document_once(tmp_path: Path):
     (tmp_path / 'a.parquet').write_bytes(parquet_bytes(texts, row_group_size=3))
     for path in (jsonl, tmp_path / 'a.parquet'):
         for size in (1, 97, 600, 1 << 20):
-            planned = [piece for piece, _ in parts._pieces(source(path), size)]
+            planned = list(parts._pieces(source(path), size))
             read = [document for piece in planned for document in documents.read_documents(piece, 'text')]
             assert [''.join(document.chunks) for document in read] == texts
 
@@ -150,13 +150,31 @@ def test_bad_documents_stop_with_one_sentence_or_are_counted(tmp_path: Path, nam
     assert f'{bad.where}: {bad.why}'.startswith(f'{tmp_path}/{message}')
 
 
+def test_how_much_of_a_piece_has_been_read(tmp_path: Path):
+    texts = [make_text(number, number) for number in range(300)]
+    jsonl = write_jsonl(tmp_path / 'a.jsonl', texts)
+    (tmp_path / 'a.parquet').write_bytes(parquet_bytes(texts, row_group_size=30))
+    (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(jsonl.read_bytes()))
+    (tmp_path / 'a.txt').write_text(''.join(texts) * 40)
+    for name in ('a.jsonl', 'a.parquet', 'a.jsonl.gz', 'a.txt'):
+        planned = list(parts._pieces(source(tmp_path / name), 30_000))
+        assert sum(piece.size for piece in planned) == (tmp_path / name).stat().st_size or name == 'a.parquet'
+        for piece in planned:
+            meter, read = reading.Meter(), []
+            for document in documents.read_documents(piece, 'text', meter):
+                for _ in document.chunks:
+                    read.append(meter.bytes_of(piece.start, piece.size))
+            assert read == sorted(read)
+            assert read[-1] == piece.size
+
+
 def test_a_bad_line_is_named_by_its_number_in_the_file(tmp_path: Path):
     path = tmp_path / 'a.jsonl'
     path.write_bytes(GOOD * 50 + b'oops\n' + GOOD * 50)
     for size in (30, 100, 1000):
         read = [
             document
-            for piece, _ in parts._pieces(source(path), size)
+            for piece in parts._pieces(source(path), size)
             for document in documents.read_documents(piece, 'text')
         ]
         assert len(read) == 101

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from composer.core import Time, Timestamp, TimeUnit
 
-from composer_tst.plan import Data, Moment, Plan, plan_steps, share_of
+from composer_tst.plan import Data, Moment, Plan, plan_steps, same, share_of
 from composer_tst.schedule import Progress, Schedule
 from composer_tst.settings import Phase, Settings, parse_phases
 
@@ -261,3 +261,11 @@ def test_all_that_is_saved_comes_back():
     del state['drawn']
     with pytest.raises(ValueError, match='The checkpoint is of an earlier composer-tst'):
         Progress.from_state_dict(state)
+
+
+def test_times_are_the_same_in_value_and_unit():
+    assert same(Time.from_batch(8), Time.from_timestring('8ba'))
+    for other in (Time.from_batch(9), Time.from_epoch(8), None):
+        assert not same(Time.from_batch(8), other)
+        assert not same(other, Time.from_batch(8))
+    assert not same(None, None)
