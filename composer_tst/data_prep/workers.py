@@ -18,6 +18,8 @@ from .errors import PrepareError
 
 PRELOADED = ['numpy', 'pyarrow.parquet', 'tokenizers', 'tqdm', 'typer', 'botocore.client']
 TICK_SECONDS = 0.2
+# transformers imports torch where it is, which takes seconds, for models alone.
+NO_TORCH = {'USE_TORCH': '0', 'USE_TF': '0', 'USE_FLAX': '0', 'TRANSFORMERS_VERBOSITY': 'error'}
 
 _context = multiprocessing.get_context('forkserver')
 # In a worker: the function, what it is told once, its way to report, and whether to give up.
@@ -75,11 +77,12 @@ def parallel(
 
 
 def in_worker(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run one function in a worker and return what it returns."""
+    """Run one function, which may use transformers' tokenizers, in a worker and return what it returns."""
     return next(parallel(_call, function, [arguments]))
 
 
 def _call(function: Callable[..., Any], arguments: tuple, report: Callable[[Any], None]) -> Any:
+    os.environ.update(NO_TORCH)
     return function(*arguments)
 
 
