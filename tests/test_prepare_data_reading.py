@@ -10,6 +10,7 @@ import io
 import json
 import lzma
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,15 @@ def test_folder_links_in_a_circle_come_to_an_end(tmp_path: Path, monkeypatch: py
         assert names_of(text) == [f'{name}/{name}.txt' for name in 'abcdefgh']
     assert time.monotonic() - start < 5
     assert names_of('a/to-b/*.txt') == ['a/to-b/b.txt']
+
+
+def test_a_file_behind_links_in_a_circle_is_a_bad_document(tmp_path: Path, tokenizer_dir: str):
+    for name, other in (('a.txt', 'b.txt'), ('b.txt', 'a.txt'), ('c.txt', 'c.txt')):
+        (tmp_path / name).symlink_to(tmp_path / other)
+    common = ('--seq-len', 4, '--tokenizer', tokenizer_dir, '--output', tmp_path / 'out')
+    for path in (tmp_path / 'a.txt', tmp_path / 'c.txt', tmp_path / '*.txt'):
+        assert 'txt: it is not there (with --skip-bad' in refuse(path, *common)
+        shutil.rmtree(tmp_path / 'out')
 
 
 def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
