@@ -30,7 +30,7 @@ from experiments.settings import (
     Setting,
     experiments,
 )
-from experiments.training import Job, Result, train_all
+from experiments.training import Job, Result, finished, train_all
 
 from composer_tst.progress import progress
 
@@ -85,6 +85,8 @@ def main(
             result = runs / run.get('scale', scale) / f'{run["name"]}.json'
             if result.parent.exists() and not result.exists():
                 result.write_text(json.dumps(run['result'], indent=1) + '\n')
+    for size, trained in of_scale.items():
+        _load(group, size, trained, data or Path(size.data), runs / size.name)
 
     def write() -> None:
         entries = [
@@ -99,7 +101,22 @@ def main(
         group.write(docs / group.page, sorted([*shown, *others], key=lambda each: _order(each.scale)))
 
     for size, trained in of_scale.items():
-        _train(group, size, trained, data or Path(size.data), runs / size.name, write)
+        folder = data or Path(size.data)
+        if _planned(group, size, trained) <= trained.results.keys() or (folder / 'stats.json').exists():
+            _train(group, size, trained, folder, runs / size.name, write)
+        else:
+            typer.echo(
+                f'{size.name} is left out, for there are no data in {folder}: docs/{group.page} says how to make them.',
+                err=True,
+            )
+
+
+def _load(group: Group, size: Scale, trained: Runs, data: Path, folder: Path) -> None:
+    """Take up what has been trained; of what is planned more is known with each result."""
+    known = -1
+    while known < len(trained.results):
+        known = len(trained.results)
+        trained.results.update(finished(_planned(group, size, trained), data, folder))
 
 
 def _train(group: Group, size: Scale, trained: Runs, data: Path, folder: Path, write: Callable[[], None]) -> None:

@@ -21,6 +21,18 @@ PUBLISHED_POINTS = (
     ('10B-A1B', 105, 0.016),
 )
 COLORS = {S4: '#0072b2', PUBLISHED: '#d55e00', RECOMMENDED: '#009e73'}
+DATA = """The Python source is that of every package that `make install` brings and of the standard library, each
+file once (`make data/tokens/stats.json`; versions in [evidence_versions.txt](evidence_versions.txt)). The prose is
+dictionaries and manuals that Debian 12 packages:
+
+```bash
+mkdir -p data/debian && cd data/debian
+apt-get download dict-gcide dict-wn dict-foldoc dict-jargon linux-doc-6.1
+for package in *.deb; do dpkg-deb -x "$package" .; done && cd ../..
+python tools/experiments/corpus.py data/corpus/prose.jsonl data/debian
+composer-tst prepare-data data/corpus/prose.jsonl --output data/prose --seq-len 128 --train-tokenizer 2048 \\
+    --skip-bad --split train=0.98,val=0.02
+```"""
 OTHER_MODELS = 'The published points are of other models, data and bag sizes.'
 RATES = 'Is the learning rate that is best for the baseline near the best for superposed runs? Final losses at seed {}:'
 
@@ -28,7 +40,7 @@ RATES = 'Is the learning rate that is best for the baseline near the best for su
 def write(output: Path, scales: Sequence[Runs]) -> None:
     """Write the page, and its picture beside it."""
     draw_gain(scales, output.with_name(f'{output.stem}_budgets.png'))
-    parts = ['# Evidence', '\n'.join(f'- {about(runs)}' for runs in scales), TERMS]
+    parts = ['# Evidence', '\n'.join(f'- {about(runs)}' for runs in scales), DATA, TERMS]
     parts += ['## The gain over the budget', gain_table(scales), BOLD]
     parts += [f'![Gain over tokens per parameter]({output.stem}_budgets.png)', OTHER_MODELS]
     missing: list[str] = []

@@ -58,11 +58,9 @@ class Job:
     def name(self, data: Path) -> str:
         """A name for files, another one if anything that the run depends on is changed."""
         text = re.sub(r'[^a-z0-9.]+', '-', f'{self.setting.name} lr {self.lr:g} seed {self.seed}'.lower())
-        stats = (data / 'stats.json').read_text()
-        if self.scale.tokens_per_parameter is not None:
-            # Of other versions of the packages it is other text, of the same kind.
-            stats = str(json.loads(stats)['vocab_size'])
-        made_of = (json.dumps(self.overrides(data)), (REPO / self.scale.yaml).read_text(), stats)
+        made_of = [json.dumps(self.overrides(data)), (REPO / self.scale.yaml).read_text()]
+        if self.scale.tokens_per_parameter is None:  # else, of other versions of packages, it is other text of a kind
+            made_of.append((data / 'stats.json').read_text())
         return f'{text}-{hashlib.sha256("".join(made_of).encode()).hexdigest()[:8]}'
 
     @property
@@ -93,8 +91,9 @@ def train_all(jobs: Iterable[Job], data: Path, folder: Path, workers: int) -> It
         RuntimeError: If the process of a run fails or is killed.
     """
     wanted = list(dict.fromkeys(jobs))
-    missing = [job for job in wanted if not _result_file(job, data, folder).exists()]
-    yield {job: _result(job, data, folder) for job in wanted if job not in missing}
+    there = finished(wanted, data, folder)
+    yield there
+    missing = [job for job in wanted if job not in there]
     processes = multiprocessing.get_context('forkserver')
     processes.set_forkserver_preload(['llmfoundry.command_utils'])
 
@@ -112,6 +111,11 @@ def train_all(jobs: Iterable[Job], data: Path, folder: Path, workers: int) -> It
         yield from pool.map(train, missing)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def finished(jobs: Iterable[Job], data: Path, folder: Path) -> dict[Job, Result]:
+    """The results that there are."""
+    return {job: _result(job, data, folder) for job in jobs if _result_file(job, data, folder).exists()}
 
 
 def _result(job: Job, data: Path, folder: Path) -> Result:
