@@ -157,6 +157,10 @@ class TokenSuperposition(Algorithm):
             assert self._of.run is not None
             self._go_on(self._of.run, event, state, logger)
 
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        """Refuse, with a ValueError, to be a callback: Composer calls this of callbacks alone."""
+        raise ValueError('token_superposition is in callbacks: it is an algorithm, give it in algorithms.')
+
     def _go_on(self, run: Run, event: Event, state: State, logger: Logger) -> None:
         if event == Event.EPOCH_START:
             run.begin_epoch()

@@ -61,7 +61,15 @@ class Course:
     @property
     def batches(self) -> int:
         """Loader batches that the run reads."""
-        return sum(batches for _, _, batches in self.phases)
+        return self.batches_before(self.total)
+
+    def batches_before(self, step: int) -> int:
+        """Loader batches that the steps before this one read."""
+        read = 0
+        for _, steps, batches in self.phases:
+            done = min(step, steps)
+            read, step = read + batches // steps * done, step - done
+        return read
 
     @property
     def times_plain(self) -> float:
@@ -113,9 +121,10 @@ def warnings_of(course: Course) -> list[str]:
     if course.epochs is not None and course.epochs > 1:
         assert course.batches_an_epoch is not None
         plain = course.total / course.batches_an_epoch
+        smaller = ', or a smaller bag_size or duration, or expand: none' if course.batches > course.total else ''
         found.append(
             f'The run reads its data {_round(course.epochs)} times (a plain run of these steps: {_round(plain)}), and '
-            'superposition gains from fresh data: give it more, or a smaller bag_size or duration, or expand: none.'
+            f'superposition gains from fresh data: give it more{smaller}.'
         )
     if course.decay_begins is not None and course.decay_begins < end:
         found.append(

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from composer.core import State, Time, Timestamp, TimeUnit
 from composer.utils import dist
@@ -10,8 +11,8 @@ from composer.utils import dist
 from composer_tst.announcing import Course, first_lines, last_line, unknown_course, warnings_of
 from composer_tst.plan import Data, Plan
 from composer_tst.schedule import Progress, Schedule
-from composer_tst.scheduler import turns_of
 from composer_tst.settings import Settings
+from composer_tst.turns import turns_of
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,14 @@ def report_course(schedule: Schedule, settings: Settings, plan: Plan | None, dat
         progress.began or 0,
         data.tokens,
         data.batches,
-        *turns_of(state),
     )
+
+    def at(step: int) -> Timestamp:
+        batches = course.batches_before(step)
+        return Timestamp(batch=step, sample=batches * (data.samples or 0), token=batches * (data.tokens or 0))
+
+    warmup_ends, decay_begins = turns_of(state, at, plan.total)
+    course = replace(course, warmup_ends=warmup_ends, decay_begins=decay_begins)
     say(first_lines(course))
     if not dist.get_global_rank():
         for warning in warnings_of(course):

@@ -133,7 +133,7 @@ class Schedule:
         """Refuse a phase without steps, and a run that ends without a recovery phase.
 
         A plan takes rows for full. Padding can only put off a moment given in tokens, so that what the plan says of an
-        order is certain where the later moment is in another unit; otherwise it is a warning.
+        order is certain where the later moment is in another unit, and otherwise a warning.
 
         Args:
             now: Where the run stands.
@@ -147,12 +147,13 @@ class Schedule:
         assert longest is not None
         to_come = range(len(self.progress.ended), len(self.phases))
         last = self.progress.ends[-1]
-        if _is_later_or_equal(last, longest, plan and plan.ends[-1] >= plan.total):
+        past = last.unit == longest.unit and last >= longest
+        if past or (plan is not None and plan.ends[-1] >= plan.total):
             problem = (
                 f'Superposition lasts until {self.phases[-1].until.to_timestring()} but training ends at '
                 f'{longest.to_timestring()}, so there would be no recovery phase: end it earlier or train longer.'
             )
-            _refuse_or_warn(problem, last, longest, whole)
+            _refuse_or_warn(problem, past or longest.unit != TimeUnit.TOKEN, whole)
         if plan is None:
             return
         start, began = int(now.batch), Time(int(now.batch), TimeUnit.BATCH)
@@ -169,7 +170,8 @@ class Schedule:
                     f'it begins at step {start} and ends at step {end} of {plan.total}: '
                     f'give it until at least {start + 1}ba.'
                 )
-                _refuse_or_warn(problem, began, moment, whole)
+                certain = began.unit == moment.unit or moment.unit != TimeUnit.TOKEN
+                _refuse_or_warn(problem, certain, whole)
             elif moment.value <= 0:
                 raise ValueError(
                     f'The phase with bag_size {phase.bag_size} until {phase.until.to_timestring()} has no steps: it '
@@ -195,13 +197,7 @@ class Schedule:
         return len(self.progress.ended) > before
 
 
-def _is_later_or_equal(moment: Time, other: Time, planned: bool | None) -> bool:
-    """Whether a moment is not before another: plain in one unit, and otherwise as planned."""
-    return moment >= other if moment.unit == other.unit else bool(planned)
-
-
-def _refuse_or_warn(problem: str, earlier: Time, later: Time, whole: bool) -> None:
-    certain = earlier.unit == later.unit or later.unit != TimeUnit.TOKEN
+def _refuse_or_warn(problem: str, certain: bool, whole: bool) -> None:
     if certain and whole:
         raise ValueError(problem)
     log.warning('%s%s', problem, '' if certain else ' This is so if no row is padded.')

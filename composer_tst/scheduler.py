@@ -66,6 +66,8 @@ class WarmupStableDecayScheduler(ComposerScheduler):
         refuse_unknown('scheduler', unknown, ('t_warmup', 't_decay', 'alpha_f', 'scale_warmup'))
         if isinstance(alpha_f, bool) or not isinstance(alpha_f, (int, float)) or not 0 <= alpha_f <= 1:
             raise ValueError(f'alpha_f={alpha_f!r} must be a number from 0 to 1: it is a share of the learning rate.')
+        if not isinstance(scale_warmup, bool):
+            raise ValueError(f'scale_warmup={scale_warmup!r} must be true or false.')
         self.t_warmup = _parse('t_warmup', t_warmup)
         self.t_decay = _parse('t_decay', t_decay)
         self.alpha_f = alpha_f
@@ -109,36 +111,12 @@ class WarmupStableDecayScheduler(ComposerScheduler):
             return self.alpha_f + (1 - self.alpha_f) * left
         return 1.0
 
-    def turns(self, state: State) -> tuple[int | None, int | None]:
-        """The batches at which the warmup ends and the decay begins; None for what is not measured in batches."""
-        t_warmup = _convert('t_warmup', self.t_warmup, state)
-        t_decay = _convert('t_decay', self.t_decay, state)
-        t_max = _convert('max_duration', Time.from_duration(1.0), state)
-        in_batches = t_max.unit == t_decay.unit == TimeUnit.BATCH
-        return (
-            int(t_warmup.value) if t_warmup.unit == TimeUnit.BATCH else None,
-            int(t_max.value - t_decay.value) if in_batches else None,
-        )
-
-
-def turns_of(state: State) -> tuple[int | None, int | None]:
-    """The batches at which the learning rate has warmed up and begins to decay, where this schedule sets it.
-
-    Composer keeps no schedule but in the functions of torch's ``LambdaLR`` that it makes of them.
-    """
-    for compiled in state.schedulers:
-        for function in getattr(compiled, 'lr_lambdas', ()):
-            for cell in getattr(function, '__closure__', None) or ():
-                if isinstance(cell.cell_contents, WarmupStableDecayScheduler):
-                    return cell.cell_contents.turns(state)
-    return None, None
-
 
 def _parse(name: str, value: str | Time) -> Time:
     """``value`` as a time that a schedule can be measured in, or a ValueError that names the setting."""
     try:
         time = Time.from_input(value)
-    except (ValueError, RuntimeError, TypeError):
+    except (ValueError, RuntimeError, TypeError, OverflowError):
         raise ValueError(f"{name}={value!r} is not a Composer time; write a number and a unit, as '2000ba'.") from None
     if time.unit == TimeUnit.SECOND:
         raise ValueError(f'{name}={value} is on the wall clock; give it in dur, ba, tok, sp or ep.')

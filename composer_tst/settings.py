@@ -164,7 +164,7 @@ def _bag_size(value: Any) -> int:
 def _moment(value: Any, name: str) -> Time:
     try:
         moment = value if isinstance(value, Time) else Time.from_timestring(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(
             f'{name} is {value!r}, which is no Composer Time: write it as 0.3dur, 6000ba, 100000tok, 500sp or 1ep.'
         ) from None

@@ -153,6 +153,7 @@ WITHOUT_RECOVERY_OR_STEPS = [
     (['200ba'], '100ba', 'there would be no recovery phase'),
     (['1000sp'], '1000sp', 'there would be no recovery phase'),
     (['1600sp'], '100ba', 'there would be no recovery phase'),
+    (['0.995dur'], '1000sp', 'there would be no recovery phase'),  # the 63rd step of 16 samples ends both
     (['0.001dur'], '100ba', 'has no steps'),
     (['10ba', '0.1dur'], '100ba', 'has no steps'),
 ]
@@ -165,7 +166,7 @@ def test_a_run_without_recovery_or_without_steps_is_refused(untils: list[str], m
         place(schedule, max_duration, Data(samples=8))
 
 
-@pytest.mark.parametrize(('untils', 'max_duration', 'message'), WITHOUT_RECOVERY_OR_STEPS[:4])
+@pytest.mark.parametrize(('untils', 'max_duration', 'message'), WITHOUT_RECOVERY_OR_STEPS[:5])
 def test_a_fit_that_may_be_followed_by_another_is_warned(
     untils: list[str], max_duration: str, message: str, caplog: pytest.LogCaptureFixture
 ):
@@ -189,6 +190,11 @@ def test_padded_rows_are_not_refused_for_what_full_ones_would_come_to(caplog: py
     assert not caplog.records
     # 2,000 steps of 4 full batches are more than all; of half full ones they are all but the last.
     place(schedule_of((4, '2000ba')), longest, data)
+    assert 'there would be no recovery phase' in caplog.text
+    assert 'if no row is padded' in caplog.text
+    # The same where both are counted in tokens: the tenth full step ends both.
+    caplog.clear()
+    place(schedule_of((4, '0.95dur')), f'{4 * 128 * 10}tok', data)
     assert 'there would be no recovery phase' in caplog.text
     assert 'if no row is padded' in caplog.text
     # A number of tokens may come later than planned, but never sooner.
