@@ -28,19 +28,28 @@ class _StateAt(wrapt.ObjectProxy):
 
 
 def turns_of(state: State, at: Callable[[int], Timestamp], total: int) -> tuple[int | None, int | None]:
-    """The first and the last step at the highest learning rate, whatever the schedule.
+    """As :func:`turns`, of a Trainer; None where no schedule of Composer's sets the rate.
 
     Args:
         state: The Trainer's.
         at: What the clock shows at a step.
         total: The steps of the run.
-
-    Returns:
-        tuple: None for a rate that is highest from the beginning, or to the end, or where no schedule of Composer's
-        sets it.
     """
     rate = _rate_of(state, at)
-    if rate is None or total < 1:
+    return (None, None) if rate is None else turns(rate, total)
+
+
+def turns(rate: Callable[[int], float], total: int) -> tuple[int | None, int | None]:
+    """The first and the last step at the highest learning rate, whatever the schedule.
+
+    Args:
+        rate: The multiplier of the learning rate at a step.
+        total: The steps of the run.
+
+    Returns:
+        tuple: None for a rate that is highest from the beginning, or to the end.
+    """
+    if total < 1:
         return None, None
     steps = sorted({(total - 1) * point // POINTS for point in range(POINTS + 1)})
     rates = [rate(step) for step in steps]
@@ -52,8 +61,10 @@ def turns_of(state: State, at: Callable[[int], Timestamp], total: int) -> tuple[
     if high[0]:
         between = range(steps[high[0] - 1], warm + 1)
         warm = between[bisect_left(between, True, key=lambda step: rate(step) >= top)]
-    if high[-1] + 1 < len(steps):
-        between = range(late, steps[high[-1] + 1] + 1)
+        if rate(warm) > rates[high[0]]:  # the peak lies between two of the steps
+            late, top = warm, rate(warm) * (1 - 1e-9)
+    if following := [step for step in steps if step > late]:
+        between = range(late, following[0] + 1)
         late = between[bisect_left(between, True, key=lambda step: rate(step) < top) - 1]
     return warm or None, late if late < total - 1 else None
 

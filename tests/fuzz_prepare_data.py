@@ -189,6 +189,8 @@ class Attack:
         own = self.own()
         shard_names = sorted(name for name in own if '.mds' in name)
         record_names = sorted(name for name in own if '/.records/part' in name and name.endswith('.json'))
+        # Not one that was killed while it wrote its first record.
+        has_begun = f'{self.name}/.records/begun.json' in own
         if action == 'kill':
             code, output = run(skipping, (draw(st.integers(0, 25)), draw(st.sampled_from([0, 0.3, 0.9, 1]))))
             assert code in (-9, 0) or self.is_empty(code, output), output
@@ -200,7 +202,7 @@ class Attack:
         elif action == 'foreign':
             name = draw(st.sampled_from(FOREIGN)).format(self.name)
             self.place.put(name, b'of others')
-            if not any('.records/begun' in each for each in own) and name == f'{self.name}/train/notes.txt':
+            if not has_begun and name == f'{self.name}/train/notes.txt':
                 code, output = run(skipping)
                 assert code == 1, output
                 assert 'was not begun by this command: name an empty or a new folder' in output, output
@@ -210,19 +212,19 @@ class Attack:
                     shutil.rmtree(f'{self.place.root}/{self.name}/train')
             else:
                 self.foreign[name] = b'of others'
-        elif action == 'input' and '.records' in ''.join(own):
+        elif action == 'input' and has_begun:
             with self.corpus.changed(self.inputs):
                 code, output = run(skipping)
                 assert code == 1, output
                 assert 'was begun with another listing of INPUT' in output, output
             self.corpus.write_again(self.inputs, self.written)
             assert self.own() == own, 'a refused run wrote'
-        elif action == 'setting' and '.records' in ''.join(own):
+        elif action == 'setting' and has_begun:
             code, output = run([*skipping, '--seq-len', str(self.seq_len + 1)])
             assert code == 1, output
             assert 'was begun with another --seq-len' in output, output
             assert self.own() == own, 'a refused run wrote'
-        elif action == 'in the way' and '.records' in ''.join(own):
+        elif action == 'in the way' and has_begun:
             places = ['train/shard.00000.00000.mds', 'stats.json', 'train/index.json']
             name = f'{self.name}/{draw(st.sampled_from(places))}'
             if name not in own:

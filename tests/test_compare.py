@@ -261,7 +261,8 @@ def diverged(tmp_path: Path) -> Path:
 
 def two_evaluations(tmp_path: Path) -> Path:
     write(tmp_path / 'two', BASELINE, label='c4')
-    return write(tmp_path / 'two', BASELINE, label='pile')
+    # As if one file had both: the second goes on where the first ended.
+    return write(tmp_path / 'two', {125: 3.0}, steps=range(100, 125), label='pile')
 
 
 @pytest.mark.parametrize(
@@ -281,3 +282,43 @@ def test_an_unusable_run_gets_one_sentence_and_exit_code_1(tmp_path, command, ma
     assert error.count('\n') == 1
     assert str(folder) in error
     assert message in error
+
+
+def test_a_run_begun_anew_in_a_folder_replaces_what_was_there(tmp_path: Path, command: Command):
+    write(tmp_path / 'base', BASELINE)
+    again = write(tmp_path / 'again', {100: 2.0}, phases={0: 4, 30: 1})
+    for path in sorted(again.rglob('*tfevents*')):
+        path.rename(path.with_name('events.out.tfevents.0000000000.first'))
+    write(again, {100: 3.0})
+    code, table, _ = command(tmp_path / 'base', again, '--output', tmp_path / 'x.png')
+    assert code == 0
+    assert '(!) again has no bags: it is a plain run' in table
+    run = read_run(again)
+    assert run.final_loss == 3.0
+    assert run.tokens.values[-1] == 1000
+
+
+def test_a_run_is_given_once(tmp_path: Path, command: Command):
+    write(tmp_path / 'base', BASELINE)
+    code, _, error = command(tmp_path / 'base', tmp_path / 'base' / '.', '--output', tmp_path / 'x.png')
+    assert code == 1
+    assert 'is given more than once: give each run once.' in error
+
+
+def test_an_unfinished_run_is_marked(tmp_path: Path, command: Command):
+    write(tmp_path / 'base', BASELINE)
+    write(tmp_path / 'killed', {50: 3.5}, steps=range(74), phases={0: 4, 30: 1})
+    write(tmp_path / 'bags', {100: 5.0}, phases={0: 4})
+    _, table, _ = command(tmp_path / 'base', tmp_path / 'killed', tmp_path / 'bags', '--output', tmp_path / 'x.png')
+    assert '(!) killed was trained until step 74 and last evaluated at 50: its loss is not that of a finished' in table
+    assert '(!) bags was last evaluated while superposed: it has had no recovery.' in table
+
+
+def test_a_file_cut_before_its_evaluations_is_named(tmp_path: Path, command: Command):
+    write(tmp_path / 'base', BASELINE)
+    (path,) = write(tmp_path / 'cut', BASELINE).rglob('*tfevents*')
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    code, _, error = command(tmp_path / 'base', tmp_path / 'cut', '--output', tmp_path / 'x.PNG')
+    assert code == 1
+    assert 'logged no validation loss' in error
+    assert f'{path} ends in the middle of a record' in error

@@ -166,6 +166,11 @@ COMMANDS: list[tuple[Any, str, str]] = [
     (plan, 'QUICKSTART scheduler.t_warmup=2800ba', 't_warmup=2800ba and t_decay=0.1dur overlap in max_duration=3000ba'),
     (compare, 'nowhere nowhere --output x.png', 'nowhere is not a folder; give the one that holds a run'),
     (compare, '. . --output x.jpg', '--output x.jpg: its suffix is its format, give .png, .svg, .pdf.'),
+    (plan, 'QUICKSTART max_duration=2.5ba', 'max_duration is'),
+    (plan, 'QUICKSTART max_duration=infba', "max_duration is 'infba': give a Composer Time in ba"),
+    (plan, 'QUICKSTART scheduler=cosine', "scheduler is 'cosine': give its settings by name"),
+    (plan, 'QUICKSTART train_loader.dataset.streams=[a] --stats s.json', 'train_loader.dataset.streams is '),
+    (plan, 'QUICKSTART scheduler.alpha_f=2', 'alpha_f=2 must be a number from 0 to 1'),
     (compare, '. . --output x.png', 'holds no TensorBoard event file; add a tensorboard logger to that run.'),
     (recipe.app, '270m', "there is no recipe '270m'"),
 ]  # fmt: skip

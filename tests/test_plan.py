@@ -330,3 +330,55 @@ def test_stats_of_something_else_get_one_sentence(tmp_path: Path):
 
 def test_a_file_that_is_not_there_gets_one_sentence():
     assert 'cannot read nowhere.yaml: No such file' in run('nowhere.yaml').stderr
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'says'),
+    [
+        (['scheduler.t_warmup=1000ba'], 'warms up until step 1,000, and superposition lasts until step 900 alone'),
+        (['scheduler.t_decay=0.8dur'], 'decays from step 600, and superposition lasts until step 900'),
+        (['algorithms.token_superposition.phases=[{bag_size: 4, until: 0.6dur}]'], 'Recovery has 1,200 of 3,000 steps'),
+    ],
+)
+def test_a_plan_warns_of_what_training_warns_of(overrides: list[str], says: str):
+    (remark,) = planned(QUICKSTART / 'tst.yaml', *overrides)['remarks']
+    assert says in remark
+    assert remark in run(QUICKSTART / 'tst.yaml', *overrides).stdout
+
+
+def test_a_plan_warns_of_a_cosine(tmp_path: Path):
+    config: Any = OmegaConf.load(QUICKSTART / 'tst.yaml')
+    config.scheduler = {'name': 'cosine_with_warmup', 't_warmup': '100ba'}
+    OmegaConf.save(config, tmp_path / 'cosine.yaml')
+    (remark,) = planned(tmp_path / 'cosine.yaml')['remarks']
+    assert 'decays from step 100, and superposition lasts until step 900' in remark
+
+
+def test_a_plan_of_the_quickstart_has_nothing_to_remark():
+    assert planned(QUICKSTART / 'tst.yaml')['remarks'] == []
+    assert planned(QUICKSTART / 'tst.yaml', 'scheduler.name=of_the_users_own')['remarks'] == []
+
+
+def test_a_warmup_that_is_filled_in_ends_while_superposed(tmp_path: Path):
+    options = ['scheduler={name: cosine_with_warmup, t_warmup: 10ba}', '--bag-size', 6, '--duration', '0.05dur']
+    result = run(QUICKSTART / 'baseline.yaml', *options, '--write', tmp_path / 'new.yaml')
+    assert result.exit_code == 0, result.output
+    written: Any = OmegaConf.load(tmp_path / 'new.yaml')
+    assert written.scheduler.t_warmup == '150ba'  # of 3,000 steps 0.05, not a tenth
+
+
+def test_a_sweep_says_where_no_step_is_superposed():
+    short = ('--sweep', 'max_duration=3ba', 'scheduler.t_warmup=0ba', 'scheduler.t_decay=0ba')
+    lines = run(QUICKSTART / 'baseline.yaml', *short).stdout.splitlines()
+    # 0.1, 0.2 and 0.3 of 3 steps are none; 0.4 is one step of 2 loader batches.
+    assert lines[1].split()[:11] == ['s', '=', '2', *['no', 'step', '3.07k'] * 2, 'no', 'step']
+    assert lines[1].count('no step') == 3
+    assert lines[1].count('4.1k') == 2
+
+
+@pytest.mark.parametrize('split', [5, {'rows': 1}, {'rows': 1, 'tokens': 64}, {'rows': 1, 'tokens': 'x', 'bytes': 1}])
+def test_stats_of_another_program_are_refused(split: Any, tmp_path: Path):
+    (tmp_path / 'stats.json').write_text(json.dumps({'seq_len': 64, 'splits': {'train': split}}))
+    result = run(QUICKSTART / 'tst.yaml', '--stats', tmp_path / 'stats.json')
+    assert result.exit_code == 1
+    assert "split 'train' lacks rows, tokens or bytes: give what prepare-data wrote" in result.stderr

@@ -31,10 +31,13 @@ def main(
     from composer_tst.comparing.table import table
 
     try:
-        if output.suffix not in FORMATS:
+        if output.suffix.lower() not in FORMATS:
             raise CompareError(f'--output {output}: its suffix is its format, give {", ".join(FORMATS)}.')
         folders = [baseline, *runs]
         compared = [read_run(folder) for folder in folders]
+        for folder in folders:
+            if sum(folder.resolve() == other.resolve() for other in folders) > 1:
+                raise CompareError(f'{folder} is given more than once: give each run once.')
         if len({run.name for run in compared}) < len(compared):
             compared = [replace(run, name=str(folder)) for run, folder in zip(compared, folders, strict=True)]
         draw(compared, output)

@@ -39,7 +39,8 @@ def read_scalars(folder: Path, wanted: Callable[[str], bool]) -> tuple[dict[str,
 
     Composer starts a new file at every flush and every resumption. Files are read in the order they were begun; from
     its first step of a scalar on, a file replaces what earlier ones hold of that scalar. So the steps that a resumed
-    run trains again count once, as trained last.
+    run trains again count once, as trained last. A file that begins where the earliest did, or before, is of a run that
+    was begun anew in the same folder, and replaces them all.
 
     Returns:
         tuple: The scalars by tag; and a sentence for each file that ends in the middle of a record.
@@ -72,6 +73,8 @@ def read_scalars(folder: Path, wanted: Callable[[str], bool]) -> tuple[dict[str,
 
     merged: dict[str, Series] = {}
     for _, _, scalars in sorted(files, key=lambda file: (file[0], file[1].name)):
+        if merged and _first_step(scalars) <= min(int(series.steps[0]) for series in merged.values()):
+            merged = {}  # the run was begun anew in the same folder
         for tag, by_step in scalars.items():
             later = _series(by_step)
             earlier = merged.get(tag, Series(later.steps[:0], later.values[:0]))
@@ -81,6 +84,10 @@ def read_scalars(folder: Path, wanted: Callable[[str], bool]) -> tuple[dict[str,
                 np.concatenate([earlier.values[kept], later.values]),
             )
     return merged, cut
+
+
+def _first_step(scalars: dict[str, dict[int, float]]) -> int:
+    return min(step for by_step in scalars.values() for step in by_step)
 
 
 def _series(by_step: dict[int, float]) -> Series:

@@ -24,6 +24,14 @@ def remarks(baseline: Run, run: Run) -> list[str]:
             f'{run.name} was evaluated on {_label(run)} and {baseline.name} on {_label(baseline)}: losses on different '
             'data are no comparison.'
         )
+    for each in (baseline, run):
+        if each.trained_steps > each.final_step:
+            found.append(
+                f'{each.name} was trained until step {each.trained_steps:,} and last evaluated at {each.final_step:,}: '
+                'its loss is not that of a finished run.'
+            )
+    if run.superposed and run.bag_size_at(run.final_step - 1) > 1:
+        found.append(f'{run.name} was last evaluated while superposed: it has had no recovery.')
     if not run.superposed:
         found.append(f'{run.name} has no bags: it is a plain run, and says nothing of superposition.')
     pace, plain = _positions_a_step(run), _positions_a_step(baseline)
@@ -38,7 +46,7 @@ def remarks(baseline: Run, run: Run) -> list[str]:
 def remarks_on_all(runs: Sequence[Run]) -> list[str]:
     """Every sentence there is to say; ``runs[0]`` is the baseline."""
     baseline, *others = runs
-    found = [f'{MARK} {sentence}' for run in others for sentence in remarks(baseline, run)]
+    found = list(dict.fromkeys(f'{MARK} {sentence}' for run in others for sentence in remarks(baseline, run)))
     if baseline.superposed:
         found.insert(0, f'{MARK} {baseline.name} is given as the baseline and has bags: give a plain run first.')
     return [*found, *(sentence for run in runs for sentence in run.cut)]

@@ -250,7 +250,7 @@ def _label(axes: NDArray, runs: Sequence[Run]) -> None:
 
 def _save(figure: Figure, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix != '.png':
+    if output.suffix.lower() != '.png':
         figure.savefig(output, format=output.suffix.removeprefix('.'))
         return
     picture = io.BytesIO()

@@ -56,6 +56,11 @@ class Run:
         return int(self.validation.steps[-1])
 
     @property
+    def trained_steps(self) -> int:
+        """Steps at the last train loss, which is logged under the steps before it."""
+        return int(self.train.steps[-1]) + 1
+
+    @property
     def superposed(self) -> bool:
         """Whether any step was trained on bags."""
         return bool((self.bag_size.values > 1).any())
@@ -115,14 +120,16 @@ def read_run(folder: Path) -> Run:
             f'{folder} logged several validation losses and none labelled eval ({", ".join(eval_tags)}); '
             'label the one to compare eval in the eval loader.'
         )
+    cut_short = f' {cut[0]}' if cut else ''  # which may be why
     if not eval_tags:
         raise CompareError(
             f'{folder} logged no validation loss ({EVAL_LOSS}); give that run an eval loader and an eval interval.'
+            f'{cut_short}'
         )
     tokens_tag = DATA_TOKENS if DATA_TOKENS in scalars else TIME_TOKEN
     for tag in (TRAIN_LOSS, tokens_tag):
         if tag not in scalars:
-            raise CompareError(f'{folder} logged no {tag}, which every Composer run on tokens logs.')
+            raise CompareError(f'{folder} logged no {tag}, which every Composer run on tokens logs.{cut_short}')
     validation = scalars[eval_tags[0]]
     if not np.isfinite(validation.values[-1]):
         raise CompareError(f'{folder} diverged: its last validation loss is {validation.values[-1]}.')

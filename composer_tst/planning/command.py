@@ -54,7 +54,7 @@ def main(
             points = sweep(run, model, data)
             print(json.dumps(points, indent=2) if as_json else sweep_table(points))
         else:
-            plan = make_plan(run, model, data, gpus * GPUS[gpu] * mfu)
+            plan = make_plan(config, run, model, data, gpus * GPUS[gpu] * mfu)
             print(json.dumps(plan, indent=2) if as_json else table(plan, f'{gpus} {gpu.upper()} at MFU {mfu:g}'))
         if out:
             write(config, out)

@@ -68,7 +68,7 @@ def read_run(config: DictConfig) -> Run:
     text = value(config, 'max_duration', (str, int), 'a Composer Time in ba, tok, sp or ep, as 20000ba')
     try:
         max_duration = Time.from_timestring(text) if isinstance(text, str) else Time.from_epoch(text)
-    except ValueError:
+    except (TypeError, ValueError, OverflowError):
         raise PlanError(f'max_duration is {text!r}: give a Composer Time in ba, tok, sp or ep, as 20000ba') from None
     if max_duration.unit not in (TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE, TimeUnit.EPOCH):
         raise PlanError(f'max_duration is {text}: give it in ba, tok, sp or ep')
@@ -88,7 +88,9 @@ def read_run(config: DictConfig) -> Run:
 def check_scheduler(config: DictConfig, max_duration: Time) -> None:
     """Refuse what the published scheduler refuses in training, where the YAML names it."""
     found: Any = OmegaConf.select(config, 'scheduler')
-    if not isinstance(found, DictConfig) or found.get('name') != 'warmup_stable_decay':
+    if found is not None and not isinstance(found, DictConfig):
+        raise PlanError(f'scheduler is {found!r}: give its settings by name, as name: warmup_stable_decay')
+    if found is None or found.get('name') != 'warmup_stable_decay':
         return
     settings: Any = OmegaConf.to_container(found, resolve=True)
     del settings['name']
@@ -129,8 +131,13 @@ def train_split(config: DictConfig) -> str:
     dataset: Any = OmegaConf.select(config, 'train_loader.dataset') or {}
     if not isinstance(dataset, (dict, DictConfig)):
         raise PlanError(f'train_loader.dataset is {dataset!r}: give its settings by name')
-    streams = list((dataset.get('streams') or {}).values())
-    return (streams[0].get('split') if streams else dataset.get('split')) or 'train'
+    streams = dataset.get('streams') or {}
+    if not isinstance(streams, (dict, DictConfig)) or not all(
+        isinstance(s, (dict, DictConfig)) for s in streams.values()
+    ):
+        raise PlanError(f'train_loader.dataset.streams is {streams!r}: give its settings by name')
+    splits = [stream.get('split') for stream in streams.values()] or [dataset.get('split')]
+    return splits[0] or 'train'
 
 
 def equal_steps(run: Run) -> Time:

@@ -10,11 +10,13 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from composer.core import TimeUnit
+from omegaconf import DictConfig
 
 from .config import Run, equal_steps
 from .cost import cost_phases
 from .model import Model
 from .published import expect
+from .remarks import remarks
 from .stats import Data
 
 SWEEP_BAGS = (2, 3, 4, 6, 8, 12, 16)
@@ -22,10 +24,13 @@ SWEEP_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 BYTES_A_TOKEN = 4  # int32, where no stats.json says what shards come to
 
 
-def make_plan(run: Run, model: Model, data: Data | None, speed: float) -> dict[str, Any]:
+def make_plan(config: DictConfig, run: Run, model: Model, data: Data | None, speed: float) -> dict[str, Any]:
     """Everything there is to say, as JSON.
 
     Args:
+        config: the YAML.
+        run: what of it decides the cost.
+        model: its model.
         data: the part of the data that the run reads, if it is known.
         speed: FLOP/s of all GPUs together, at the MFU reached.
     """
@@ -50,6 +55,7 @@ def make_plan(run: Run, model: Model, data: Data | None, speed: float) -> dict[s
         'passes_over_data': tokens / data.tokens if data else None,
         'share_of_tokens': _share_of_tokens(run),
         'expected': None,
+        'remarks': remarks(config, run, costs, data),
     }
     if superposed:
         bag = sum(cost.steps * cost.bag_size for cost in superposed) / sum(cost.steps for cost in superposed)
@@ -77,11 +83,12 @@ def sweep(run: Run, model: Model, data: Data | None) -> list[dict[str, Any]]:
             superposed = int(share * steps)
             drawn = bag if run.expand != 'none' else 1
             tokens = (superposed * drawn + steps - superposed) * run.rows * run.length
-            expected = expect(plain, model, steps * run.rows * run.length, share, bag)
+            expected = expect(plain, model, steps * run.rows * run.length, share, bag) if superposed else None
             found.append(
                 {
                     'bag_size': bag,
                     'share': share,
+                    'superposed_steps': superposed,
                     'data_tokens': tokens,
                     'passes_over_data': tokens / data.tokens if data else None,
                     'expected': expected and asdict(expected),

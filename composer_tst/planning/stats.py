@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .config import PlanError
 
@@ -32,6 +33,9 @@ def read_data(path: str, split: str, length: int) -> Data:
             f'prepare the data with --seq-len {length}'
         )
     found = stats['splits'].get(split)
-    if not found or not found['tokens']:
+    if not found or (isinstance(found, dict) and not found.get('tokens', True)):
         raise PlanError(f'--stats {path}: it has no split {split!r} with rows in it: prepare one')
-    return Data(found['rows'], found['tokens'], found['bytes'])
+    counts: list[Any] = [found.get(key) for key in ('rows', 'tokens', 'bytes')] if isinstance(found, dict) else [None]
+    if not all(isinstance(count, int) and count > 0 for count in counts):
+        raise PlanError(f'--stats {path}: split {split!r} lacks rows, tokens or bytes: give what prepare-data wrote')
+    return Data(*counts)

@@ -53,6 +53,8 @@ def table(plan: dict[str, Any], gpu: str) -> str:
         lines.append('expected loss       not stated: no published grid has this bag size, share and weighting')
     else:
         lines += ['', f'This YAML has no superposition: {ADD_IT}.']
+    if plan['remarks']:
+        lines += ['', *plan['remarks']]
     return '\n'.join(lines)
 
 
@@ -100,7 +102,9 @@ def sweep_table(points: list[dict[str, Any]]) -> str:
         cells = []
         for point in (point for point in points if point['bag_size'] == bag):
             expected = point['expected']
-            change = f'{expected["change"]:+.3f}' if expected else 'not stated'
+            change = (
+                f'{expected["change"]:+.3f}' if expected else 'not stated' if point['superposed_steps'] else 'no step'
+            )
             if expected:
                 change = ('>' if expected['change'] == best else '') + change
                 change += marks.get(expected['extrapolation'], '')
