@@ -91,7 +91,7 @@ test: install ## the test suite (DEVICE=cpu)
 TORCH ?=
 NEXT := .venv-next$(addprefix -,$(TORCH))
 NEXT_TESTS := attach benchmark embedding epoch_ends families folding functional loader loss loss_triton \
-	phase_checkpointer plain_code schedule scheduler superposition used_again weighting
+	phase_checkpointer plain_code schedule scheduler superposition turns used_again weighting
 
 test-next: $(NEXT)/.installed ## what needs no llm-foundry, on the newest torch (TORCH=2.11 for another)
 	PYTHONPATH=$(CURDIR) $(NEXT)/bin/python -m pytest -m 'not faults' -rsfE $(NEXT_TESTS:%=tests/test_%.py)

@@ -145,7 +145,7 @@ class TokenSuperposition(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Check, superpose, fold, count, or step back, as the event asks."""
         if event == Event.INIT:
-            self._join(state)
+            _join(self, state)
         elif event == Event.AFTER_LOAD:
             self._of.max_duration = state.max_duration
             self._compare_settings(state)
@@ -190,21 +190,6 @@ class TokenSuperposition(Algorithm):
             report_end(run.schedule.progress, state.timestamp)
             run.close()
 
-    def _join(self, state: State) -> None:
-        """Become part of a Trainer; where it is another's already, a copy does."""
-        # Composer sets its own logger's level by the trainer's python_log_level: follow it.
-        if level := logging.getLogger('composer').level:
-            logging.getLogger('composer_tst').setLevel(level)
-        check_algorithms(state.algorithms, TokenSuperposition)
-        check_callbacks(state.callbacks)
-        take_off(state.model)
-        check_model(state.model)
-        put_first(state, self)
-        ours = self if self._of.state is None else copy.copy(self)
-        state.algorithms[0] = ours
-        ours._of.state = weakref.ref(state)
-        state.callbacks.append(_UndoAtClose(ours._of))
-
     def _compare_settings(self, state: State) -> None:
         """Refuse a checkpoint that was trained with other settings."""
         saved, self._of.saved_settings = self._of.saved_settings, None
@@ -221,7 +206,7 @@ class TokenSuperposition(Algorithm):
     def _start(self, state: State) -> None:
         """Begin a fit; what one that failed has left changed is put right first."""
         if self._of.state is None:  # added to a Trainer that was made before
-            self._join(state)
+            _join(self, state)
             self._of.max_duration = state.max_duration
         self._of.close()
         if int(state.timestamp.batch) == 0:
@@ -229,6 +214,22 @@ class TokenSuperposition(Algorithm):
             self._of.progress = Progress(drawn=self._of.progress.drawn)
         self._of.run = Run(self.settings, self._of.progress, state)
         self._of.run.start(whole=same(self._of.max_duration, state.max_duration), fresh=not self._of.has_drawn)
+
+
+def _join(algorithm: TokenSuperposition, state: State) -> None:
+    """Become part of a Trainer; where it is another's already, a copy does."""
+    # Composer sets its own logger's level by the trainer's python_log_level: follow it.
+    if level := logging.getLogger('composer').level:
+        logging.getLogger('composer_tst').setLevel(level)
+    check_algorithms(state.algorithms, TokenSuperposition)
+    check_callbacks(state.callbacks)
+    take_off(state.model)
+    check_model(state.model)
+    put_first(state, algorithm)
+    ours = algorithm if algorithm._of.state is None else copy.copy(algorithm)
+    state.algorithms[0] = ours
+    ours._of.state = weakref.ref(state)
+    state.callbacks.append(_UndoAtClose(ours._of))
 
 
 @dataclass
