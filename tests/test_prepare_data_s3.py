@@ -285,6 +285,26 @@ def test_a_lock_whose_renewal_got_no_answer_is_still_held(client: Any, monkeypat
     assert 'held/.records/lock' not in objects(client, '')
 
 
+@pytest.mark.parametrize('gone', [False, True])
+def test_a_record_that_is_written_anew_or_deleted_while_it_is_read(
+    client: Any, monkeypatch: pytest.MonkeyPatch, gone: bool
+):
+    address, head = f's3://{BUCKET}/anew/lock', s3.S3.head
+    client.put_object(Bucket=BUCKET, Key='anew/lock', Body=b'first')
+
+    def then_it_changes(self: s3.S3, path: str) -> tuple[int, str]:
+        found = head(self, path)
+        monkeypatch.setattr(s3.S3, 'head', head)
+        if gone:
+            client.delete_object(Bucket=BUCKET, Key='anew/lock')
+        else:
+            client.put_object(Bucket=BUCKET, Key='anew/lock', Body=b'second')
+        return found
+
+    monkeypatch.setattr(s3.S3, 'head', then_it_changes)
+    assert s3.S3().read(address) == (None if gone else b'second')
+
+
 def test_lines_from_a_bucket_come_fast(client: Any):
     """Once, each line copied all that was fetched: 8 MB for each of these lines would take minutes."""
     put_jsonl(client, 'many.jsonl', ['line'] * 200_000)

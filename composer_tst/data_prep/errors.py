@@ -15,6 +15,10 @@ class PrepareError(Exception):
     """A failure the user can act on: one sentence that names the file, the line, or the setting."""
 
 
+class ChangedError(PrepareError):
+    """An input that is no longer what was listed."""
+
+
 def shown(text: str) -> str:
     """A text that may hold anything, as names of files may, on one line of UTF-8."""
     return text if text.isprintable() else ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)

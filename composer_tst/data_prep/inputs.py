@@ -2,7 +2,7 @@
 
 import io
 
-from .errors import PrepareError
+from .errors import ChangedError
 
 # What is said of a file that is in the way; both kinds of store refuse it alike.
 NOT_OURS = '{} is there already and is not what this run writes: move it away, and the same command goes on from here'
@@ -27,9 +27,9 @@ class Input(io.RawIOBase):
     def check(self) -> None:
         """Refuse an input that changed while it was read."""
 
-    def changed(self) -> PrepareError:
+    def changed(self) -> ChangedError:
         """What is raised when the input is no longer what was listed."""
-        return PrepareError(
+        return ChangedError(
             f'{self.path} changed after it was listed: give it time to be complete, then name another output, '
             'since this one was begun with the file as it was'
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from .errors import FAILURES, PrepareError, explained, reason
+from .errors import FAILURES, ChangedError, PrepareError, explained, reason
 from .inputs import NOT_OURS, Input
 
 # What is fetched from S3 at once, in bytes.
@@ -26,10 +26,14 @@ class S3:
     def read(self, path: str) -> bytes | None:
         """A whole object, or None if there is none."""
         with explained('read', path):
-            try:
-                return S3Input(path, *self.head(path)).readall()
-            except FileNotFoundError:
-                return None
+            for left in reversed(range(FETCHES)):
+                try:
+                    return S3Input(path, *self.head(path)).readall()
+                except FileNotFoundError:
+                    return None
+                except ChangedError:  # as a lock does, which its owner renews or deletes
+                    if not left:
+                        raise
 
     def head(self, path: str) -> tuple[int, str]:
         """The size and the stamp of an object.
