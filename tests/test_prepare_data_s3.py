@@ -26,7 +26,7 @@ from s3_server import BUCKET, s3_server  # noqa: F401
 
 # First, since it makes the tools importable.
 from preparing import prepare, refuse, source, sources_of, succeed, tree  # isort: skip
-from composer_tst.data_prep import documents, lock, parts, reading, s3, tokenizer
+from composer_tst.data_prep import documents, lock, output, parts, reading, s3, tokenizer
 from composer_tst.data_prep.errors import PrepareError
 
 L = 16
@@ -303,6 +303,15 @@ def test_a_record_that_is_written_anew_or_deleted_while_it_is_read(
 
     monkeypatch.setattr(s3.S3, 'head', then_it_changes)
     assert s3.S3().read(address) == (None if gone else b'second')
+
+
+def test_many_records_are_read_at_once_without_a_warning(client: Any, caplog: pytest.LogCaptureFixture):
+    out = output.Output(f's3://{BUCKET}/many')
+    for number in range(100):
+        out.record(output.part_name(number), {'count': {}, 'files': {}, 'shards': {}})
+    for _ in range(3):
+        assert len(out.part_records(100, ['train'])) == 100
+    assert not caplog.records
 
 
 def test_lines_from_a_bucket_come_fast(client: Any):

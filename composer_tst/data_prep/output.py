@@ -15,7 +15,7 @@ from typing import Any
 
 from .disk import Disk
 from .errors import PrepareError, shown
-from .s3 import S3
+from .s3 import S3, THREADS
 from .stores import store_of
 
 RECORDS = '.records'
@@ -67,7 +67,7 @@ class Output:
         numbers = [number for number in range(parts) if part_name(number) in there]
         sizes = {split: self.store.sizes(self.at(split)) for split in splits}
         # Many at once: thousands of requests to S3, one after another, would take minutes.
-        with ThreadPoolExecutor(32) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             records = list(pool.map(lambda number: self.recorded(part_name(number)), numbers))
         return {
             number: record
