@@ -20,8 +20,9 @@ from composer_tst.data_prep import convert, parts, sources, workers
 from composer_tst.data_prep.address import Address
 from composer_tst.data_prep.command import app
 
-# A test wants its worker at once; a single run imports this in the one worker that needs it.
-workers.PRELOADED.append('transformers.models.auto.tokenization_auto')
+if __name__ != '__main__':
+    # Tests want a worker at once; a single run imports this in the one worker that needs it.
+    workers.PRELOADED.append('transformers.models.auto.tokenization_auto')
 
 L = 16
 SPLITS = (('train', 0.8), ('val', 0.2))
