@@ -18,7 +18,7 @@ FETCHES = 5
 FIRST_PAUSE = 0.5
 # How long an answer is waited for.
 READ_SECONDS = 60
-# How many threads may ask at once; urllib3 warns of more connections than it was told of.
+# How many threads read records at once, beside that of the lock; urllib3 warns of more connections than it was told of.
 THREADS = 32
 
 
@@ -202,7 +202,7 @@ def _client(endpoint: str | None, process: int) -> Any:
     made = session.Session().client(
         's3',
         endpoint_url=endpoint,
-        config=Config(retries={'mode': 'standard'}, read_timeout=READ_SECONDS, max_pool_connections=THREADS),
+        config=Config(retries={'mode': 'standard'}, read_timeout=READ_SECONDS, max_pool_connections=2 * THREADS),
     )
 
     # This version of boto knows no conditions of a put, but S3 does.
