@@ -79,7 +79,8 @@ def parse_settings(
     parsed = parse_phases(bag_size, duration, phases)
     check_fold_settings(expand, superpose)
     for phase in parsed:
-        weights = target_weights(weighting, phase.bag_size)
+        # A rule is checked by its name, whatever the number of weights.
+        weights = target_weights(weighting, 1 if isinstance(weighting, str) else phase.bag_size)
         if superpose == 'input' and weights[0] == 0:
             raise ValueError(
                 f'weighting is {weighting} but superpose: input predicts the first token alone: '

@@ -132,9 +132,13 @@ def check_batch(batch: Mapping[str, Any], given: Mapping[str, Any], bag_size: in
 
 
 def check_eval_batch(batch: Any, model: Any) -> None:
-    """Refuse, with a ValueError, an eval batch without the labels that Hugging Face models are evaluated on."""
+    """Refuse, with a ValueError, an eval batch without the labels that Composer's Hugging Face models pop from it."""
     model = getattr(model, 'module', model)
-    if isinstance(model, HuggingFaceModel) and isinstance(batch, Mapping) and 'labels' not in batch:
+    if getattr(type(model), 'eval_forward', None) is not HuggingFaceModel.eval_forward or not isinstance(
+        batch, Mapping
+    ):
+        return
+    if 'labels' not in batch and (model.use_logits or batch.get('mode') in ('generate', 'icl_task')):
         raise ValueError(
             f'An eval batch has no labels (it has {", ".join(batch)}): have the collator of the eval loader add them.'
         )

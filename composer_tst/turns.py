@@ -28,7 +28,7 @@ class _StateAt(wrapt.ObjectProxy):
 
 
 def turns_of(state: State, at: Callable[[int], Timestamp], total: int) -> tuple[int | None, int | None]:
-    """As :func:`turns`, of a Trainer; None where no schedule of Composer's sets the rate.
+    """As :func:`turns`, of a Trainer; None where no schedule of Composer's, llm-foundry's or ours sets the rate.
 
     Args:
         state: The Trainer's.
@@ -72,7 +72,8 @@ def turns(rate: Callable[[int], float], total: int) -> tuple[int | None, int | N
 def _rate_of(state: State, at: Callable[[int], Timestamp]) -> Callable[[int], float] | None:
     """The multiplier of the learning rate at a step.
 
-    Composer keeps no schedule but in the functions of torch's ``LambdaLR`` that it makes of them.
+    Composer keeps no schedule but in the functions of torch's ``LambdaLR`` that it makes of them. A schedule of the
+    user's is not asked: it may keep what it was last asked for.
     """
     for compiled in state.schedulers:
         for function in getattr(compiled, 'lr_lambdas', ()):
@@ -86,6 +87,8 @@ def _rate_of(state: State, at: Callable[[int], Timestamp]) -> Callable[[int], fl
             }
             if cells.keys() >= {'scheduler', 'scheduler_sig', 'ssr'}:
                 schedule = cells['scheduler']
+                if type(schedule).__module__.partition('.')[0] not in ('composer', 'llmfoundry', 'composer_tst'):
+                    return None
                 extra = (cells['ssr'],) if len(cells['scheduler_sig'].parameters) > 1 else ()
                 return lambda step: float(schedule(_StateAt(state, at(step)), *extra))
     return None

@@ -140,6 +140,7 @@ RUNS: list[tuple[str, dict[str, Any], str]] = [
     ('an eval batch without labels', {'eval_dataloader': rows_of(lambda row: {'input_ids': row['input_ids']})},
      'An eval batch has no labels (it has input_ids): have the collator of the eval loader add them.'),
     ('a small loader', {'train': random_loader(rows=12)}, 'loader has 3 batches but one superposed step reads 4: use'),
+    ('an enormous bag', {'bag_size': 10**9}, 'loader has 12 batches but one superposed step reads 1000000000: use'),
     ('rows of tuples', {'train': rows_of(lambda row: tuple(row.values()))}, 'The train loader yields list'),
     ('no labels', {'train': rows_of(lambda row: {'input_ids': row['input_ids']})}, 'labels'),
     ('no input_ids', {'train': rows_of(lambda row: {'labels': row['labels']})}, 'input_ids'),

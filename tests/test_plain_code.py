@@ -15,7 +15,7 @@ from composer import Callback, Evaluator
 from composer.algorithms import LabelSmoothing
 from composer.callbacks import ThresholdStopper
 from composer.core import DataSpec
-from composer.models import ComposerModel
+from composer.models import ComposerModel, HuggingFaceModel
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 from trainers import VOCAB_SIZE, Rows, llama, logged, make_trainer, mpt, random_loader
@@ -221,6 +221,28 @@ def test_a_batch_without_labels():
     assert train(without, model=Own()) == train(model=Own())
     with pytest.raises(ValueError, match=r'The batch has no labels \(it has input_ids\): have the collator add them'):
         train(without)
+
+
+def test_an_evaluation_of_ones_own_needs_no_labels():
+    asked = []
+
+    class Own(HuggingFaceModel):
+        def eval_forward(self, batch: Any, outputs: Any = None) -> Any:
+            asked.append(sorted(batch))
+            return self.forward(batch)['logits']
+
+        def update_metric(self, batch: Any, outputs: Any, metric: Any) -> None:
+            pass
+
+    class Unlabelled(Rows):
+        def __getitem__(self, index: int) -> Any:
+            return {'input_ids': super().__getitem__(index)['input_ids']}
+
+    model = llama()
+    model.__class__ = Own
+    data = DataLoader(Unlabelled(8, 12), batch_size=4)
+    make_trainer(model, random_loader(), TokenSuperposition(2, '2ba'), '4ba', eval_dataloader=data)[0].fit()
+    assert ['input_ids'] in asked
 
 
 def test_what_weighs_microbatches_does_not_reach_the_model():

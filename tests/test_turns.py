@@ -40,7 +40,6 @@ def at(step: int) -> Timestamp:
         (MultiStepScheduler(['120ba', '160ba']), '200ba', (None, 119)),
         (ConstantWithWarmupScheduler('25ba'), '200ba', (25, None)),
         (ConstantScheduler(), '200ba', (None, None)),
-        (lambda state: 0.5 if state.timestamp.batch < 10 else 1.0, '200ba', (10, None)),
         ([], '200ba', (None, None)),
     ],
 )
@@ -50,6 +49,19 @@ def test_turns(scheduler: Any, max_duration: str, turns: tuple[int | None, int |
     assert longest is not None
     total = {'ba': 1, 'sp': 4, 'tok': TOKENS_A_BATCH}
     assert turns_of(trainer.state, at, int(longest.value) // total[longest.unit.value]) == turns
+
+
+def test_a_schedule_of_the_users_is_not_asked_ahead():
+    asked = []
+
+    def remembers(state: Any) -> float:
+        asked.append(int(state.timestamp.batch))
+        return 1.0
+
+    trainer, _ = make_trainer(llama(), random_loader(), TokenSuperposition(2, '3ba'), '8ba', schedulers=remembers)
+    trainer.fit()
+    assert asked == sorted(asked)
+    assert turns_of(trainer.state, at, 8) == (None, None)
 
 
 def test_a_run_warns_of_any_schedule_that_turns_too_early_or_too_late(caplog: pytest.LogCaptureFixture):
