@@ -54,7 +54,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     except ModuleNotFoundError as error:
         if (error.name or '').split('.')[0] != 'llmfoundry' or importlib.util.find_spec('llmfoundry'):
             raise
-        pytest.skip('needs llm-foundry')
+        pytest.skip('needs llm-foundry, which this environment lacks: make test has it')
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ for version in 3.10 3.11 3.12 3.13; do
   folder=.venv-pythons/$version
   if "$uv" venv --quiet --clear --python "$python" "$folder" &&
     "$uv" pip install --quiet --python "$folder/bin/python" --editable '.[dev]' &&
-    "$folder/bin/python" -m pytest tests/test_llmfoundry.py tests/test_functional.py tests/test_cli.py; then
+    "$folder/bin/python" -m pytest tests/test_superposition.py tests/test_llmfoundry.py tests/test_cli.py; then
     echo "Python $version: passed"
   else
     echo "Python $version: failed"

@@ -176,7 +176,7 @@ def test_hugging_face(name: str, padded: bool, device: torch.device):
 @pytest.mark.parametrize('name', MPT)
 def test_mpt(name: str, padded: bool, device: torch.device):
     if name == 'dropout' and device.type != 'cpu':
-        pytest.skip('a GPU draws other random numbers than the CPU')
+        pytest.skip('the definition drops on the CPU, and a GPU draws other random numbers: pytest --device cpu')
 
     def make() -> Any:
         return mpt(**MPT[name])

@@ -11,7 +11,7 @@ from composer_tst.progress import progress
 from .errors import PrepareError
 from .lock import DiskLock, S3Lock
 from .output import Output, part_name
-from .parts import BAD_ADVICE, Done, Part, PartCount, Report, Settings, pack_part
+from .parts import BAD_ADVICE, Done, Part, PartCount, Report, Settings, pack_part, size_of
 from .shards import ShardOptions, digest_of, stored
 from .tokenizer import TextTokenizer
 from .workers import parallel
@@ -109,7 +109,7 @@ def convert(parts: Sequence[Part], job: Job, engine: Engine) -> list[dict]:
             for sentence in records[number]['count']['bad']:
                 raise PrepareError(sentence + BAD_ADVICE)
     if items:
-        sizes = [sum(piece.size for piece in part) for part in parts]
+        sizes = [size_of(part) for part in parts]
         finished = sum(sizes[number] for number in records)
         documents = tokens = 0
         with progress(sum(sizes), 'bytes', 'read', initial=finished, unit_scale=True) as bar:

@@ -92,6 +92,11 @@ class PartCount:
                 setattr(self.splits[name], key, getattr(self.splits[name], key) + value)
 
 
+def size_of(part: Part) -> int:
+    """The bytes of a part."""
+    return sum(piece.size for piece in part)
+
+
 def plan_parts(sources: Sequence[Source]) -> list[Part]:
     """Gather small files and cut large ones, where their format allows it, into parts of about one size."""
     total = sum(source.size for source in sources)
@@ -170,7 +175,7 @@ def pack_part(
                 count.splits[split].rows += len(rows)
                 count.splits[split].ends += int(np.count_nonzero(rows == tokenizer.eos_id))
                 yield split, rows
-    report(Done(0, 0, sum(piece.size for piece in part) - reported))
+    report(Done(0, 0, size_of(part) - reported))
     for split, packer in packers.items():
         counted = count.splits[split]
         counted.dropped_tokens = packer.held_tokens

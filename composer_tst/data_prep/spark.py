@@ -14,7 +14,7 @@ from pyspark.sql import SparkSession
 
 from .convert import Item, Job, convert_part
 from .errors import PrepareError
-from .parts import Done, Part, PartCount, Report
+from .parts import Done, Part, PartCount, Report, size_of
 
 # Tasks of one wave for each core: enough that few cores wait at its end, and few after a bad document.
 WAVE_TASKS_PER_CORE = 8
@@ -64,7 +64,7 @@ def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[
 def _done(job: Job, part: Part, record: dict) -> Done:
     splits = PartCount.from_json(record['count']).splits.values()
     tokens = sum(split.rows * job.settings.seq_len + split.dropped_tokens for split in splits)
-    return Done(sum(split.documents for split in splits), tokens, sum(piece.size for piece in part))
+    return Done(sum(split.documents for split in splits), tokens, size_of(part))
 
 
 def find_java() -> None:

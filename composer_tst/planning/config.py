@@ -31,6 +31,11 @@ class Run:
     expand: str
     weighting: Any
 
+    @property
+    def draws(self) -> list[int]:
+        """Loader batches that one step of each phase reads."""
+        return [phase.bag_size if self.expand != 'none' else 1 for phase in self.phases]
+
 
 def load(path: str, overrides: list[str]) -> DictConfig:
     """Read a llm-foundry YAML and the overrides of its command line."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from composer_tst.plan import Data, Moment, plan_steps
+from composer_tst.plan import Data, Moment, Plan, plan_steps
 
 from .config import PlanError, Run
 from .model import Model
@@ -21,15 +21,19 @@ class PhaseCost:
     flops_per_step: float
 
 
-def cost_phases(run: Run, model: Model, rows_in_data: int | None) -> list[PhaseCost]:
-    """The phases of a run, recovery last."""
-    draws = [phase.bag_size if run.expand != 'none' else 1 for phase in run.phases]
+def steps_of(run: Run, rows_in_data: int | None = None) -> Plan | None:
+    """At which step each phase ends; None if a time is in epochs and the data are not known."""
     batches = max(1, rows_in_data // run.rows) if rows_in_data else None
     data = Data(batches, samples=run.rows, tokens=run.rows * run.length)
     try:
-        plan = plan_steps(run.phases, draws, run.max_duration, data, Moment())
+        return plan_steps(run.phases, run.draws, run.max_duration, data, Moment())
     except ValueError as error:
         raise PlanError(str(error)) from error
+
+
+def cost_phases(run: Run, model: Model, rows_in_data: int | None) -> list[PhaseCost]:
+    """The phases of a run, recovery last."""
+    draws, plan = run.draws, steps_of(run, rows_in_data)
     if plan is None:
         raise PlanError('a time is given in epochs, which needs --stats to know the length of one')
     for phase, start, end in zip(run.phases, [0, *plan.ends], plan.ends, strict=False):

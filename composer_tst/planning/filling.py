@@ -8,9 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from composer_tst.plan import Data, Moment, plan_steps
-
 from .config import PlanError, Run, equal_steps
+from .cost import steps_of
 
 PUBLISHED_WARMUP = 2000
 
@@ -32,7 +31,9 @@ def fill_in(config: DictConfig, run: Run) -> tuple[DictConfig, list[str]]:
         )
     scheduler = OmegaConf.select(config, 'scheduler.name')
     if scheduler != 'warmup_stable_decay':
-        warmup = min(PUBLISHED_WARMUP, int(steps.value) // 10, _superposed_steps(replace(run, max_duration=steps)))
+        plan = steps_of(replace(run, max_duration=steps))
+        # Before recovery, where that is known, the rate should have warmed up.
+        warmup = min(PUBLISHED_WARMUP, int(steps.value) // 10, *(plan.ends[-1:] if plan else ()))
         was = OmegaConf.select(config, 'scheduler.t_warmup')
         config.scheduler = {
             'name': 'warmup_stable_decay', 't_warmup': f'{warmup}ba', 't_decay': '0.1dur', 'alpha_f': 0.0
@@ -44,14 +45,6 @@ def fill_in(config: DictConfig, run: Run) -> tuple[DictConfig, list[str]]:
     if not decay.endswith(('dur', 'ba', 'ep')):
         raise PlanError(f'scheduler.t_decay is {decay}: give it in dur or ba, since --write counts max_duration in ba')
     return config, [*changes, 'Comments are lost.']
-
-
-def _superposed_steps(run: Run) -> int:
-    """The steps until recovery, in which the rate should have warmed up."""
-    draws = [phase.bag_size if run.expand != 'none' else 1 for phase in run.phases]
-    data = Data(samples=run.rows, tokens=run.rows * run.length)
-    plan = plan_steps(run.phases, draws, run.max_duration, data, Moment())
-    return int(run.max_duration.value) if plan is None else plan.ends[-1]
 
 
 def _inline(settings: Any) -> str:

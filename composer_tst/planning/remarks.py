@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,10 +23,9 @@ def remarks(config: DictConfig, run: Run, costs: list[PhaseCost], data: Data | N
     if not run.phases:
         return []
     *ends, total = itertools.accumulate(cost.steps for cost in costs)
-    draws = [phase.bag_size if run.expand != 'none' else 1 for phase in run.phases]
-    course = Course([phase.bag_size for phase in run.phases], ends, total, draws)
+    course = Course([phase.bag_size for phase in run.phases], ends, total, run.draws)
     warmup_ends, decay_begins = _turns(config, run, course, data)
-    return warnings_of(Course(course.bag_sizes, ends, total, draws, warmup_ends=warmup_ends, decay_begins=decay_begins))
+    return warnings_of(replace(course, warmup_ends=warmup_ends, decay_begins=decay_begins))
 
 
 def _turns(config: DictConfig, run: Run, course: Course, data: Data | None) -> tuple[int | None, int | None]:
@@ -54,5 +54,7 @@ def _turns(config: DictConfig, run: Run, course: Course, data: Data | None) -> t
 
     try:
         return turns(rate, course.total)
-    except (RuntimeError, ValueError):
-        return None, None  # it needs the length of an epoch, which without --stats only training knows
+    except (RuntimeError, ValueError) as error:
+        if data is None:
+            return None, None  # it may need the length of an epoch, which only training knows
+        raise PlanError(f'scheduler: {error}') from error

@@ -32,10 +32,11 @@ def read_data(path: str, split: str, length: int) -> Data:
             f'--stats {path}: its rows have {stats["seq_len"]} tokens and max_seq_len is {length}: '
             f'prepare the data with --seq-len {length}'
         )
-    found = stats['splits'].get(split)
-    if not found or (isinstance(found, dict) and not found.get('tokens', True)):
-        raise PlanError(f'--stats {path}: it has no split {split!r} with rows in it: prepare one')
+    found = stats['splits'].get(split) or {'rows': 0, 'tokens': 0, 'bytes': 0}
     counts: list[Any] = [found.get(key) for key in ('rows', 'tokens', 'bytes')] if isinstance(found, dict) else [None]
-    if not all(isinstance(count, int) and count > 0 for count in counts):
+    if not all(isinstance(count, int) for count in counts):
         raise PlanError(f'--stats {path}: split {split!r} lacks rows, tokens or bytes: give what prepare-data wrote')
-    return Data(*counts)
+    data = Data(*counts)
+    if not data.tokens:
+        raise PlanError(f'--stats {path}: it has no split {split!r} with rows in it: prepare one')
+    return data
