@@ -233,8 +233,8 @@ class Attack:
                 assert self.place.files()[name] == b'of others'
                 assert code == 0 or f'{name} is there already' in output or self.is_empty(code, output), output
                 self.place.delete(name)
-        elif action == 'lose' and own:
-            self.place.delete(draw(st.sampled_from(sorted(name for name in own if 'begun' not in name) or [''])))
+        elif action == 'lose' and (written := sorted(name for name in own if 'begun' not in name)):
+            self.place.delete(draw(st.sampled_from(written)))
         elif action == 'bad record' and record_names:
             self.place.put(draw(st.sampled_from(record_names)), draw(st.sampled_from([b'', b'{', b'null'])))
         elif action == 'alter' and shard_names and record_names:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from composer.core import DataSpec
+from composer.core import DataSpec, Event, State
 from composer.utils import dist
 from streaming import MDSWriter, StreamingDataset
 from torch.utils.data import DataLoader, IterableDataset
@@ -115,7 +115,10 @@ def test_a_run_resumed_at_the_end_of_an_epoch_is_the_run_that_did_not_stop(
         trainer.close()
         return logged(logger, 'loss/train/total'), logged(logger, 'superposition/s_tokens'), state
 
-    losses, s_tokens, state = run(save_folder=str(tmp_path), save_interval='1ba')
+    def at_steps(state: State, event: Event) -> bool:
+        return event == Event.BATCH_CHECKPOINT and int(state.timestamp.batch) in steps
+
+    losses, s_tokens, state = run(save_folder=str(tmp_path), save_interval=at_steps)
     for step in steps:
         (saved,) = tmp_path.glob(f'ep*-ba{step}-rank0.pt')
         assert run(load_path=str(saved)) == (losses[step:], s_tokens[step:], state)

@@ -1,28 +1,27 @@
 """What a real run says at its start and its end, with nothing asked for."""
 
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from composer import Trainer
 from trainers import llama, make_trainer, random_loader
+from trainings import Run
 
 from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
 
 
+def plain_trainer(_: str) -> Trainer:
+    algorithm = TokenSuperposition(bag_size=4, duration='0.5dur')
+    trainer, _ = make_trainer(llama(), random_loader(), algorithm, '40ba')
+    trainer.fit()
+    return trainer
+
+
 def test_a_plain_trainer_says_what_it_is_going_to_do(tmp_path: Path):
     """In a process of its own, where no test has set up a log."""
-    script = """
-from trainers import llama, make_trainer, random_loader
-from composer_tst import TokenSuperposition
-make_trainer(llama(), random_loader(), TokenSuperposition(bag_size=4, duration='0.5dur'), '40ba')[0].fit()
-"""
-    path = [str(Path(__file__).parent)]
-    line = [sys.executable, '-c', f'import sys; sys.path[:0] = {path!r}\n{script}']
-    result = subprocess.run(line, capture_output=True, text=True, check=True, cwd=tmp_path)
-    said = result.stderr
+    said = Run({}, tmp_path / 'log', train=plain_trainer).wait().printed()
     # 12 loader batches of 48 tokens: 20 steps of 4 and 20 of one.
     assert 'Superposition until step 20 of 40: bags of 4 for 20 steps' in said
     assert 'It reads 2.50 times the data of a plain run of as many steps, 8.3 epochs of this loader.' in said

@@ -1,5 +1,6 @@
 """Real Trainers on tiny models: what the tests build their runs from."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from composer.core import Algorithm, DataSpec
 from composer.loggers import InMemoryLogger, Logger
 from composer.metrics import LanguageCrossEntropy
 from composer.models import ComposerModel, HuggingFaceModel
+from composer.utils import collect_env
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from llmfoundry.models.mpt import ComposerMPTCausalLM
 
 VOCAB_SIZE = 300
+# Composer reads the list of its own files for every Trainer and every checkpoint: once is enough.
+collect_env.get_composer_commit_hash = functools.cache(collect_env.get_composer_commit_hash)
 
 
 def mpt(**overrides: Any) -> 'ComposerMPTCausalLM':
