@@ -84,7 +84,7 @@ wheel: install ## dist/*.whl; with REPOSITORY=https://... links of the page are 
 	$(PYTHON) -m build
 
 test: install ## the test suite (DEVICE=cpu)
-	$(PYTHON) -m pytest --device $(DEVICE)
+	$(PYTHON) -m pytest -n 2 --dist loadgroup --device $(DEVICE)
 
 # The newest torch of the index, or another (TORCH=2.11), with the newest of all else that Composer's pins admit; no
 # llm-foundry, which admits one torch alone. Runs what needs none, and torch.compile with its own compiler.

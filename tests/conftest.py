@@ -3,9 +3,11 @@
 import gc
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,9 @@ REPO = Path(__file__).parent.parent
 SEQ_LEN = 24
 VOCAB_SIZE = 300
 
+# What makes a StreamingDataset, in a test's file.
+STREAMS = re.compile(r'StreamingDataset|text_loader|trainings|train_from_yaml|_runs\b|import quickstart|dataset: Path')
+
 torch.set_num_threads(1)
 
 
@@ -36,6 +41,17 @@ def pytest_configure(config: pytest.Config):
         os.environ['CUDA_VISIBLE_DEVICES'] = ''
     elif not torch.cuda.is_available():
         raise pytest.UsageError('--device cuda: torch finds no GPU here; leave it out to test on the CPU.')
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads what is marked here
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """Where tests are shared out (`make test`), a file is one process's, and so is all that streams.
+
+    StreamingDataset looks for a free name for its shared memory and then takes it: two that do so at once clash.
+    """
+    streams = {path: bool(STREAMS.search(path.read_text())) for path in {item.path for item in items}}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group('streaming' if streams[item.path] else item.path.stem))
 
 
 def pytest_collection_finish():
@@ -55,6 +71,12 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
         if (error.name or '').split('.')[0] != 'llmfoundry' or importlib.util.find_spec('llmfoundry'):
             raise
         pytest.skip('needs llm-foundry, which this environment lacks: make test has it')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def temporary(tmp_path_factory: pytest.TempPathFactory):
+    """A folder of its own for temporary files: StreamingDataset goes through all names that any process has left."""
+    tempfile.tempdir = os.environ['TMPDIR'] = str(tmp_path_factory.mktemp('t'))
 
 
 @pytest.fixture(autouse=True)

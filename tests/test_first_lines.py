@@ -12,7 +12,7 @@ from trainings import Run
 from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
 
 
-def plain_trainer(_: str) -> Trainer:
+def plain_trainer(yaml: str) -> Trainer:
     algorithm = TokenSuperposition(bag_size=4, duration='0.5dur')
     trainer, _ = make_trainer(llama(), random_loader(), algorithm, '40ba')
     trainer.fit()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from typer.testing import CliRunner, Result
 
 from composer_tst.planning.command import app
 from composer_tst.planning.config import Run
+from composer_tst.planning.measured import Measured, nearest
 from composer_tst.planning.model import Model
 from composer_tst.planning.plan import SWEEP_BAGS, SWEEP_SHARES
 from composer_tst.planning.published import expect
+from composer_tst.planning.tables import measured_lines
+from composer_tst.settings import Phase
 
 QUICKSTART = REPO / 'yamls' / 'quickstart'
 # The quickstart's model: width 128, 2 layers, vocabulary 2048, untied, no biases, RMS norms; rows of 64, 16 a step.
@@ -204,6 +208,40 @@ def test_expected_loss_elsewhere_is_called_an_extrapolation():
     assert found.source == 'final_loss_600m_20k'
     assert 'the nearest published model has 600M' in found.extrapolation
     assert expect(BATCH, MODEL, 42e9, 0.3, 40) is None
+
+
+def test_what_was_measured_is_that_of_the_same_bags_at_the_nearest_budget(monkeypatch: pytest.MonkeyPatch):
+    def of(budget: float, steps: int) -> Measured:
+        return Measured(-0.01, 0.02, 3, 'prose', 10, budget, steps)
+
+    lines = [
+        ([6], [0.3], 'sequence', of(1.0, 350)),
+        ([6], [0.3], 'sequence', of(28, 2_500)),
+        ([6], [0.3], 'sequence', of(28, 10_000)),
+        ([8, 2], [0.1, 0.3], 'batch', of(5, 1_000)),
+    ]
+    monkeypatch.setattr('composer_tst.planning.measured.read_measured', lambda: lines)
+    bags_of_6 = replace(BATCH, phases=(Phase(6, Time.from_timestring('0.3dur')),))
+    assert nearest(bags_of_6, [0.3], 20, 100_000) == of(28, 10_000)
+    assert nearest(bags_of_6, [0.304], 20, 2_000) == of(28, 2_500)
+    assert nearest(bags_of_6, [0.3], 2, 500) == of(1.0, 350)
+    assert nearest(bags_of_6, [0.4], 20, 100_000) is None
+    for other in ({'expand': 'batch'}, {'weighting': 'power_law'}, {'superpose': 'input'}):
+        assert nearest(replace(bags_of_6, **other), [0.3], 20, 100_000) is None
+    phases = (Phase(8, Time.from_timestring('0.1dur')), Phase(2, Time.from_timestring('0.3dur')))
+    two = replace(BATCH, phases=phases, expand='batch')
+    assert nearest(two, [0.1, 0.3], 20, 100_000) == of(5, 1_000)
+    assert nearest(two, [0.2, 0.3], 20, 100_000) is None
+
+
+def test_what_was_measured_comes_with_its_budget_and_a_warning_where_it_is_no_gain():
+    said = measured_lines(asdict(Measured(-0.0123, 0.02, 3, 'prose', 362_816, 5.08, 1_800)))
+    assert said == [
+        'measured            -0.012 ± 0.020 nats at 3 seeds of a Llama of 363k parameters,',
+        '                    5.1 tokens per parameter, 1,800 steps of prose (docs/evidence.md)',
+        '                    No gain is certain at that budget: compare with a plain run first.',
+    ]
+    assert len(measured_lines(asdict(Measured(-0.03, 0.02, 3, 'prose', 362_816, 5.08, 1_800)))) == 2
 
 
 def test_the_sweep_has_every_point():

@@ -46,6 +46,7 @@ class Group:
         experiments: What is trained at a scale, given it and the final losses at its first seed.
         beside: Groups that are reported on the same page, in their order.
         checked: Settings that are tried at the neighbours of the baseline's learning rate too.
+        measured: Where `composer-tst plan` finds what was gained, from the root of the repository.
     """
 
     scales: tuple[Scale, ...]
@@ -54,11 +55,16 @@ class Group:
     experiments: Callable[..., list[Experiment]]
     beside: tuple[str, ...] = ()
     checked: tuple[Setting, ...] = ()
+    measured: str = ''
 
 
 _MPT = ('cpu', 'rows', 'gpu')
 GROUPS = {
-    'tokens': Group((*BUDGETS, *PROSE_BUDGETS), 'evidence.md', budgets_page.write, of_budget, checked=(S4, PUBLISHED)),
+    'tokens': Group(
+        *((*BUDGETS, *PROSE_BUDGETS), 'evidence.md', budgets_page.write, of_budget),
+        checked=(S4, PUBLISHED),
+        measured='composer_tst/published/small_llama.csv',
+    ),
     **{size.name: Group((size,), 'evidence_mpt.md', page.write, experiments, _MPT) for size in (CPU, ROWS, GPU)},
 }
 
@@ -99,6 +105,8 @@ def main(
         others = [_read(docs, name) for name in group.beside if name != scale and _record(docs, name).exists()]
         shown = [trained for trained in of_scale.values() if trained.rates()]
         group.write(docs / group.page, sorted([*shown, *others], key=lambda each: _order(each.scale)))
+        if group.measured:
+            budgets_page.write_measured(docs.parent / group.measured, shown)
 
     for size, trained in of_scale.items():
         folder = data or Path(size.data)

@@ -6,6 +6,7 @@ input embedding) and 12 * layers * width of attention * length for attention, ea
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from omegaconf import DictConfig
 
 from .config import Run, equal_steps
 from .cost import cost_phases
+from .measured import nearest
 from .model import Model
 from .published import expect
 from .remarks import remarks
@@ -49,18 +51,23 @@ def make_plan(config: DictConfig, run: Run, model: Model, data: Data | None, spe
         'superposed_share_of_steps': share,
         'data_tokens': tokens,
         'equivalent_tokens': equivalent,
+        'tokens_per_parameter': equivalent / model.active,
         'flops': flops,
         'hours': flops / speed / 3600,
         'shard_bytes': tokens * (data.bytes / data.tokens if data else BYTES_A_TOKEN),
         'passes_over_data': tokens / data.tokens if data else None,
         'share_of_tokens': _share_of_tokens(run),
         'expected': None,
+        'measured': None,
         'remarks': remarks(config, run, costs, data),
     }
     if superposed:
         bag = sum(cost.steps * cost.bag_size for cost in superposed) / sum(cost.steps for cost in superposed)
         expected = expect(run, model, equivalent, share, bag)
         plan['expected'] = expected and asdict(expected)
+        shares = [end / steps for end in itertools.accumulate(cost.steps for cost in superposed)]
+        measured = nearest(run, shares, equivalent / model.active, steps)
+        plan['measured'] = measured and asdict(measured)
     return plan
 
 

@@ -33,7 +33,8 @@ def table(plan: dict[str, Any], gpu: str) -> str:
             '                    more: for that share of the steps give max_duration in ba.',
         ]
     lines += [
-        f'equivalent tokens   {si(plan["equivalent_tokens"])}: what plain training reads at this cost',
+        f'equivalent tokens   {si(plan["equivalent_tokens"])}: what plain training reads at this cost, '
+        f'{plan["tokens_per_parameter"]:.3g} per parameter',
         f'shards              {size(plan["shard_bytes"])}',
     ]
     passes = plan['passes_over_data']
@@ -53,9 +54,24 @@ def table(plan: dict[str, Any], gpu: str) -> str:
         lines.append('expected loss       not stated: no published grid has this bag size, share and weighting')
     else:
         lines += ['', f'This YAML has no superposition: {ADD_IT}.']
+    if plan['measured']:
+        lines += measured_lines(plan['measured'])
     if plan['remarks']:
         lines += ['', *plan['remarks']]
     return '\n'.join(lines)
+
+
+def measured_lines(of: dict[str, Any]) -> list[str]:
+    """What was gained in small runs, and a warning where that is not sure to be anything."""
+    lines = [
+        f'measured            {of["change"]:+.3f} ± {of["deviation"]:.3f} nats at {of["seeds"]} seeds of a Llama of '
+        f'{si(of["parameters"])} parameters,',
+        f'                    {of["tokens_per_parameter"]:.2g} tokens per parameter, {of["steps"]:,} steps of '
+        f'{of["text"]} (docs/evidence.md)',
+    ]
+    if of['change'] + of['deviation'] >= 0:
+        lines.append('                    No gain is certain at that budget: compare with a plain run first.')
+    return lines
 
 
 def over_scales(expected: dict[str, Any]) -> str:

@@ -25,11 +25,11 @@ SEEDS, FRESH_SEEDS = (17, 18, 19), (20, 21, 22)
 PUBLISHED_BATCH = one_size(6, 0.3, expand='batch')
 RECIPES = (BASELINE, S4, PUBLISHED, S4_BATCH, PUBLISHED_BATCH, RECOMMENDED)
 GRID_BAGS, GRID_SHARES = (2, 4, 6, 8), (0.1, 0.2, 0.3, 0.4)
-# A run of the largest budget reads as many documents as `limited` has, once.
-LIMITED = 'limited'
+CODE, PROSE = 'Python source', 'prose'
+DATA = {CODE: 'data/tokens', PROSE: 'data/prose'}
 
 
-def _budget(name: str, text: str, steps: int, batch: int = 8, **others: object) -> Scale:
+def _budget(name: str, text: str, steps: int, batch: int = 8, fresh_seeds: tuple[int, ...] = ()) -> Scale:
     """Steps of so many rows of 128."""
     tokens = steps * batch * 128
     return Scale(
@@ -44,12 +44,12 @@ def _budget(name: str, text: str, steps: int, batch: int = 8, **others: object) 
         workers=2,
         device='cpu',
         yaml='yamls/evidence/llama.yaml',
+        fresh_seeds=fresh_seeds,
+        data=DATA[text],
         tokens_per_parameter=tokens / PARAMETERS,
-        **others,  # pyright: ignore[reportArgumentType]
     )
 
 
-CODE, PROSE = 'Python source', 'prose'
 LARGEST = _budget('tokens-28', CODE, 10_000, fresh_seeds=FRESH_SEEDS)
 BUDGETS = (
     _budget('tokens-1', CODE, 350),
@@ -58,8 +58,8 @@ BUDGETS = (
     LARGEST,
 )
 PROSE_BUDGETS = (
-    _budget('prose-5', PROSE, 1_800, data='data/prose'),
-    _budget('prose-28', PROSE, 10_000, data='data/prose'),
+    _budget('prose-5', PROSE, 1_800),
+    _budget('prose-28', PROSE, 10_000),
 )
 
 

@@ -1,16 +1,30 @@
 """The evidence over budgets as a page and a picture."""
 
+import csv
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .budgets import GRID_BAGS, GRID_SHARES, LARGEST, RECIPES, SEEDS, of_budget
+from .budgets import (
+    CODE,
+    DATA,
+    GRID_BAGS,
+    GRID_SHARES,
+    LARGEST,
+    PARAMETERS,
+    PROSE,
+    PUBLISHED_BATCH,
+    RECIPES,
+    SEEDS,
+    of_budget,
+)
 from .page import BOLD, FRESH, TERMS, about
 from .pictures import QUIET, finish
 from .report import Runs, grid, spread, sure, table, tokens_per_parameter, verdict
-from .settings import BASELINE, PUBLISHED, RECOMMENDED, S4, Experiment, Setting
+from .settings import BASELINE, PUBLISHED, RECOMMENDED, S4, S4_BATCH, Experiment, Setting
 
 # Tokens per parameter and gain of the published pairs (paper, tables of its sections 4 and 5).
 PUBLISHED_POINTS = (
@@ -21,7 +35,15 @@ PUBLISHED_POINTS = (
     ('10B-A1B', 105, 0.016),
 )
 COLORS = {S4: '#0072b2', PUBLISHED: '#d55e00', RECOMMENDED: '#009e73'}
-DATA = """The Python source is that of every package that `make install` brings and of the standard library, each
+# What of a setting `composer-tst plan` compares: bag sizes, where they end, expand.
+MEASURED = {
+    S4: ('4', '0.3', 'sequence'),
+    PUBLISHED: ('6', '0.3', 'sequence'),
+    S4_BATCH: ('4', '0.3', 'batch'),
+    PUBLISHED_BATCH: ('6', '0.3', 'batch'),
+    RECOMMENDED: ('8 4 2', '0.1 0.2 0.3', 'batch'),
+}
+ABOUT_DATA = """The Python source is that of every package that `make install` brings and of the standard library, each
 file once (`make data/tokens/stats.json`; versions in [evidence_versions.txt](evidence_versions.txt)). The prose is
 dictionaries and manuals that Debian 12 packages:
 
@@ -40,7 +62,7 @@ RATES = 'Is the learning rate that is best for the baseline near the best for su
 def write(output: Path, scales: Sequence[Runs]) -> None:
     """Write the page, and its picture beside it."""
     draw_gain(scales, output.with_name(f'{output.stem}_budgets.png'))
-    parts = ['# Evidence', '\n'.join(f'- {about(runs)}' for runs in scales), DATA, TERMS]
+    parts = ['# Evidence', '\n'.join(f'- {about(runs)}' for runs in scales), ABOUT_DATA, TERMS]
     parts += ['## The gain over the budget', gain_table(scales), BOLD]
     parts += [f'![Gain over tokens per parameter]({output.stem}_budgets.png)', OTHER_MODELS]
     missing: list[str] = []
@@ -84,6 +106,22 @@ def gain_table(scales: Sequence[Runs]) -> str:
             cells.append(f'**{text}**' if setting != BASELINE and sure(differences) else f'{text}{fewer}')
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
+
+
+def write_measured(output: Path, scales: Sequence[Runs]) -> None:
+    """The gains again, for `composer-tst plan`: a line a setting and budget at which every seed was run."""
+    with output.open('w', newline='') as file:
+        lines = csv.writer(file, lineterminator='\n')
+        names = ['text', 'parameters', 'tokens_per_parameter', 'steps', 'bag_sizes', 'ends', 'expand']
+        lines.writerow([*names, 'seeds', 'change', 'deviation'])
+        for runs in scales:
+            text = PROSE if runs.scale.data == DATA[PROSE] else CODE
+            for setting, (bags, ends, expand) in MEASURED.items():
+                changes = runs.differences(setting, BASELINE, SEEDS)
+                if len(changes) == len(SEEDS) and all(map(math.isfinite, changes)):
+                    budget = [text, PARAMETERS, f'{runs.scale.tokens_per_parameter:.2f}', runs.scale.steps]
+                    change = [len(changes), f'{statistics.fmean(changes):.4f}', f'{statistics.stdev(changes):.4f}']
+                    lines.writerow([*budget, bags, ends, expand, *change])
 
 
 def _experiment(runs: Runs, experiment: Experiment) -> list[str]:

@@ -1,0 +1,70 @@
+"""What runs of a small Llama gained, at several budgets: `make evidence`, docs/evidence.md."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+from .config import Run
+
+# Shares of steps are rounded to whole steps: nearer than this they are the same.
+SAME_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A change of the final loss in nats against the baselines of the same seeds, and what was trained."""
+
+    change: float
+    deviation: float
+    seeds: int
+    text: str
+    parameters: int
+    tokens_per_parameter: float
+    steps: int
+
+
+def read_measured() -> list[tuple[list[int], list[float], str, Measured]]:
+    """Bag sizes, shares of the steps at which they end, `expand`, and what was measured; by setting and budget."""
+    with (resources.files('composer_tst') / 'published' / 'small_llama.csv').open() as file:
+        return [
+            (
+                [int(bag) for bag in line['bag_sizes'].split()],
+                [float(end) for end in line['ends'].split()],
+                line['expand'],
+                Measured(
+                    *(float(line['change']), float(line['deviation']), int(line['seeds']), line['text']),
+                    *(int(line['parameters']), float(line['tokens_per_parameter']), int(line['steps'])),
+                ),
+            )
+            for line in csv.DictReader(file)
+        ]
+
+
+def nearest(run: Run, shares: Sequence[float], tokens_per_parameter: float, steps: int) -> Measured | None:
+    """What the same bags gained at the nearest budget; None if they were not run.
+
+    Args:
+        run: The run.
+        shares: The share of its steps after which each phase has ended.
+        tokens_per_parameter: Of the plain run of equal cost.
+        steps: Of the run.
+    """
+    if run.superpose != 'both' or run.weighting != 'uniform':
+        return None
+    bags = [phase.bag_size for phase in run.phases]
+    same = [
+        found
+        for bag_sizes, ends, expand, found in read_measured()
+        if bag_sizes == bags
+        and expand == run.expand
+        and all(abs(a - b) < SAME_SHARE for a, b in zip(ends, shares, strict=True))
+    ]
+
+    def distance(each: Measured) -> float:
+        return math.hypot(math.log(each.tokens_per_parameter / tokens_per_parameter), math.log(each.steps / steps))
+
+    return min(same, key=distance, default=None)
