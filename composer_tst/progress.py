@@ -37,6 +37,8 @@ def progress(total: int, unit: str, name: str, position: int = 0, every: float =
         settings: Of tqdm, such as ``unit_scale`` and ``initial``.
     """
     common: dict[str, Any] = {'total': total, 'unit': f' {unit}', 'desc': name, **settings}
+    if sys.stderr is None:  # closed
+        return tqdm(disable=True)
     if sys.stderr.isatty():
         return tqdm(position=position, dynamic_ncols=True, **common)
     lines: Any = _Lines(sys.stderr)

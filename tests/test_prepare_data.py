@@ -254,7 +254,7 @@ def _convert_on_a_full_disk(job: convert.Job, part: parts.Part, answer) -> None:
 
 
 def test_a_disk_that_fills_up_gets_one_sentence(corpus: Path, bpe: tokenizer.TextTokenizer, tmp_path: Path):
-    job = convert.Job(bpe, SETTINGS, shards.ShardOptions(None, []), Output(str(tmp_path / 'out')))
+    job = convert.Job(bpe, SETTINGS, shards.ShardOptions(None, []), Output(str(tmp_path / 'out'), ''))
     (part,) = parts.plan_parts(sources_of(corpus))
     context = multiprocessing.get_context('fork')
     receiver, sender = context.Pipe()

@@ -84,12 +84,12 @@ def test_modes_follow_the_umask(common: list[object], tmp_path: Path):
 
 
 def test_a_kill_leaves_nothing_in_the_temporary_folder(
-    common: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    common: list[object], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ):
-    (tmp_path / 'temporary').mkdir()
-    monkeypatch.setenv('TMPDIR', str(tmp_path / 'temporary'))
+    temporary = tmp_path_factory.mktemp('t')  # of a short name: what a socket's may come to is limited
+    monkeypatch.setenv('TMPDIR', str(temporary))
     prepare_until_killed(*common, '--output', tmp_path / 'out')
-    assert not [path for path in (tmp_path / 'temporary').rglob('*') if path.is_file()]
+    assert not [path for path in temporary.rglob('*') if path.is_file()]
 
 
 def test_two_commands_at_once_make_one_data_set(common: list[object], tmp_path: Path, tokenizer_dir: str):

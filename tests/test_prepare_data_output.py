@@ -1,6 +1,10 @@
 """Where tools/prepare_data.py writes: nothing of anyone's is touched, nothing is lost, on disk as on S3."""
 
+import json
 import os
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -8,8 +12,8 @@ from typing import Any
 import pytest
 
 # First, since it makes the tools importable.
-from preparing import L, TEXTS, Bucket, Folder, prepare_until_killed, refuse, succeed, write_jsonl  # isort: skip
-from composer_tst.data_prep import parts, tokenizer
+from preparing import TOOL, L, TEXTS, Bucket, Folder, prepare_until_killed, refuse, succeed, write_jsonl  # isort: skip
+from composer_tst.data_prep import disk, parts, tokenizer
 from composer_tst.data_prep.lock import locked
 
 pytest_plugins = ['preparing_fixtures']
@@ -226,3 +230,100 @@ def test_a_run_whose_lock_was_taken_over_makes_no_index(common: list[object], tm
         patch.setattr(pipeline, 'convert', stolen)
         assert 'another run took over' in refuse(*common, '--output', f'{place.root}/out')
     assert not any('index.json' in name for name in place.files())
+
+
+def test_records_of_another_beginning_are_none(place: Folder | Bucket, common: list[object]):
+    """As when what the output was begun with is damaged, and it is begun again with other inputs."""
+    lines = Path(str(common[0]))
+    whole = lines.read_bytes()
+    lines.write_bytes(b'{"text": "short"}\n')
+    assert 'too small' in refuse(*common, '--output', f'{place.root}/out')
+    place.put('out/.records/begun.json', b'')
+    lines.write_bytes(whole)
+    succeed(*common, '--output', f'{place.root}/out', '--verify')
+    stats = json.loads(place.files()['out/stats.json'])
+    assert stats['splits']['train']['documents'] == len(TEXTS)
+
+
+def test_records_that_were_exchanged_are_none(place: Folder | Bucket, common: list[object]):
+    succeed(*common, '--output', f'{place.root}/out')
+    files = place.files('out/.records')
+    place.put('out/.records/part.000000.json', files['part.000001.json'])
+    place.put('out/.records/part.000001.json', files['part.000000.json'])
+    succeed(*common, '--output', f'{place.root}/out', '--verify')
+    assert place.files('out/.records') == files
+
+
+def test_hidden_files_of_others_in_an_output_stay(common: list[object], tmp_path: Path):
+    mine = tmp_path / 'mine.txt'
+    mine.write_text('precious')
+    for name in (
+        'out/.records/lock',
+        'out/.stats.json.new',
+        'out/train/.index.json.new',
+        'out/.records/.begun.json.new',
+    ):
+        for make in (lambda path: path.symlink_to(mine), lambda path: path.write_text('precious')):
+            path = tmp_path / name
+            path.parent.mkdir(parents=True)
+            make(path)
+            if name == 'out/.records/.begun.json.new' and not path.is_symlink():
+                continue  # what a killed run of ours leaves
+            refuse(*common, '--output', tmp_path / 'out')
+            assert path.read_text() == mine.read_text() == 'precious'
+            shutil.rmtree(tmp_path / 'out')
+
+
+def test_an_object_that_marks_the_folder_is_no_reason_to_refuse(place: Folder | Bucket, common: list[object]):
+    if isinstance(place, Bucket):
+        place.put('out/', b'')
+    else:
+        Path(place.root, 'out').mkdir(parents=True)
+    succeed(*common, '--output', f'{place.root}/out/')
+
+
+def test_a_file_that_goes_while_a_folder_is_listed_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in 'abc':
+        (tmp_path / name).write_text('x')
+    listed = os.scandir
+
+    def going(folder: str) -> list[os.DirEntry]:
+        entries = list(listed(folder))
+        (tmp_path / 'b').unlink()
+        return entries
+
+    monkeypatch.setattr(os, 'scandir', going)
+    assert disk.Disk().sizes(str(tmp_path)) == {'a': 1, 'c': 1}
+
+
+def test_a_screen_that_cannot_be_written_to_is_no_fault_of_the_program(common: list[object], tmp_path: Path):
+    command = [sys.executable, TOOL, *map(str, common), '--output', str(tmp_path / 'out')]
+    with open('/dev/full', 'w') as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith('error: cannot write to the screen what was done, which is whole')
+    assert (tmp_path / 'out' / 'train' / 'index.json').exists()
+    # Without any stderr, as of a service.
+    result = subprocess.run(['bash', '-c', '"$@" 2>&-', '_', *command[:-1], str(tmp_path / 'again')])
+    assert result.returncode == 0
+    assert (tmp_path / 'again' / 'train' / 'index.json').exists()
+
+
+@pytest.mark.parametrize(
+    ('name', 'value', 'said'),
+    [
+        ('TMPDIR', 'x' * 100, 'cannot start worker processes, with TMPDIR '),
+        ('S3_ENDPOINT_URL', 'localhost:9000', 'cannot use S3 with S3_ENDPOINT_URL=localhost:9000'),
+        ('AWS_MAX_ATTEMPTS', 'x', 'the settings of AWS'),
+    ],
+)
+def test_an_odd_environment_gets_one_sentence(name: str, value: str, said: str, common: list[object], tmp_path: Path):
+    if name == 'TMPDIR':
+        value = str(tmp_path / value)
+        os.mkdir(value)
+    output = str(tmp_path / 'out') if name == 'TMPDIR' else 's3://bucket/out'
+    command = [sys.executable, TOOL, *map(str, common), '--output', output]
+    result = subprocess.run(command, env=os.environ | {name: value}, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert 'Traceback' not in result.stderr
+    assert said in result.stderr.splitlines()[-1]

@@ -11,7 +11,9 @@ import json
 import lzma
 import os
 import shutil
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -357,3 +359,98 @@ def test_a_disk_that_fails_is_never_bad_data(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(disk.io, 'FileIO', Failing)
     with pytest.raises(PrepareError, match=f'cannot read {path}: timed out'):
         list(documents.read_documents(documents.Piece(listed), 'text'))
+
+
+def read(path: Path) -> tuple[list[str], list[str]]:
+    """The documents of a file, and what is bad of it."""
+    found = list(documents.read_documents(documents.Piece(source(path)), 'text'))
+    good = [''.join(document.chunks) for document in found if isinstance(document, documents.Document)]
+    return good, [document.why for document in found if isinstance(document, documents.BadDocument)]
+
+
+MEMBERS = [b''.join(b'{"text": "%d in %d"}\n' % (line, member) for line in range(50)) for member in range(3)]
+TEXTS_OF_MEMBERS = [f'{line} in {member}' for member in range(3) for line in range(50)]
+
+
+@pytest.mark.parametrize(
+    ('suffix', 'compress'),
+    [('.gz', gzip.compress), ('.bz2', bz2.compress), ('.xz', lzma.compress), ('.zst', zstandard.compress)],
+)
+@pytest.mark.parametrize('block', [7, 1 << 20])
+def test_every_member_is_read_and_damage_in_any_is_seen(
+    suffix: str, compress: Callable[[bytes], bytes], block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if suffix in ('.bz2', '.xz'):
+        monkeypatch.setattr(reading, 'BLOCK_BYTES', block)
+    packed = [compress(data) for data in MEMBERS]
+    path = tmp_path / f'a.jsonl{suffix}'
+    path.write_bytes(b''.join(packed))
+    assert read(path) == (TEXTS_OF_MEMBERS, [])
+    for at in (0, 3, len(packed[1]) // 2):
+        damaged = bytearray(packed[1])
+        damaged[at] ^= 0x10
+        path.write_bytes(packed[0] + bytes(damaged) + packed[2])
+        assert read(path)[1], f'byte {at} of the second member'
+    path.write_bytes(packed[0] + packed[1][:-3])
+    assert read(path)[1]
+
+
+def test_zeros_after_an_xz_member_are_padding(tmp_path: Path):
+    path = tmp_path / 'a.jsonl.xz'
+    path.write_bytes(lzma.compress(MEMBERS[0]) + bytes(8) + lzma.compress(MEMBERS[1]) + bytes(4))
+    assert read(path) == (TEXTS_OF_MEMBERS[:100], [])
+
+
+def test_no_row_of_parquet_is_lost_to_a_damaged_footer(tmp_path: Path):
+    texts = [f'text number {number}' for number in range(40)]
+    path = tmp_path / 'a.parquet'
+    data = parquet_bytes(texts, row_group_size=10, compression='none', write_page_checksum=True)
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], 'little')
+    seen = 0
+    for at in range(footer, len(data) - 8, 5):
+        damaged = bytearray(data)
+        damaged[at] ^= 4
+        path.write_bytes(bytes(damaged))
+        good, bad = read(path)
+        assert bad or good == texts, f'byte {at - footer} of the footer'
+        seen += bool(bad)
+    assert seen > 10
+
+
+def test_a_column_of_dates_is_not_text(tmp_path: Path):
+    path = tmp_path / 'a.parquet'
+    pq.write_table(pa.table({'text': pa.array([2**62, 0], pa.timestamp('s'))}), path)
+    assert read(path) == ([], ['"text" is not a string'] * 2)
+
+
+def test_a_temporary_folder_that_fails_is_never_bad_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / 'a.parquet.gz'
+    path.write_bytes(gzip.compress(parquet_bytes(['text'])))
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'gone'))
+    with pytest.raises(PrepareError, match='cannot write the temporary folder .*gone: it is not there'):
+        read(path)
+
+
+@pytest.mark.parametrize('pattern', ['lang/*/val/*', 'up', '**/*.gz', 'lang/**'])
+def test_an_output_that_the_next_run_would_read_is_refused(
+    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / 'lang' / 'de' / 'val').mkdir(parents=True)
+    (tmp_path / 'lang' / 'de' / 'val' / 'a.txt').write_text('text')
+    (tmp_path / 'lang' / 'a.txt.gz').write_bytes(gzip.compress(b'text'))
+    (tmp_path / 'up').mkdir()
+    (tmp_path / 'up' / 'link').symlink_to('..')
+    monkeypatch.chdir(tmp_path)
+    arguments = ['--output', 'lang/out', '--seq-len', 4, '--train-tokenizer', 300, '--split', 'train=0.5,val=0.5']
+    sentence = refuse(pattern, *arguments, '--compression', 'gz')
+    assert 'the output ' in sentence
+    assert 'which would be read with it' in sentence
+    assert not (tmp_path / 'lang' / 'out').exists()
+
+
+@pytest.mark.parametrize('output', [' s3://bucket/x', ' file:/x', 's3://bucket/caf\udce9'])
+def test_an_odd_address_is_refused(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / 'a.txt').write_text('text')
+    monkeypatch.chdir(tmp_path)
+    refuse('a.txt', '--output', output, '--seq-len', 4, '--train-tokenizer', 300)
+    assert os.listdir(tmp_path) == ['a.txt']

@@ -306,7 +306,7 @@ def test_a_record_that_is_written_anew_or_deleted_while_it_is_read(
 
 
 def test_many_records_are_read_at_once_without_a_warning(client: Any, caplog: pytest.LogCaptureFixture):
-    out = output.Output(f's3://{BUCKET}/many')
+    out = output.Output(f's3://{BUCKET}/many', '')
     for number in range(50):
         out.record(output.part_name(number), {'count': {}, 'files': {}, 'shards': {}})
     assert len(out.part_records(50, ['train'])) == 50

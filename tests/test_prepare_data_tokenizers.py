@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 # First, since it makes the tools importable.
@@ -189,3 +189,46 @@ def test_fewer_tokens_than_asked_are_said(tmp_path: Path):
     path = write_jsonl(tmp_path / 'a.jsonl', ['the end of it all'] * 3)
     result = succeed(path, '--output', tmp_path / 'out', '--seq-len', 2, '--train-tokenizer', 5000)
     assert 'tokens to learn of the 5,000 asked for' in result.stderr
+
+
+def byte_level(tmp_path: Path, **settings: Any) -> str:
+    """Byte-level BPE without merges."""
+    made: Any = models
+    steps: Any = pre_tokenizers
+    vocabulary = {word: at for at, word in enumerate([EOS, *sorted(steps.ByteLevel.alphabet())])}
+    settings = {'pre_tokenizer': steps.ByteLevel(add_prefix_space=False)} | settings
+    return folder_of(tmp_path / 'tokenizer', made.BPE(vocabulary, []), unk_token=None, **settings)
+
+
+def test_a_special_token_that_is_a_byte_is_refused(tmp_path: Path):
+    path = write_jsonl(tmp_path / 'a.jsonl', ['the end!'])
+    arguments = [path, '--output', tmp_path / 'out', '--seq-len', 2, '--split', 'train=1']
+    sentence = refuse(*arguments, '--tokenizer', byte_level(tmp_path, pad_token='!'))
+    assert 'its vocabulary lacks 1 of the 256 bytes' in sentence
+
+
+def test_what_is_removed_before_bytes_are_made_is_counted(tmp_path: Path):
+    steps: Any = pre_tokenizers
+    removing = steps.Sequence([steps.Split(Regex('[0-9]'), 'removed'), steps.ByteLevel(add_prefix_space=False)])
+    path = write_jsonl(tmp_path / 'a.jsonl', ['1984 and 42', 'no digit'])
+    arguments = [path, '--output', tmp_path / 'out', '--seq-len', 2, '--split', 'train=1']
+    result = succeed(*arguments, '--tokenizer', byte_level(tmp_path, pre_tokenizer=removing))
+    assert 'warning: 6 characters of split train' in result.stderr
+
+
+def test_what_a_fallback_to_some_bytes_drops_is_counted(tmp_path: Path):
+    made: Any = models
+    letters = [EOS, *'aehnotd ', *(f'<0x{byte:02X}>' for byte in '𒀀𓀀𐤀ꙮ'.encode())]
+    vocabulary = {word: at for at, word in enumerate(dict.fromkeys(letters))}
+    folder = folder_of(tmp_path / 'tokenizer', made.BPE(vocabulary, [], byte_fallback=True), unk_token=None)
+    path = write_jsonl(tmp_path / 'a.jsonl', ['the 東京 end', '𒀀 the one'])
+    result = succeed(path, '--output', tmp_path / 'out', '--seq-len', 2, '--tokenizer', folder, '--split', 'train=1')
+    assert 'warning: 2 characters of split train' in result.stderr
+
+
+@pytest.mark.parametrize('size', [10, 10**12, 10**20])
+def test_a_vocabulary_of_no_sensible_size_is_refused_before_anything_is_written(size: int, tmp_path: Path):
+    path = write_jsonl(tmp_path / 'a.jsonl', ['the end'])
+    sentence = refuse(path, '--output', tmp_path / 'out', '--seq-len', 2, '--train-tokenizer', size)
+    assert sentence.startswith(f'--train-tokenizer {size}: ')
+    assert not (tmp_path / 'out').exists()

@@ -51,10 +51,12 @@ def parse_address(text: str) -> Address:
     folder = text.endswith('/')
     if text.startswith('s3://'):
         bucket, _, key = text[5:].partition('/')
+        if not text.isascii() and text != text.encode(errors='replace').decode():
+            raise PrepareError(f'{text}: names on S3 are UTF-8, and this is none')
         if not bucket or MAGIC.search(bucket):
             raise PrepareError(f'{text} names no bucket: write s3://BUCKET/NAME')
         return Address(f's3://{bucket}/{key[:-1] if folder and key else key}', folder or not key)
-    if SCHEME.match(text):
+    if SCHEME.match(text.strip()):
         raise PrepareError(f'{text}: only paths on this machine, without file:, and s3:// addresses are known here')
     return Address(os.path.abspath(text), folder)
 
@@ -92,9 +94,9 @@ class Pattern:
         """Whether a file with this state is one of those meant."""
         return len(self.parts) in state
 
-    def matches(self, path: str) -> bool:
-        """Whether a whole path below the folder is one of those meant."""
-        state = self.start()
+    def matches(self, path: str, state: frozenset[int] | None = None) -> bool:
+        """Whether a whole path below the folder, or below one of that state, is one of those meant."""
+        state = self.start() if state is None else state
         for name in path.split('/'):
             state = self.step(state, name)
         return self.accepts(state)

@@ -1,5 +1,6 @@
 """Files on a disk."""
 
+import contextlib
 import io
 import os
 from collections.abc import Iterator
@@ -29,9 +30,14 @@ class Disk:
         """The sizes of what is in a folder, by name."""
         with explained('read', folder):
             try:
-                return {entry.name: entry.stat(follow_symlinks=False).st_size for entry in os.scandir(folder)}
+                entries = list(os.scandir(folder))
             except FileNotFoundError:
                 return {}
+            sizes = {}
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                    sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
+            return sizes
 
     def create(self, path: str, data: bytes) -> None:
         """Write a file in place.
@@ -65,15 +71,19 @@ class Disk:
         if found not in (None, data):
             raise PrepareError(NOT_OURS.format(path))
         if found is None:
-            self.replace(path, data)
+            with explained('write', path):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                self.create(new := _new_name(path), data)
+                os.replace(new, path)
+                _sync_folder(path)
 
     def replace(self, path: str, data: bytes) -> None:
         """Write a record, whole or not at all, in the place of an older or a damaged one."""
         with explained('write', path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            # A name of its own for each file, so that a run that is killed leaves one at most, and the next uses it.
-            new = os.path.join(os.path.dirname(path), f'.{os.path.basename(path)}.new')
-            with open(new, 'wb') as file:
+            new = _new_name(path)
+            descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+            with open(descriptor, 'wb') as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -83,6 +93,11 @@ class Disk:
     def open(self, path: str, size: int, stamp: str) -> 'DiskInput':
         """Open an input that was listed with this size and stamp."""
         return DiskInput(path, size, stamp)
+
+
+def _new_name(path: str) -> str:
+    """What a file is called until it is whole: a run that is killed leaves one at most, and the next uses it."""
+    return os.path.join(os.path.dirname(path), f'.{os.path.basename(path)}.new')
 
 
 def _sync_folder(path: str) -> None:

@@ -2,14 +2,15 @@
 
 import codecs
 import json
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from .errors import explained
 from .reading import BLOCK_BYTES, DamagedError, Meter, blocks, opened, refusing
 from .sources import Source
 from .split import content_hash
@@ -182,11 +183,8 @@ def open_parquet(stream: Any) -> pq.ParquetFile:
 
 def _parquet_documents(piece: Piece, text_key: str, meter: Meter) -> Iterator[Document | BadDocument]:
     source = piece.source
-    with opened(source) as stream, tempfile.TemporaryFile() as unpacked:
-        if source.compression:
-            # Parquet is read from its end, so a file compressed as a whole is unpacked to disk first.
-            shutil.copyfileobj(stream, unpacked, BLOCK_BYTES)
-            stream = unpacked
+    # Parquet is read from its end, so a file compressed as a whole is unpacked to disk first.
+    with opened(source) as raw, _unpacked(raw) if source.compression else nullcontext(raw) as stream:
         with refusing('parquet'):
             file = open_parquet(stream)
         columns = file.schema_arrow.names.count(text_key)
@@ -194,12 +192,16 @@ def _parquet_documents(piece: Piece, text_key: str, meter: Meter) -> Iterator[Do
             yield BadDocument(source.path, f'{"several columns" if columns else "no column"} "{text_key}"')
             return
         groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        if min(groups, default=0) < 0 or sum(groups) != file.metadata.num_rows:
+            yield BadDocument(source.path, 'damaged parquet data (its row groups have not as many rows as the file)')
+            return
         last = len(groups) if piece.end is None else piece.end
         first, rows = sum(groups[: piece.start]), sum(groups[piece.start : last])
         for group in range(piece.start, last):
             number, end = sum(groups[:group]), sum(groups[: group + 1])
             try:
                 with refusing('parquet'):
+                    _check_rows(file, group, text_key)
                     for cell in _cells(file, group, text_key):
                         number += 1
                         meter.share = (number - first) / rows
@@ -207,12 +209,38 @@ def _parquet_documents(piece: Piece, text_key: str, meter: Meter) -> Iterator[Do
                             document = _from_field(cell.as_py(), text_key)
                         except UnicodeDecodeError:
                             document = 'invalid UTF-8'
+                        except (ValueError, OverflowError):  # as of a date that Python does not have
+                            document = f'"{text_key}" is not a string'
                         if isinstance(document, str):
                             document = BadDocument(f'{source.path}, row {number}', document)
                         yield document
+                if number != end:
+                    raise DamagedError('damaged parquet data (there are fewer rows than it says)')
             except DamagedError as error:
                 # The other row groups are none the worse for it.
                 yield BadDocument(f'{source.path}, rows {number + 1} to {end}', str(error))
+
+
+@contextmanager
+def _unpacked(stream: Any) -> Iterator[Any]:
+    """A temporary file of the bytes of a stream. Its failures are not those of the data."""
+    with explained('write', f'the temporary folder {tempfile.gettempdir()}'):
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+    with file:
+        while block := stream.read(BLOCK_BYTES):
+            with explained('write', f'the temporary folder {tempfile.gettempdir()}'):
+                file.write(block)
+                file.flush()
+        yield file
+
+
+def _check_rows(file: pq.ParquetFile, group: int, text_key: str) -> None:
+    """Refuse a row group of which the column has another number of values than it has rows."""
+    found = file.metadata.row_group(group)
+    for at in range(found.num_columns):
+        column = found.column(at)
+        if column.path_in_schema == text_key and column.num_values != found.num_rows:
+            raise DamagedError(f'damaged parquet data ({column.num_values} values in {found.num_rows} rows)')
 
 
 def _cells(file: pq.ParquetFile, group: int, text_key: str) -> Iterator[Any]:

@@ -21,6 +21,7 @@ from multiprocessing.reduction import DupFd
 from typing import Any
 
 from .errors import FAILURES, PrepareError, explained, shown
+from .inputs import NOT_OURS
 from .output import RECORDS
 from .s3 import S3
 
@@ -29,6 +30,8 @@ BEAT = 5.0
 DEAD_AFTER = 20.0
 # Workers of a run that was killed need a moment to see it.
 GRACE = 3.0
+# How the text of a lock begins.
+OWNER = 'process '
 
 
 @contextlib.contextmanager
@@ -56,7 +59,11 @@ class DiskLock:
         folder = os.path.join(path, RECORDS)
         with explained('write', path):
             os.makedirs(folder, exist_ok=True)
-            self.descriptor = os.open(os.path.join(folder, 'lock'), os.O_RDWR | os.O_CREAT, 0o666)
+            self.descriptor = os.open(os.path.join(folder, 'lock'), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            found = os.pread(self.descriptor, len(OWNER), 0)
+        if not OWNER.encode().startswith(found):
+            os.close(self.descriptor)
+            raise PrepareError(NOT_OURS.format(os.path.join(folder, 'lock')))
         deadline = time.monotonic() + GRACE
         while True:
             try:
@@ -75,7 +82,7 @@ class DiskLock:
                     raise _refusal(path, owner) from error
             time.sleep(0.05)
         os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, f'process {os.getpid()} on {socket.gethostname()}'.encode(), 0)
+        os.pwrite(self.descriptor, f'{OWNER}{os.getpid()} on {socket.gethostname()}'.encode(), 0)
 
     def __getstate__(self) -> Any:
         # Only workers that are being started here can share it; those of Spark do without.
@@ -99,7 +106,7 @@ class S3Lock:
     def __init__(self, path: str):
         self.path, self.store = path, S3()
         self.address = f'{path.rstrip("/")}/{RECORDS}/lock'
-        self.owner = f'process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}'
+        self.owner = f'{OWNER}{os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}'
         self.lost = False
         self.stamp = self._take()
         self.ended = threading.Event()

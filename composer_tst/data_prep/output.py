@@ -26,9 +26,15 @@ LOST_AND_FOUND = 'lost+found'
 
 @dataclass(frozen=True)
 class Output:
-    """An output, finished or under way."""
+    """An output, finished or under way.
+
+    Args:
+        path: its address.
+        fingerprint: a digest of what decides the rows: records of another are none.
+    """
 
     path: str
+    fingerprint: str
 
     @property
     def store(self) -> Disk | S3:
@@ -49,7 +55,7 @@ class Output:
 
     def record(self, name: str, record: Any) -> None:
         """Write a record."""
-        data = json.dumps({'sha256': _seal(record), 'record': record}).encode()
+        data = json.dumps({'sha256': self._seal(name, record), 'record': record}).encode()
         self.store.replace(self.at(RECORDS, name), data)
 
     def recorded(self, name: str) -> Any:
@@ -57,9 +63,14 @@ class Output:
         data = self.store.read(self.at(RECORDS, name))
         try:
             sealed = json.loads(data or b'')
-            return sealed['record'] if sealed['sha256'] == _seal(sealed['record']) else None
+            return sealed['record'] if sealed['sha256'] == self._seal(name, sealed['record']) else None
         except (ValueError, KeyError, TypeError):
             return None
+
+    def _seal(self, name: str, record: Any) -> str:
+        # What an output was begun with is compared word for word.
+        of = [] if name == BEGUN else [self.fingerprint, name]
+        return hashlib.sha256(json.dumps([*of, record], sort_keys=True).encode()).hexdigest()
 
     def part_records(self, parts: int, splits: Iterable[str]) -> dict[int, dict]:
         """The records of finished parts all of whose shards are there, by the number of the part."""
@@ -84,10 +95,6 @@ class Output:
 def part_name(number: int) -> str:
     """The name of the record of a part."""
     return f'part.{number:06}.json'
-
-
-def _seal(record: Any) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def check_output(output: Output, fingerprint: dict[str, Any]) -> bool:

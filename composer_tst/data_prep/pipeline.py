@@ -61,7 +61,7 @@ def prepare(
     _check_place(address)
     run = _engine(engine)
     preload()
-    sources = list_sources(inputs, address)
+    sources = list_sources(inputs, address, _own_files(settings, shard_options))
     loaded = None if tokenizer_name is None else in_worker(load_tokenizer, tokenizer_name)
     parts = plan_parts(sources)
     fingerprint = {
@@ -76,7 +76,7 @@ def prepare(
         'listing of INPUT (names, sizes and times)': _digest([(s.path, s.size, s.stamp) for s in sources]),
         'plan of parts': _digest([[(p.source.path, p.start, p.end) for p in part] for part in parts]),
     }
-    output = Output(address.path)
+    output = Output(address.path, _digest(fingerprint))
     # Before anything is written there, be it a lock; and again under the lock.
     check_output(output, fingerprint)
     with locked(output.path) as lock:
@@ -93,7 +93,19 @@ def prepare(
         stats = summarize(shards, count, settings, tokenizer)
         lock.check()
         _publish(output, shards, count, stats)
-    _report(stats, count)
+    with explained('write', 'to the screen what was done, which is whole'):
+        _report(stats, count)
+        sys.stdout.flush()
+
+
+def _own_files(settings: Settings, shard_options: ShardOptions) -> list[str]:
+    """Files that the output will have, a name of each kind."""
+    shard = f'shard.00000.00000.mds{shard_options.extension}'
+    return [
+        'stats.json',
+        'bad_documents.txt',
+        *(f'{name}/{file}' for name, _ in settings.splits for file in ('index.json', shard)),
+    ]
 
 
 def _check_place(address: Address) -> None:

@@ -18,11 +18,49 @@ from .stores import store_of
 
 BLOCK_BYTES = 1 << 20
 
+
+class _Members(io.RawIOBase):
+    """The bytes of bzip2 or xz members, one after another.
+
+    Python's own files take a member that is damaged at its start for the end of the data.
+    """
+
+    def __init__(self, stream: Any, decoder: Callable[[], Any], padding: bytes = b''):
+        self.stream, self.new, self.padding = stream, decoder, padding
+        self.decoder: Any = None  # between members there is none
+        self.rest = b''
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read up to the buffer's size; EOFError if a member is cut short."""
+        while True:
+            packed = b''
+            if self.decoder is None or self.decoder.needs_input:
+                packed, self.rest = self.rest or self.stream.read(BLOCK_BYTES), b''
+                if not packed:
+                    if self.decoder is None:
+                        return 0
+                    raise EOFError('a member is cut short')
+            if self.decoder is None:
+                packed = packed.lstrip(self.padding)
+                if not packed:
+                    continue
+                self.decoder = self.new()
+            unpacked = self.decoder.decompress(packed, len(buffer))
+            if self.decoder.eof:
+                self.rest, self.decoder = self.decoder.unused_data, None
+            if unpacked:
+                buffer[: len(unpacked)] = unpacked
+                return len(unpacked)
+
+
 UNPACKERS: dict[str, Callable[[Any], Any]] = {
     'gzip': lambda stream: gzip.GzipFile(fileobj=stream),
     'zstd': lambda stream: io.BufferedReader(pa.input_stream(stream, compression='zstd'), BLOCK_BYTES),  # pyright: ignore
-    'bzip2': bz2.BZ2File,
-    'xz': lzma.LZMAFile,
+    'bzip2': lambda stream: io.BufferedReader(_Members(stream, bz2.BZ2Decompressor), BLOCK_BYTES),
+    'xz': lambda stream: io.BufferedReader(_Members(stream, lzma.LZMADecompressor, b'\0'), BLOCK_BYTES),
 }
 # What decoders raise on data that their format refuses. A failure to read is a PrepareError by then.
 REFUSALS = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, pa.ArrowException)

@@ -63,7 +63,8 @@ class S3:
         """The names of what is in a folder, some more than once."""
         folder = folder.rstrip('/') + '/'
         start = len(_bucket_and_key(folder)[1])
-        return (item['Key'][start:].split('/')[0] for item in self.list(folder))
+        names = (item['Key'][start:].split('/')[0] for item in self.list(folder))
+        return (name for name in names if name)  # an object that marks the folder itself has none
 
     def sizes(self, folder: str) -> dict[str, int]:
         """The sizes of the objects below a prefix, by what follows it."""
@@ -199,11 +200,12 @@ def _client(endpoint: str | None, process: int) -> Any:
     from boto3 import session
     from botocore.config import Config
 
-    made = session.Session().client(
-        's3',
-        endpoint_url=endpoint,
-        config=Config(retries={'mode': 'standard'}, read_timeout=READ_SECONDS, max_pool_connections=2 * THREADS),
-    )
+    settings = {'retries': {'mode': 'standard'}, 'read_timeout': READ_SECONDS, 'max_pool_connections': 2 * THREADS}
+    try:
+        made = session.Session().client('s3', endpoint_url=endpoint, config=Config(**settings))
+    except ValueError as error:  # what boto reads from the environment and its own files
+        where = f'S3_ENDPOINT_URL={endpoint} or ' if endpoint else ''
+        raise PrepareError(f'cannot use S3 with {where}the settings of AWS: {error}') from error
 
     # This version of boto knows no conditions of a put, but S3 does.
     def add_condition(params: dict, context: dict, **rest: Any) -> None:

@@ -84,6 +84,11 @@ class ShardOptions:
             raise ValueError('not the format')
         return rows
 
+    @property
+    def extension(self) -> str:
+        """What follows the name of a shard, with its dot."""
+        return f'.{_streaming("compression").get_compression_extension(self.compression)}' if self.compression else ''
+
     def pack(self, data: bytes, name: str) -> tuple[bytes, dict[str, Any]]:
         """Compress and hash a shard; return its bytes as stored and what the index says of them."""
         packed, entry = data, {'raw_data': self._info(data, name), 'zip_data': None}
@@ -93,8 +98,7 @@ class ShardOptions:
             if packed.startswith(GZIP):
                 # Without the time, which would make other bytes of a part that is converted again.
                 packed = packed[:4] + bytes(4) + packed[8:]
-            extension = known.get_compression_extension(self.compression)
-            entry['zip_data'] = self._info(packed, f'{name}.{extension}')
+            entry['zip_data'] = self._info(packed, f'{name}{self.extension}')
         return packed, {**entry, **self.config()}
 
     def unpack(self, packed: bytes) -> bytes:

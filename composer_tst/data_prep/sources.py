@@ -16,14 +16,6 @@ COMPRESSIONS = {'.gz': 'gzip', '.zst': 'zstd', '.zstd': 'zstd', '.bz2': 'bzip2',
 PACKED = ('.zip', '.tar', '.tgz', '.7z', '.rar', '.lz4', '.br', '.sz', '.snappy', '.lzma', '.lzo', '.z')
 # What Spark and its kind leave beside their files.
 MARKER = re.compile(r'_SUCCESS|_(common_)?metadata|_(started|committed)_\d+')
-# Such files an output has, so none of them may be among what is read.
-OWN_FILES = [
-    'stats.json',
-    'bad_documents.txt',
-    'train/index.json',
-    'train/shard.00000.00000.mds',
-    'train/shard.mds.zstd',
-]
 # The stamp of a link that leads nowhere.
 MISSING = 'missing'
 
@@ -51,8 +43,13 @@ class Source:
         return 'jsonl' if extension in JSONL_EXTENSIONS else 'text'
 
 
-def list_sources(inputs: list[str], output: Address) -> list[Source]:
+def list_sources(inputs: list[str], output: Address, own_files: list[str]) -> list[Source]:
     """Find the files behind files, folders, patterns and S3 prefixes, sorted by path, each once.
+
+    Args:
+        inputs: what the user gave.
+        output: may not lie where it would be read with them.
+        own_files: what it will have.
 
     Where a folder or a pattern is searched, hidden files and folders and the markers of Spark are left out.
 
@@ -62,7 +59,7 @@ def list_sources(inputs: list[str], output: Address) -> list[Source]:
     """
     if not inputs:
         raise PrepareError('no input: name at least one file, folder, pattern or s3:// address')
-    listing = _Listing(output)
+    listing = _Listing(output, own_files)
     for text in inputs:
         before = listing.count
         address = parse_address(text)
@@ -85,8 +82,9 @@ def list_sources(inputs: list[str], output: Address) -> list[Source]:
 
 
 class _Listing:
-    def __init__(self, output: Address):
-        self.output = output
+    def __init__(self, output: Address, own_files: list[str]):
+        self.output, self.own_files = output, own_files
+        self.place = output.path if output.is_s3 else os.path.realpath(output.path)
         self.sources: dict[str, Source] = {}
         self.count = 0
         self.left_out, self.example = 0, ''
@@ -98,15 +96,14 @@ class _Listing:
     def _leave_out(self, path: str) -> None:
         self.left_out, self.example = self.left_out + 1, self.example or path
 
-    def _check_output(self, root: str, pattern: Pattern) -> None:
-        """Refuse an output whose files would be among the inputs of the next run."""
-        output = self.output.path if self.output.is_s3 else os.path.realpath(self.output.path)
-        root = root if self.output.is_s3 else os.path.realpath(root)
-        for name in OWN_FILES:
-            path = f'{output.rstrip("/")}/{name}'
-            if path.startswith(root.rstrip('/') + '/') and pattern.matches(path[len(root.rstrip('/')) + 1 :]):
+    def _check_output(self, folder: str, pattern: Pattern, state: frozenset[int]) -> None:
+        """Refuse an output whose files would be among the inputs of the next run: of what is below a folder."""
+        below = folder.rstrip('/') + '/'
+        for name in self.own_files:
+            path = f'{self.place.rstrip("/")}/{name}'
+            if path.startswith(below) and pattern.matches(path[len(below) :], state):
                 raise PrepareError(
-                    f'the output {self.output.path} lies in the input {root}, which would be read with it: '
+                    f'the output {self.output.path} lies in the input {folder}, which would be read with it: '
                     'name another output'
                 )
 
@@ -123,7 +120,6 @@ class _Listing:
             pattern = Pattern([*parts, '**', '*'] if address.folder else parts)
         else:
             raise FileNotFoundError(address.path)
-        self._check_output(root, pattern)
         # A folder is searched once in each state, so that links in a circle come to an end; those higher up first.
         seen = set()
         folders = [(root, pattern.start())]
@@ -132,6 +128,7 @@ class _Listing:
             if (real, state) in seen:
                 continue
             seen.add((real, state))
+            self._check_output(real, pattern, state)
             # Without a word, what is in a folder that we may not read would be left out.
             with explained('read', folder):
                 entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -182,8 +179,7 @@ class _Listing:
             # Up to the first wildcard: fewer objects to look through.
             below = re.split(r'[*?[]', address.path, maxsplit=1)[0]
         root = root.rstrip('/')
-        self._check_output(root, pattern)
-
+        self._check_output(root, pattern, pattern.start())
         for item in store.list(below):
             path = f'{address.path[: address.path.index("/", 5)]}/{item["Key"]}'
             name = path[len(root) + 1 :]

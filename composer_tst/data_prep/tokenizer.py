@@ -4,7 +4,6 @@ import json
 import re
 import sys
 import uuid
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ END_OF_TEXT = '<|endoftext|>'
 PADDING = '<|padding|>'
 # The 256 bytes and the two tokens above.
 SMALLEST_VOCABULARY = 258
+LARGEST_VOCABULARY = 1_000_000
 # Longer documents are tokenised piece by piece, in characters.
 PIECE_CHARS = 1 << 18
 # What is compared on each side of a cut to know that tokens do not depend on it, in characters.
@@ -26,8 +26,6 @@ PROBE_CHARS = 256
 # Where cuts are looked for, before the end of a piece, in characters; and how many are tried.
 WINDOW_CHARS = 1 << 14
 CUTS_TRIED = 16
-# Letters of scripts that few vocabularies know, to see what becomes of the unknown.
-RARE = ['𒀀', '𓀀', '𐤀', 'ꙮ']
 # Between a word or a line end and what follows it, as pre-tokenizers cut too.
 CUT = re.compile(r'(?<=\S\n)(?=\S)|(?<=\S)(?= \S)')
 
@@ -72,12 +70,27 @@ class TextTokenizer:
         return None if model.get('unk_token') is None else model['vocab'].get(model['unk_token'])
 
     @cached_property
-    def drops(self) -> bool:
-        """Whether it drops, without a token, what its vocabulary does not know."""
-        try:
-            return any(len(ids) == 0 for ids in self.encode(RARE))
-        except PrepareError:
-            return False  # it fails instead
+    def may_drop(self) -> bool:
+        """Whether characters may come to no token. Where every byte is one, and nothing is removed, none can."""
+        return self.missing_bytes != 0 or '"removed"' in self.definition.lower() or self._changes_text
+
+    @cached_property
+    def missing_bytes(self) -> int | None:
+        """How many of the 256 bytes have no token of their own; None for what is no BPE of bytes."""
+        definition = _without_special_names(json.loads(self.definition), self.eos_id)
+        if definition['model']['type'] != 'BPE' or '"ByteLevel"' not in json.dumps(definition['pre_tokenizer']):
+            return None
+        return len(set(pre_tokenizers.ByteLevel.alphabet()) - set(definition['model']['vocab']))
+
+    @property
+    def _changes_text(self) -> bool:
+        normalizer = json.loads(self.definition)['normalizer']
+        return normalizer is not None and normalizer['type'] not in ('NFC', 'NFD', 'NFKC', 'NFKD')
+
+    @cached_property
+    def _of_nothing(self) -> set[int]:
+        """The ids of spaces as SentencePiece's kind puts them before every text."""
+        return {at for token, at in self.backend.get_vocab().items() if not token.strip('▁')}
 
     @cached_property
     def _dropped(self) -> dict[str, bool]:
@@ -109,13 +122,13 @@ class TextTokenizer:
 
     def count_lost(self, text: str) -> int:
         """Count the characters, but for space, that come to no token."""
-        if not self.drops:
+        if not self.may_drop:
             return 0
-        return sum(count for letter, count in Counter(text).items() if self._is_dropped(letter))
+        return sum(text.count(letter) for letter in set(text) if self._is_dropped(letter))
 
     def _is_dropped(self, letter: str) -> bool:
         if letter not in self._dropped:
-            self._dropped[letter] = not letter.isspace() and len(self.encode([letter])[0]) == 0
+            self._dropped[letter] = not letter.isspace() and self._of_nothing.issuperset(self.encode([letter])[0])
         return self._dropped[letter]
 
     def pieces(self, chunks: Iterable[str]) -> Iterator[str]:
@@ -190,10 +203,14 @@ def check_vocabulary(size: int) -> None:
     """Refuse a vocabulary that cannot hold every byte.
 
     Raises:
-        PrepareError: if `size` is below the smallest.
+        PrepareError: if `size` is below the smallest or above the largest.
     """
     if size < SMALLEST_VOCABULARY:
         raise PrepareError(f'--train-tokenizer {size}: a byte-level vocabulary needs at least {SMALLEST_VOCABULARY}')
+    if size > LARGEST_VOCABULARY:
+        raise PrepareError(
+            f'--train-tokenizer {size}: the largest vocabulary that is trained is {LARGEST_VOCABULARY:,}'
+        )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
@@ -262,11 +279,9 @@ def load_tokenizer(name: str) -> TextTokenizer:
         )
     if loaded.unknown_id == loaded.eos_id and model['type'] != 'BPE':
         raise PrepareError(f'--tokenizer {name}: its unknown token is its end-of-text token: use one that has both')
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if '"ByteLevel"' in loaded.definition and model['type'] == 'BPE' and not model.get('unk_token'):
-        missing = len(set(alphabet) - set(model['vocab']))
-        if missing:
-            raise PrepareError(
-                f'--tokenizer {name}: its vocabulary lacks {missing} of the 256 bytes, which it would drop'
-            )
+    if loaded.missing_bytes and not model.get('unk_token'):
+        raise PrepareError(
+            f'--tokenizer {name}: its vocabulary lacks {loaded.missing_bytes} of the 256 bytes, which it would drop '
+            '(special tokens do not count, for no text comes to them)'
+        )
     return loaded

@@ -7,6 +7,7 @@ starts at once, and the parent is never forked.
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -14,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from typing import Any
 
-from .errors import PrepareError
+from .errors import PrepareError, explained
 
 PRELOADED = ['numpy', 'pyarrow.parquet', 'tokenizers', 'tqdm', 'typer', 'botocore.client']
 TICK_SECONDS = 0.2
@@ -32,7 +33,8 @@ def preload() -> None:
     Not transformers, which takes seconds and much memory, and which only one short-lived worker needs.
     """
     _context.set_forkserver_preload(PRELOADED)
-    forkserver.ensure_running()
+    with explained('start', f'worker processes, with TMPDIR {tempfile.gettempdir()}'):
+        forkserver.ensure_running()
 
 
 def parallel(
