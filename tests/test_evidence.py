@@ -13,6 +13,7 @@ from composer.core import Time, Timestamp, TimeUnit
 from conftest import REPO, SEQ_LEN, VOCAB_SIZE
 from experiments import budgets, budgets_page, pictures, report
 from experiments.page import write
+from experiments.report import Runs
 from experiments.settings import (
     BASELINE,
     BASELINES,
@@ -38,6 +39,7 @@ from trainers import logged, make_trainer, mpt, random_loader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
+from composer_tst.planning.measured import read_measured
 
 assert trainings  # its server has imported what a run needs
 
@@ -298,3 +300,27 @@ def test_a_budget_is_what_it_says():
     config = json.loads((REPO / 'yamls' / 'evidence' / 'llama' / 'config.json').read_text())
     model = LlamaForCausalLM(LlamaConfig(**config))
     assert sum(weight.numel() for weight in model.parameters()) == budgets.PARAMETERS
+
+
+def test_what_was_measured_is_written_for_the_planner(tmp_path: Path):
+    losses = {BASELINE: [3.0, 3.1, 3.2], S4: [2.98, 3.09, 3.2], PUBLISHED: [3.0, 3.0]}
+    budgets_page.write_measured(tmp_path / 'measured.csv', [runs_of(losses, budgets.BUDGETS[1])])
+    # Not the one that has not been run at every seed.
+    assert (tmp_path / 'measured.csv').read_text().splitlines() == [
+        'text,parameters,tokens_per_parameter,steps,bag_sizes,ends,expand,seeds,change,deviation',
+        'Python source,362816,5.08,1800,4,0.3,sequence,3,-0.0100,0.0100',
+    ]
+
+
+def test_the_planner_reads_what_the_record_says(tmp_path: Path):
+    """The file in the wheel is written with the record, and so must be committed with it."""
+    trained = {scale.name: Runs({}, scale) for scale in evidence.GROUPS['tokens'].scales}
+    settings = {setting.name: setting for setting in budgets.RECIPES}
+    for run in json.loads((REPO / 'docs' / 'evidence_tokens.json').read_text()):
+        if run['setting'] in settings:
+            of = trained[run['scale']]
+            of.results[Job(settings[run['setting']], run['seed'], run['lr'], of.scale)] = Result(**run['result'])
+    budgets_page.write_measured(tmp_path / 'measured.csv', [runs for runs in trained.values() if runs.rates()])
+    written = (REPO / 'composer_tst' / 'published' / 'small_llama.csv').read_text()
+    assert written == (tmp_path / 'measured.csv').read_text()
+    assert len(read_measured()) == len(written.splitlines()) - 1

@@ -69,6 +69,7 @@ def about(runs: Runs) -> str:
     """What was run at a scale, where, and how long it took."""
     scale, results = runs.scale, list(runs.results.values())
     rates = runs.rates()
+    group = 'tokens' if scale.tokens_per_parameter else scale.name
     hours = sum(result.seconds for result in results) / scale.workers / 3600
     tuned = f"""is the one at which the baseline is best: its
 final losses at seed {scale.seeds[0]} are {', '.join(f'{lr:g}: {rates[lr]:.3f}' for lr in rates)}; all that follows is
@@ -76,4 +77,4 @@ at {runs.lr:g}"""
     return f"""Scale `{scale.name}`: {scale.about} {results[0].parameters / 1e6:.2f}M parameters, {scale.steps:,} steps,
 {scale.warmup} of warmup, decay over the last tenth. The learning rate {tuned if len(rates) > 1 else f'is {runs.lr:g}'}.
 {len(results)} runs, {scale.workers} at a time, {hours:.1f} hours of training on
-{'; '.join(dict.fromkeys(result.machine for result in results))}. Command: `make evidence SCALE={scale.name}`."""
+{'; '.join(dict.fromkeys(result.machine for result in results))}. Command: `make evidence SCALE={group}`."""
