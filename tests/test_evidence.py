@@ -282,15 +282,15 @@ def test_the_page_over_budgets(tmp_path: Path):
     scales[1].results[checked] = Result(3.25, 100, 1000, 10, 1.0, 'a machine')
     budgets_page.write(tmp_path / 'evidence.md', scales)
     text = (tmp_path / 'evidence.md').read_text()
-    assert '| setting | `tokens-1`, 0.99 tokens per parameter | `tokens-28`, 28 tokens per parameter |' in text
+    assert '| setting | `tokens-1`, 0.99 tokens per parameter | `tokens-20`, 20 tokens per parameter |' in text
     # Differences of the second recipe: -0.01, -0.02, 0.
     assert f'| {S4.name} | -0.010 ± 0.010 | -0.010 ± 0.010 |' in text
     assert '| baseline | 3.100 ± 0.100 | 3.100 ± 0.100 |' in text
     assert f'- {S4.name}: 0.001: 2.990, 0.004: 3.250' in text
     assert '| 0.1 | +0.100 (1) |' in text
     assert (
-        'Not run yet, or not at every seed: The best of the grid, again (tokens-28); Cheaper, or better (tokens-28); '
-        'Limited data (tokens-28).' in text
+        'Not run yet, or not at every seed: The best of the grid, again (tokens-20); Cheaper, or better (tokens-20); '
+        'Limited data (tokens-20).' in text
     )
     assert (tmp_path / 'evidence_budgets.png').stat().st_size > 1000
 

@@ -8,23 +8,21 @@ run came to, as ``evidence_SCALE.json``: another machine goes on from there.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from experiments import budgets_page, page
-from experiments.budgets import BUDGETS, PROSE_BUDGETS, of_budget
+from experiments.budgets import BUDGETS, CHECKED, PROSE_BUDGETS, of_budget
 from experiments.report import Runs
 from experiments.settings import (
     BASELINE,
     CPU,
     GPU,
-    PUBLISHED,
     ROWS,
-    S4,
     Experiment,
     Scale,
     Setting,
@@ -45,7 +43,7 @@ class Group:
         write: Writes it.
         experiments: What is trained at a scale, given it and the final losses at its first seed.
         beside: Groups that are reported on the same page, in their order.
-        checked: Settings that are tried at the neighbours of the baseline's learning rate too.
+        checked: Settings that are tried at the neighbours of the baseline's learning rate too, by scale.
         measured: Where `composer-tst plan` finds what was gained, from the root of the repository.
     """
 
@@ -54,7 +52,7 @@ class Group:
     write: Callable[[Path, Sequence[Runs]], None]
     experiments: Callable[..., list[Experiment]]
     beside: tuple[str, ...] = ()
-    checked: tuple[Setting, ...] = ()
+    checked: Mapping[str, Sequence[Setting]] = field(default_factory=dict)
     measured: str = ''
 
 
@@ -62,7 +60,7 @@ _MPT = ('cpu', 'rows', 'gpu')
 GROUPS = {
     'tokens': Group(
         *((*BUDGETS, *PROSE_BUDGETS), 'evidence.md', budgets_page.write, of_budget),
-        checked=(S4, PUBLISHED),
+        checked=CHECKED,
         measured='composer_tst/published/small_llama.csv',
     ),
     **{size.name: Group((size,), 'evidence_mpt.md', page.write, experiments, _MPT) for size in (CPU, ROWS, GPU)},
@@ -144,7 +142,11 @@ def _train(group: Group, size: Scale, trained: Runs, data: Path, folder: Path, w
                 write()
 
     train([Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates])
-    train(Job(setting, size.seeds[0], lr, size) for setting in group.checked for lr in _around(size, trained.lr))
+    train(
+        Job(setting, size.seeds[0], lr, size)
+        for setting in group.checked.get(size.name, ())
+        for lr in _around(size, trained.lr)
+    )
     # Large ones at their first seed, and at the others when all else is done.
     for large_at_all in (False, True):
         done = 0
@@ -167,7 +169,11 @@ def _planned(group: Group, size: Scale, trained: Runs) -> set[Job]:
     planned = group.experiments(size, trained.at_first_seed() if trained.rates() else None)
     jobs = {Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates}
     best = trained.lr if trained.rates() else size.learning_rates[0]
-    jobs |= {Job(setting, size.seeds[0], lr, size) for setting in group.checked for lr in _around(size, best)}
+    jobs |= {
+        Job(setting, size.seeds[0], lr, size)
+        for setting in group.checked.get(size.name, ())
+        for lr in _around(size, best)
+    }
     return jobs | {Job(setting, seed, best, size) for e in planned for setting in e.settings for seed in e.seeds}
 
 

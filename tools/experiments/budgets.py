@@ -40,7 +40,7 @@ def _budget(name: str, text: str, steps: int, batch: int = 8, fresh_seeds: tuple
         steps=steps,
         warmup=steps // 20,
         seeds=SEEDS,
-        learning_rates=(1e-3, 2e-3, 4e-3, 8e-3),
+        learning_rates=(1e-3, 2e-3, 4e-3),
         workers=2,
         device='cpu',
         yaml='yamls/evidence/llama.yaml',
@@ -50,17 +50,19 @@ def _budget(name: str, text: str, steps: int, batch: int = 8, fresh_seeds: tuple
     )
 
 
-LARGEST = _budget('tokens-28', CODE, 10_000, fresh_seeds=FRESH_SEEDS)
+LARGEST = _budget('tokens-20', CODE, 7_100, fresh_seeds=FRESH_SEEDS)
 BUDGETS = (
     _budget('tokens-1', CODE, 350),
     _budget('tokens-5', CODE, 1_800),
-    _budget('tokens-28-large', CODE, 2_500, batch=32),  # as many tokens as the largest in steps four times as large
+    _budget('tokens-20-large', CODE, 1_775, batch=32),  # as many tokens as the largest in steps four times as large
     LARGEST,
 )
 PROSE_BUDGETS = (
     _budget('prose-5', PROSE, 1_800),
-    _budget('prose-28', PROSE, 10_000),
+    _budget('prose-20', PROSE, 7_100),
 )
+# Where the learning rate is tuned for superposed settings too.
+CHECKED = {scale.name: (S4, PUBLISHED) for scale in BUDGETS if scale.name != 'tokens-20-large'}
 
 
 def of_budget(scale: Scale, losses: Mapping[Setting, float] | None = None) -> list[Experiment]:
