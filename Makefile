@@ -63,7 +63,7 @@ data/rows/stats.json: $(DATA)/stats.json
 data/tokens/stats.json: | install
 	$(PYTHON) tools/experiments/corpus.py data/corpus/python.jsonl
 	$(PYTHON) tools/prepare_data.py data/corpus/python.jsonl --output $(@D) --seq-len 128 --train-tokenizer 2048 --skip-bad \
-		--split train=0.962,val=0.005,limited=0.0228,rest=0.0102
+		--split train=0.962,val=0.005,limited=0.0288,rest=0.0042
 
 # Everything the pages of evidence report. What is finished is kept, here and in their records: run it again to go on.
 evidence: $(EVIDENCE_DATA_$(SCALE))/stats.json ## train what docs/evidence.md reports (SCALE=tokens), eight hours
