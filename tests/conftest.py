@@ -1,5 +1,7 @@
 """One small data set of real text and one tokenizer for the whole session."""
 
+import atexit
+import contextlib
 import gc
 import importlib.util
 import os
@@ -77,6 +79,31 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 def temporary(tmp_path_factory: pytest.TempPathFactory):
     """A folder of its own for temporary files: StreamingDataset goes through all names that any process has left."""
     tempfile.tempdir = os.environ['TMPDIR'] = str(tmp_path_factory.mktemp('t'))
+
+
+@pytest.fixture(autouse=True)
+def shared_memory(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """StreamingDataset lets go of its shared memory at exit alone, some sixty file descriptors each: do so now."""
+    if 'streaming' not in sys.modules:
+        yield
+        return
+    from streaming.base.shared.memory import SharedMemory
+
+    made: list[SharedMemory] = []
+    begin = SharedMemory.__init__
+
+    def noted(self: SharedMemory, *arguments: Any, **settings: Any) -> None:
+        begin(self, *arguments, **settings)
+        made.append(self)
+
+    monkeypatch.setattr(SharedMemory, '__init__', noted)
+    yield
+    if made:
+        gc.collect()
+    for memory in made:
+        with contextlib.suppress(BufferError):  # still in use: at exit, then
+            memory.cleanup()
+            atexit.unregister(memory.cleanup)
 
 
 @pytest.fixture(autouse=True)
