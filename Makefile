@@ -122,7 +122,7 @@ test-pythons: install ## an environment and a short test for every Python that i
 
 # torch.compile with its own compiler.
 test-slow: install ## torch.compile with its own compiler
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -m slow --device $(DEVICE)
 
 # Random inputs, outputs and mishaps of prepare_data.py, for MINUTES from SEED on.
 test-fuzz-data: install ## random inputs and kills of prepare-data

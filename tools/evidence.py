@@ -142,11 +142,7 @@ def _train(group: Group, size: Scale, trained: Runs, data: Path, folder: Path, w
                 write()
 
     train([Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates])
-    train(
-        Job(setting, size.seeds[0], lr, size)
-        for setting in group.checked.get(size.name, ())
-        for lr in _around(size, trained.lr)
-    )
+    train(_checks(group, size, trained.lr))
     # Large ones at their first seed, and at the others when all else is done.
     for large_at_all in (False, True):
         done = 0
@@ -158,10 +154,11 @@ def _train(group: Group, size: Scale, trained: Runs, data: Path, folder: Path, w
     bar.close()
 
 
-def _around(size: Scale, lr: float) -> list[float]:
-    """The candidates for a learning rate next to the one that the baseline chose."""
+def _checks(group: Group, size: Scale, lr: float) -> list[Job]:
+    """Settings at the learning rate that the baseline chose, and at the candidates next to it."""
     at = size.learning_rates.index(lr)
-    return list(size.learning_rates[max(at - 1, 0) : at + 2])
+    rates = size.learning_rates[max(at - 1, 0) : at + 2]
+    return [Job(setting, size.seeds[0], rate, size) for setting in group.checked.get(size.name, ()) for rate in rates]
 
 
 def _planned(group: Group, size: Scale, trained: Runs) -> set[Job]:
@@ -169,11 +166,7 @@ def _planned(group: Group, size: Scale, trained: Runs) -> set[Job]:
     planned = group.experiments(size, trained.at_first_seed() if trained.rates() else None)
     jobs = {Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates}
     best = trained.lr if trained.rates() else size.learning_rates[0]
-    jobs |= {
-        Job(setting, size.seeds[0], lr, size)
-        for setting in group.checked.get(size.name, ())
-        for lr in _around(size, best)
-    }
+    jobs |= set(_checks(group, size, best))
     return jobs | {Job(setting, seed, best, size) for e in planned for setting in e.settings for seed in e.seeds}
 
 

@@ -51,7 +51,7 @@ def parse_address(text: str) -> Address:
     folder = text.endswith('/')
     if text.startswith('s3://'):
         bucket, _, key = text[5:].partition('/')
-        if not text.isascii() and text != text.encode(errors='replace').decode():
+        if text != text.encode(errors='replace').decode():
             raise PrepareError(f'{text}: names on S3 are UTF-8, and this is none')
         if not bucket or MAGIC.search(bucket):
             raise PrepareError(f'{text} names no bucket: write s3://BUCKET/NAME')

@@ -71,9 +71,8 @@ class Disk:
         if found not in (None, data):
             raise PrepareError(NOT_OURS.format(path))
         if found is None:
+            self.create(new := _new_name(path), data)
             with explained('write', path):
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                self.create(new := _new_name(path), data)
                 os.replace(new, path)
                 _sync_folder(path)
 

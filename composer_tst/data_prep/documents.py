@@ -215,7 +215,7 @@ def _parquet_documents(piece: Piece, text_key: str, meter: Meter) -> Iterator[Do
                             document = BadDocument(f'{source.path}, row {number}', document)
                         yield document
                 if number != end:
-                    raise DamagedError('damaged parquet data (there are fewer rows than it says)')
+                    raise DamagedError('damaged parquet data (it has not as many rows as it says)')
             except DamagedError as error:
                 # The other row groups are none the worse for it.
                 yield BadDocument(f'{source.path}, rows {number + 1} to {end}', str(error))

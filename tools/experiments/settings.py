@@ -24,6 +24,7 @@ class Scale:
         yaml: What is trained, from the root of the repository.
         data: Where the prepared data are.
         tokens_per_parameter: Positions of the baseline per parameter, where a scale is a budget among others.
+        autocast: In bfloat16 on a CPU, for which Composer has no `amp_bf16`.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Scale:
     yaml: str = 'yamls/quickstart/baseline.yaml'
     data: str = 'data/quickstart'
     tokens_per_parameter: float | None = None
+    autocast: bool = False
 
 
 CPU = Scale(
@@ -52,6 +54,7 @@ CPU = Scale(
     workers=2,
     device='cpu',
     fresh_seeds=(20, 21, 22),
+    autocast=True,
 )
 GPU = Scale(
     name='gpu',

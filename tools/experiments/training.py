@@ -144,7 +144,9 @@ def _train_and_write(job: Job, data: Path, folder: Path) -> None:
     if list(checkpoints.glob(f'ep*-ba{job.steps}-rank0.pt')):
         shutil.rmtree(checkpoints)  # killed after the end but before its result was written: it cannot go on
     place = [f'variables.folder={folder}', f'run_name={name}', 'python_log_level=warning']
-    trainer = _run(str(REPO / job.scale.yaml), [*job.overrides(data), *place])
+    # Without autocast's cache, which would hold the weights of the first step.
+    with torch.autocast('cpu', dtype=torch.bfloat16, enabled=job.scale.autocast, cache_enabled=False):
+        trainer = _run(str(REPO / job.scale.yaml), [*job.overrides(data), *place])
     loss = float(trainer.state.eval_metrics['eval']['LanguageCrossEntropy'].compute())
     result = Result(
         final_loss=loss if math.isfinite(loss) else math.inf,
@@ -168,9 +170,7 @@ def _run(yaml: str, overrides: list[str], attempts: int = 3) -> 'Trainer':
 
     register()
     try:
-        # On a CPU Composer has no amp_bf16. Without autocast's cache, which would hold the weights of the first step.
-        with torch.autocast('cpu', dtype=torch.bfloat16, cache_enabled=False):
-            return train_from_yaml(yaml, overrides)
+        return train_from_yaml(yaml, overrides)
     except FileExistsError:
         # StreamingDatasets made at one moment may choose one name for their shared memory: the second finds it taken.
         if attempts == 1:
