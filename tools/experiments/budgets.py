@@ -24,6 +24,7 @@ PARAMETERS = 362_816
 SEEDS, FRESH_SEEDS = (17, 18, 19), (20, 21, 22)
 PUBLISHED_BATCH = one_size(6, 0.3, expand='batch')
 RECIPES = (BASELINE, S4, PUBLISHED, S4_BATCH, PUBLISHED_BATCH, RECOMMENDED)
+PROSE_RECIPES = (BASELINE, S4, PUBLISHED, RECOMMENDED)
 GRID_BAGS, GRID_SHARES = (2, 4, 6, 8), (0.1, 0.2, 0.3, 0.4)
 CODE, PROSE = 'Python source', 'prose'
 DATA = {CODE: 'data/tokens', PROSE: 'data/prose'}
@@ -73,7 +74,8 @@ def of_budget(scale: Scale, losses: Mapping[Setting, float] | None = None) -> li
         losses: Final losses at its first seed, from which the best of a map are chosen.
     """
     first, losses = scale.seeds[:1], losses or {}
-    gain = Experiment('The gain', 'How much lower does TST end after as many steps?', RECIPES, scale.seeds)
+    recipes = PROSE_RECIPES if scale.data == DATA[PROSE] else RECIPES
+    gain = Experiment('The gain', 'How much lower does TST end after as many steps?', recipes, scale.seeds)
     if not scale.fresh_seeds:
         return [gain]
     grid = [one_size(bag_size, share) for share in GRID_SHARES for bag_size in GRID_BAGS]
@@ -104,8 +106,5 @@ def others() -> Sequence[Setting]:
         one_size(6, 0.05),  # until warmup ends
         phases((6, 0.25), (4, 0.275), (2, 0.3)),  # a short ramp at the end
         phases((8, 0.1), (4, 0.2), (2, 0.3)),
-        phases((6, 0.2), (2, 0.4)),
         one_size(8, 0.3, weighting='power_law'),
-        one_size(8, 0.3, weighting='first'),
-        one_size(12, 0.3, weighting='power_law'),
     ]
