@@ -241,6 +241,9 @@ def test_what_was_measured_comes_with_its_budget_and_a_warning_where_it_is_no_ga
         '                    5.1 tokens per parameter, 1,800 steps of prose (docs/evidence.md)',
         '                    No gain is certain at that budget: compare with a plain run first.',
     ]
+    assert (
+        'It ended worse at that budget' in measured_lines(asdict(Measured(0.03, 0.02, 3, 'prose', 10, 5.08, 1_800)))[2]
+    )
     assert len(measured_lines(asdict(Measured(-0.03, 0.02, 3, 'prose', 362_816, 5.08, 1_800)))) == 2
 
 

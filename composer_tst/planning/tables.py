@@ -70,7 +70,8 @@ def measured_lines(of: dict[str, Any]) -> list[str]:
         f'{of["text"]} (docs/evidence.md)',
     ]
     if of['change'] + of['deviation'] >= 0:
-        lines.append('                    No gain is certain at that budget: compare with a plain run first.')
+        found = 'It ended worse' if of['change'] > of['deviation'] else 'No gain is certain'
+        lines.append(f'                    {found} at that budget: compare with a plain run first.')
     return lines
 
 
