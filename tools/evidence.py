@@ -97,7 +97,7 @@ def main(
             {'name': job.name(data or Path(size.data)), 'scale': size.name, 'setting': job.setting.name}
             | {'seed': job.seed, 'lr': job.lr, 'result': asdict(result)}
             for size, trained in of_scale.items()
-            for job, result in trained.results.items()
+            for job, result in sorted(trained.results.items(), key=lambda run: run[0].name(data or Path(size.data)))
         ]
         _record(docs, scale).write_text(json.dumps(entries, indent=1) + '\n')
         others = [_read(docs, name) for name in group.beside if name != scale and _record(docs, name).exists()]
@@ -106,15 +106,18 @@ def main(
         if group.measured:
             budgets_page.write_measured(docs.parent / group.measured, shown)
 
-    for size, trained in of_scale.items():
-        folder = data or Path(size.data)
-        if _planned(group, size, trained) <= trained.results.keys() or (folder / 'stats.json').exists():
-            _train(group, size, trained, folder, runs / size.name, write)
-        else:
-            typer.echo(
-                f'{size.name} is left out, for there are no data in {folder}: docs/{group.page} says how to make them.',
-                err=True,
-            )
+    # The first question at every scale, then all others.
+    for questions in (1, None):
+        for size, trained in of_scale.items():
+            folder = data or Path(size.data)
+            if _planned(group, size, trained) <= trained.results.keys() or (folder / 'stats.json').exists():
+                _train(group, size, trained, folder, runs / size.name, write, questions)
+            elif questions is None:
+                typer.echo(
+                    f'{size.name} is left out, for there are no data in {folder}: docs/{group.page} says how to make '
+                    'them.',
+                    err=True,
+                )
 
 
 def _load(group: Group, size: Scale, trained: Runs, data: Path, folder: Path) -> None:
@@ -125,8 +128,10 @@ def _load(group: Group, size: Scale, trained: Runs, data: Path, folder: Path) ->
         trained.results.update(finished(_planned(group, size, trained), data, folder))
 
 
-def _train(group: Group, size: Scale, trained: Runs, data: Path, folder: Path, write: Callable[[], None]) -> None:
-    """Train what a scale lacks."""
+def _train(
+    group: Group, size: Scale, trained: Runs, data: Path, folder: Path, write: Callable[[], None], questions: int | None
+) -> None:
+    """Train what a scale lacks of its first questions, or of all."""
     bar = progress(len(_planned(group, size, trained)), 'runs', f'evidence {size.name}')
 
     def train(jobs: Iterable[Job]) -> None:
@@ -142,11 +147,12 @@ def _train(group: Group, size: Scale, trained: Runs, data: Path, folder: Path, w
                 write()
 
     train([Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates])
-    train(_checks(group, size, trained.lr))
+    if questions is None:
+        train(_checks(group, size, trained.lr))
     # Large ones at their first seed, and at the others when all else is done.
     for large_at_all in (False, True):
         done = 0
-        while done < len(planned := group.experiments(size, trained.at_first_seed())):
+        while done < len(planned := group.experiments(size, trained.at_first_seed())[:questions]):
             experiment = planned[done]
             seeds = experiment.seeds if large_at_all or not experiment.large else experiment.seeds[:1]
             train(Job(setting, seed, trained.lr, size) for seed in seeds for setting in experiment.settings)

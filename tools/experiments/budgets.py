@@ -24,7 +24,7 @@ PARAMETERS = 362_816
 SEEDS, FRESH_SEEDS = (17, 18, 19), (20, 21, 22)
 PUBLISHED_BATCH = one_size(6, 0.3, expand='batch')
 RECIPES = (BASELINE, S4, PUBLISHED, S4_BATCH, PUBLISHED_BATCH, RECOMMENDED)
-PROSE_RECIPES = (BASELINE, S4, PUBLISHED, RECOMMENDED)
+FEWER_RECIPES = (BASELINE, S4, PUBLISHED, RECOMMENDED)  # on prose, and in larger steps
 GRID_BAGS, GRID_SHARES = (2, 4, 6, 8), (0.1, 0.2, 0.3, 0.4)
 CODE, PROSE = 'Python source', 'prose'
 DATA = {CODE: 'data/tokens', PROSE: 'data/prose'}
@@ -52,18 +52,19 @@ def _budget(name: str, text: str, steps: int, batch: int = 8, fresh_seeds: tuple
 
 
 LARGEST = _budget('tokens-20', CODE, 7_100, fresh_seeds=FRESH_SEEDS)
+LARGE_STEPS = _budget('tokens-20-large', CODE, 1_775, batch=32)  # the same tokens in steps four times as large
 BUDGETS = (
     _budget('tokens-1', CODE, 350),
     _budget('tokens-5', CODE, 1_800),
-    _budget('tokens-20-large', CODE, 1_775, batch=32),  # as many tokens as the largest in steps four times as large
     LARGEST,
+    LARGE_STEPS,
 )
 PROSE_BUDGETS = (
     _budget('prose-5', PROSE, 1_800),
     _budget('prose-20', PROSE, 7_100),
 )
 # Where the learning rate is tuned for superposed settings too.
-CHECKED = {scale.name: (S4, PUBLISHED) for scale in BUDGETS if scale.name != 'tokens-20-large'}
+CHECKED = {scale.name: (S4, PUBLISHED) for scale in BUDGETS if scale != LARGE_STEPS}
 
 
 def of_budget(scale: Scale, losses: Mapping[Setting, float] | None = None) -> list[Experiment]:
@@ -74,7 +75,7 @@ def of_budget(scale: Scale, losses: Mapping[Setting, float] | None = None) -> li
         losses: Final losses at its first seed, from which the best of a map are chosen.
     """
     first, losses = scale.seeds[:1], losses or {}
-    recipes = PROSE_RECIPES if scale.data == DATA[PROSE] else RECIPES
+    recipes = FEWER_RECIPES if scale in (LARGE_STEPS, *PROSE_BUDGETS) else RECIPES
     gain = Experiment('The gain', 'How much lower does TST end after as many steps?', recipes, scale.seeds)
     if not scale.fresh_seeds:
         return [gain]
