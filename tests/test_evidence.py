@@ -26,6 +26,7 @@ from experiments.settings import (
     PUBLISHED,
     RECOMMENDED,
     S4,
+    S4_BATCH,
     Experiment,
     Scale,
     beyond,
@@ -293,6 +294,20 @@ def test_the_page_over_budgets(tmp_path: Path):
         'Limited data (tokens-20).' in text
     )
     assert (tmp_path / 'evidence_budgets.png').stat().st_size > 1000
+
+
+def test_only_what_is_sure_is_said():
+    losses = {
+        BASELINE: [3.0, 3.1, 3.2],
+        S4: [2.9, 3.01, 3.1],
+        PUBLISHED: [2.9, 2.9],  # a seed less
+        S4_BATCH: [2.9, 3.1, 3.2],
+        RECOMMENDED: [3.2, 3.3, 3.41],
+    }
+    assert budgets_page.says([runs_of(losses, budgets.BUDGETS[0])]).splitlines()[2:] == [
+        f'- `tokens-1`, 0.99 tokens per parameter, 350 steps. Below the baseline: {S4.name}, -0.097 ± 0.006. '
+        f'Above it: {RECOMMENDED.name}, +0.203 ± 0.006.'
+    ]
 
 
 def test_a_budget_is_what_it_says():

@@ -63,7 +63,7 @@ def write(output: Path, scales: Sequence[Runs]) -> None:
     """Write the page, and its picture beside it."""
     draw_gain(scales, output.with_name(f'{output.stem}_budgets.png'))
     parts = ['# Evidence', '\n'.join(f'- {about(runs)}' for runs in scales), ABOUT_DATA, TERMS]
-    parts += ['## The gain over the budget', gain_table(scales), BOLD]
+    parts += ['## The gain over the budget', says(scales), gain_table(scales), BOLD]
     parts += [f'![Gain over tokens per parameter]({output.stem}_budgets.png)', OTHER_MODELS]
     missing: list[str] = []
     for runs in scales:
@@ -91,6 +91,24 @@ def rates(runs: Runs) -> list[str]:
         for setting, losses in tried.items()
     ]
     return [RATES.format(SEEDS[0]), '\n'.join(lines)]
+
+
+def says(scales: Sequence[Runs]) -> str:
+    """What is sure to end below and above the baseline, a line a budget."""
+    lines = []
+    for runs in scales:
+        found = {setting: runs.differences(setting, BASELINE, SEEDS) for setting in RECIPES if setting != BASELINE}
+        if not any(found.values()):
+            continue
+        below, above = (
+            '; '.join(
+                f'{setting.name}, {spread(of, signed=True)}' for setting, of in found.items() if sign * sure(of) > 0
+            )
+            for sign in (-1, 1)
+        )
+        budget = f'`{runs.scale.name}`, {tokens_per_parameter(runs.scale)}, {runs.scale.steps:,} steps'
+        lines.append(f'- {budget}. Below the baseline: {below or "nothing"}. Above it: {above or "nothing"}.')
+    return '\n'.join(['By more than two standard deviations, at three seeds:', '', *lines])
 
 
 def gain_table(scales: Sequence[Runs]) -> str:
