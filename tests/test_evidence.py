@@ -9,6 +9,7 @@ from typing import Any
 import evidence
 import pytest
 import trainings
+import typer
 from composer.core import Time, Timestamp, TimeUnit
 from conftest import REPO, SEQ_LEN, VOCAB_SIZE
 from experiments import budgets, budgets_page, pictures, report
@@ -23,14 +24,15 @@ from experiments.settings import (
     GPU,
     GRID_BAGS,
     GRID_SHARES,
+    PHASES_BATCH,
     PUBLISHED,
-    RECOMMENDED,
     S4,
     S4_BATCH,
     Experiment,
     Scale,
     beyond,
     experiments,
+    limited,
     one_size,
     phases,
 )
@@ -81,11 +83,11 @@ def test_a_setting_wins_by_more_than_two_deviations_or_does_not():
     says = report.verdict(runs_of(losses), [Experiment('Some', 'Which?', list(losses), CPU.seeds)])
     assert f'standard deviations: {sure.name}, -0.107 ± 0.012.\n' in says
     # From the baseline -0.1, -0.1, -0.02 and -0.2, 0, 0.23; bags of 4 0, 0, 0.1.
-    assert f'| {sure.name} | 3 | -0.073 ± 0.046 |  | **-0.107 ± 0.012** |  |\n' in says
-    assert f'| {unsure.name} | 3 | +0.010 ± 0.215 |  | -0.023 ± 0.166 |  |' in says
-    assert f'| {S4.name} | 3 | +0.033 ± 0.058 |  |  |  |\n' in says
+    assert f'| {sure.name} | 17-19 | -0.073 ± 0.046 |  | **-0.107 ± 0.012** |  |\n' in says
+    assert f'| {unsure.name} | 17-19 | +0.010 ± 0.215 |  | -0.023 ± 0.166 |  |' in says
+    assert f'| {S4.name} | 17-19 | +0.033 ± 0.058 |  |  |  |\n' in says
     # The setting that is recommended, and the same differences from it.
-    losses = {BASELINE: [3.5] * 3, RECOMMENDED: [3.0, 3.1, 3.2], sure: losses[sure]}
+    losses = {BASELINE: [3.5] * 3, PHASES_BATCH: [3.0, 3.1, 3.2], sure: losses[sure]}
     says = report.verdict(runs_of(losses), [Experiment('Some', 'Which?', list(losses), CPU.seeds)])
     assert says.splitlines()[-1].endswith('|  | **-0.107 ± 0.012** |')
 
@@ -94,14 +96,14 @@ def test_a_setting_is_judged_by_most_of_its_seeds():
     runs = runs_of({BASELINE: [3.0] * 6, S4: [2.9, 2.8, 2.9, 2.7, 2.6, 2.7]})
     few, most = (Experiment('Some', 'Which?', [S4], seeds) for seeds in (CPU.seeds, (*CPU.seeds, *CPU.fresh_seeds)))
     for order in ([few, most], [most, few]):
-        assert f'| {S4.name} | 6 | -0.233 ± 0.121 |' in report.verdict(runs, order)
+        assert f'| {S4.name} | 17-22 | -0.233 ± 0.121 |' in report.verdict(runs, order)
 
 
 def test_nothing_is_sure_of_the_published_recipe_at_fewer_than_three_seeds():
     setting = phases((8, 0.1), (4, 0.2))
     losses = {BASELINE: [3.0] * 5, PUBLISHED: [2.9, 2.91], setting: [2.5, 2.5, 2.51, 2.5, 2.49]}
     says = report.verdict(runs_of(losses), [Experiment('Some', 'Which?', [setting], (17, 18, 19, 20, 21))])
-    assert f'| {setting.name} | 5 | **-0.500 ± 0.007** | -0.405 ± 0.007 (2) |  |  |' in says
+    assert f'| {setting.name} | 17-21 | **-0.500 ± 0.007** | -0.405 ± 0.007 (2) |  |  |' in says
     assert 'Below the published s = 6 with r = 0.3, by more than two standard deviations: nothing.' in says
     losses[PUBLISHED] += [2.9]
     says = report.verdict(runs_of(losses), [Experiment('Some', 'Which?', [setting], (17, 18, 19, 20, 21))])
@@ -113,9 +115,9 @@ def test_only_what_was_run_at_three_seeds_is_drawn(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(pictures.Figure, 'savefig', lambda figure, path: drawn.extend(
         label.get_text() for label in figure.axes[0].get_yticklabels()
     ))  # fmt: skip
-    losses = {BASELINE: [3.0] * 3, PUBLISHED: [2.9] * 3, S4: [2.8, 2.8], RECOMMENDED: [2.7, 2.6, 2.7]}
+    losses = {BASELINE: [3.0] * 3, PUBLISHED: [2.9] * 3, S4: [2.8, 2.8], PHASES_BATCH: [2.7, 2.6, 2.7]}
     pictures.draw_settings(runs_of(losses), list(losses), tmp_path / 'x.png')
-    assert drawn == [f'published recipe: {PUBLISHED.name}', f'recommended: {RECOMMENDED.name}']
+    assert drawn == [f'published recipe: {PUBLISHED.name}', f'phases with batch: {PHASES_BATCH.name}']
 
 
 def test_a_setting_that_diverged_at_a_seed_has_not_won():
@@ -123,7 +125,7 @@ def test_a_setting_that_diverged_at_a_seed_has_not_won():
     runs = runs_of({BASELINE: [3.0], S4: [3.0, 3.1, 3.2], setting: [2.9, float('inf'), 3.1]})
     says = report.verdict(runs, [Experiment('Some', 'Which?', [S4, setting], CPU.seeds)])
     assert says.count('by more than two standard deviations: nothing.') == 2
-    assert f'| {setting.name} | 3 | -0.100 (1) |  | diverged |' in says
+    assert f'| {setting.name} | 17-19 | -0.100 (1) |  | diverged |' in says
 
 
 def test_the_best_beyond_the_paper_are_judged_at_other_seeds():
@@ -143,7 +145,7 @@ def test_the_best_beyond_the_paper_are_judged_at_other_seeds():
     no_better = {S4: [3.0, 3.0, 3.0, 3.0, 3.01, 3.0], chosen: [1.0, 1.0, 1.0, 3.01, 3.0, 3.0]}
     runs = runs_of({BASELINE: [3.0], **no_better})
     before = Experiment('Some', 'Which?', [S4, chosen], CPU.seeds)
-    assert f'| {chosen.name} | 3 |  |  | +0.000 ± 0.010 |' in report.verdict(runs, [before, best])
+    assert f'| {chosen.name} | 20-22 |  |  | +0.000 ± 0.010 |' in report.verdict(runs, [before, best])
 
 
 def test_the_grid_says_where_it_is_lowest():
@@ -187,9 +189,9 @@ def test_the_page_of_every_experiment_also_with_a_run_that_diverged(tmp_path: Pa
     assert 'Not run yet' not in text
     listed = [setting for experiment in planned if experiment.form != 'grid' for setting in experiment.settings]
     assert all(f'| {setting.name} |' in text for setting in listed)
-    assert f'| {diverged.name} | 3 | diverged |' in text
-    assert '| gpu: final loss, minus baseline, s/step |' in text
-    assert '| 2.600 ± 0.100, +0.000 ± 0.000, 0.010 ± 0.000 |' in text
+    assert f'| {diverged.name} | 17-19 | diverged |' in text
+    assert '| gpu: final loss, minus baseline |' in text
+    assert '| 2.600 ± 0.100, +0.000 ± 0.000 |' in text
     assert all((tmp_path / f'evidence_{name}.png').stat().st_size > 1000 for name in ('settings', 'grid'))
 
 
@@ -251,14 +253,14 @@ def test_what_is_finished_is_kept_and_what_changed_is_trained_again(
     # At s = 4, 3 steps of 4 loader batches and 7 of one; a batch has 4 rows.
     (published,) = results.glob('s-4-r-0.3-lr-0.001-seed-17-*.json')
     assert json.loads(published.read_text())['data_tokens'] == 19 * 4 * SEQ_LEN
-    assert '| s = 4, r = 0.3 | 1 |' in page.read_text()
+    assert '| s = 4, r = 0.3 | 17 |' in page.read_text()
 
     more = replace(tiny, seeds=(17, 18))
     monkeypatch.setitem(evidence.GROUPS, 'cpu', replace(evidence.GROUPS['cpu'], scales=(more,)))
     evidence.main('cpu', dataset, tmp_path / 'runs', page.parent)
     assert len(list(results.glob('*.json'))) == 12
     assert [file.stat().st_mtime_ns for file in files] == times
-    assert '| s = 4, r = 0.3 | 2 |' in page.read_text()
+    assert '| s = 4, r = 0.3 | 17-18 |' in page.read_text()
     assert (page.parent / 'evidence_mpt_settings.png').stat().st_size > 1000
 
     baseline = Job(BASELINE, 17, 0.001, tiny)
@@ -278,22 +280,34 @@ def test_the_page_over_budgets(tmp_path: Path):
     small, large = budgets.BUDGETS[0], budgets.LARGEST
     grid = next(e for e in budgets.of_budget(large) if e.form == 'grid')
     at_one_seed = {setting: [3.1] for setting in grid.settings if setting not in losses}
-    scales = [runs_of(losses, small), runs_of({**losses, **at_one_seed}, large)]
+    none = one_size(4, 0.3, expand='none')
+    limits = {limited(BASELINE): [3.0, 3.1], limited(S4): [3.2, 3.2]}
+    scales = [runs_of(losses, small), runs_of({**losses, **at_one_seed, none: [3.0], **limits}, large)]
     checked = Job(S4, 17, 0.004, large)
     scales[1].results[checked] = Result(3.25, 100, 1000, 10, 1.0, 'a machine')
     budgets_page.write(tmp_path / 'evidence.md', scales)
     text = (tmp_path / 'evidence.md').read_text()
-    assert '| setting | `tokens-1`, 0.99 tokens per parameter | `tokens-20`, 20 tokens per parameter |' in text
     # Differences of the second recipe: -0.01, -0.02, 0.
-    assert f'| {S4.name} | -0.010 ± 0.010 | -0.010 ± 0.010 |' in text
-    assert '| baseline | 3.100 ± 0.100 | 3.100 ± 0.100 |' in text
+    assert '| 0.99 | 350 | `tokens-1` | 3.100 ± 0.100 | -0.010 ± 0.010 |' in text
+    assert '| 20 | 7,100 | `tokens-20` | 3.100 ± 0.100 | -0.010 ± 0.010 |' in text
+    # Of the baseline one rate; at 17 it ends at 3.
     assert f'- {S4.name}: 0.001: 2.990, 0.004: 3.250' in text
     assert '| 0.1 | +0.100 (1) |' in text
+    # More than on the data that the baseline reads once; and a share of its operations.
+    assert f'| {limited(S4).name} | 17-18 | 3.200 ± 0.000 | +0.150 ± 0.071 |' in text
+    assert f'| {none.name} | 17 | 3.000 | +0.000 | +0.020 | +0.010 | 0.00M | 0.775 |' in text
     assert (
-        'Not run yet, or not at every seed: The best of the grid, again (tokens-20); Cheaper, or better (tokens-20); '
-        'Limited data (tokens-20).' in text
+        'Not run yet, or not at every seed: The best of the grid, again (`tokens-20`); Cheaper, or better '
+        '(`tokens-20`); Limited data (`tokens-20`).' in text
     )
+    assert f'| {S4.name} | 0.001 | 2.990 | 3.080 | 3.200 |' in text
     assert (tmp_path / 'evidence_budgets.png').stat().st_size > 1000
+
+
+def test_the_page_over_budgets_shows_a_run_that_diverged(tmp_path: Path):
+    runs = runs_of({BASELINE: [3.0, 3.1, 3.2], S4: [3.0, float('inf'), 3.0]}, budgets.BUDGETS[0])
+    budgets_page.write(tmp_path / 'evidence.md', [runs])
+    assert '| 0.99 | 350 | `tokens-1` | 3.100 ± 0.100 | diverged |' in (tmp_path / 'evidence.md').read_text()
 
 
 def test_only_what_is_sure_is_said():
@@ -302,12 +316,29 @@ def test_only_what_is_sure_is_said():
         S4: [2.9, 3.01, 3.1],
         PUBLISHED: [2.9, 2.9],  # a seed less
         S4_BATCH: [2.9, 3.1, 3.2],
-        RECOMMENDED: [3.2, 3.3, 3.41],
+        PHASES_BATCH: [3.2, 3.3, 3.41],
     }
-    assert budgets_page.says([runs_of(losses, budgets.BUDGETS[0])]).splitlines()[2:] == [
-        f'- `tokens-1`, 0.99 tokens per parameter, 350 steps. Below the baseline: {S4.name}, -0.097 ± 0.006. '
-        f'Above it: {RECOMMENDED.name}, +0.203 ± 0.006.'
+    assert budgets_page.says([runs_of(losses, budgets.BUDGETS[0])]) == (
+        f'- 0.99 tokens per parameter, 350 steps (`tokens-1`): below the baseline ({S4.name}); above it '
+        f'({PHASES_BATCH.name}); not sure ({PUBLISHED.name}) and ({S4_BATCH.name}).'
+    )
+
+
+def test_rates_say_what_differs_at_the_best_of_each():
+    runs = runs_of({BASELINE: [3.0]}, budgets.BUDGETS[0])
+    for setting, lr, loss in ((BASELINE, 0.002, 2.8), (BASELINE, 0.004, 2.9), (S4, 0.002, 2.9), (S4, 0.004, 2.7)):
+        runs.results[Job(setting, 17, lr, runs.scale)] = Result(loss, 100, 1000, 10, 1.0, 'a machine')
+    assert budgets_page.rates(runs).splitlines()[2:] == [
+        '- baseline: 0.001: 3.000, 0.002: 2.800, 0.004: 2.900',
+        f'- {S4.name}: 0.002: 2.900, 0.004: 2.700; minus the baseline +0.100 at its best rate, -0.100 each at its own; '
+        'lowest at the edge',
     ]
+
+
+def test_other_data_need_a_page_of_their_own(dataset: Path):
+    with pytest.raises(typer.BadParameter, match='give --docs'):
+        evidence.main('tokens', dataset)
+    assert all(scale.data == 'some/folder' and '`folder`' in scale.about for scale in budgets.on(Path('some/folder')))
 
 
 def test_a_budget_is_what_it_says():

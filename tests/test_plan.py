@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from composer_tst.planning.command import app
 from composer_tst.planning.config import Run
-from composer_tst.planning.measured import Measured, nearest
+from composer_tst.planning.measured import Measured, same_bags, warning
 from composer_tst.planning.model import Model
 from composer_tst.planning.plan import SWEEP_BAGS, SWEEP_SHARES
 from composer_tst.planning.published import expect
@@ -210,41 +210,54 @@ def test_expected_loss_elsewhere_is_called_an_extrapolation():
     assert expect(BATCH, MODEL, 42e9, 0.3, 40) is None
 
 
-def test_what_was_measured_is_that_of_the_same_bags_at_the_nearest_budget(monkeypatch: pytest.MonkeyPatch):
+def test_what_was_measured_is_that_of_the_same_bags_at_every_budget(monkeypatch: pytest.MonkeyPatch):
     def of(budget: float, steps: int) -> Measured:
         return Measured(-0.01, 0.02, 3, 'prose', 10, budget, steps)
 
     lines = [
-        ([6], [0.3], 'sequence', of(1.0, 350)),
-        ([6], [0.3], 'sequence', of(28, 2_500)),
         ([6], [0.3], 'sequence', of(28, 10_000)),
+        ([6], [0.3], 'sequence', of(1.0, 350)),
         ([8, 2], [0.1, 0.3], 'batch', of(5, 1_000)),
     ]
     monkeypatch.setattr('composer_tst.planning.measured.read_measured', lambda: lines)
     bags_of_6 = replace(BATCH, phases=(Phase(6, Time.from_timestring('0.3dur')),))
-    assert nearest(bags_of_6, [0.3], 20, 100_000) == of(28, 10_000)
-    assert nearest(bags_of_6, [0.304], 20, 2_000) == of(28, 2_500)
-    assert nearest(bags_of_6, [0.3], 2, 500) == of(1.0, 350)
-    assert nearest(bags_of_6, [0.4], 20, 100_000) is None
+    assert same_bags(bags_of_6, [0.304]) == [of(1.0, 350), of(28, 10_000)]
+    assert same_bags(bags_of_6, [0.4]) == []
     for other in ({'expand': 'batch'}, {'weighting': 'power_law'}, {'superpose': 'input'}):
-        assert nearest(replace(bags_of_6, **other), [0.3], 20, 100_000) is None
+        assert same_bags(replace(bags_of_6, **other), [0.3]) == []
     phases = (Phase(8, Time.from_timestring('0.1dur')), Phase(2, Time.from_timestring('0.3dur')))
     two = replace(BATCH, phases=phases, expand='batch')
-    assert nearest(two, [0.1, 0.3], 20, 100_000) == of(5, 1_000)
-    assert nearest(two, [0.2, 0.3], 20, 100_000) is None
+    assert same_bags(two, [0.1, 0.3]) == [of(5, 1_000)]
+    assert same_bags(two, [0.2, 0.3]) == []
 
 
-def test_what_was_measured_comes_with_its_budget_and_a_warning_where_it_is_no_gain():
-    said = measured_lines(asdict(Measured(-0.0123, 0.02, 3, 'prose', 362_816, 5.08, 1_800)))
-    assert said == [
-        'measured            -0.012 ± 0.020 nats at 3 seeds of a Llama of 363k parameters,',
-        '                    5.1 tokens per parameter, 1,800 steps of prose (docs/evidence.md)',
-        '                    No gain is certain at that budget: compare with a plain run first.',
-    ]
-    assert (
-        'It ended worse at that budget' in measured_lines(asdict(Measured(0.03, 0.02, 3, 'prose', 10, 5.08, 1_800)))[2]
+def test_a_run_within_what_was_measured_is_warned_where_nothing_was_gained():
+    worse, unsure, better = (
+        Measured(change, 0.02, 3, 'prose', 10, budget, steps)
+        for change, budget, steps in ((0.05, 1, 350), (-0.03, 5, 1_800), (-0.05, 20, 7_100))
     )
-    assert len(measured_lines(asdict(Measured(-0.03, 0.02, 3, 'prose', 362_816, 5.08, 1_800)))) == 2
+    found = [worse, unsure, better]
+    assert warning(found, 2, 500) == (
+        'At the nearest of these budgets, 1 tokens per parameter in 350 steps, it ended worse: compare with a plain '
+        'run first.'
+    )
+    assert '5 tokens per parameter in 1,800 steps, no gain was sure' in warning(found, 5, 2_000)
+    assert warning(found, 20, 7_000) == ''
+    # Of a run of more steps than any of these they say nothing.
+    assert warning([worse], 1, 20_000) == warning([], 1, 10) == ''
+
+
+def test_what_was_measured_comes_with_its_budgets():
+    plan = {
+        'measured': [asdict(Measured(-0.0123, 0.02, 3, 'prose', 362_816, 5.08, 1_800))],
+        'parameters': 3e9,
+        'measured_warning': 'A warning.',
+    }
+    assert measured_lines(plan) == [
+        'measured            in nats, on a Llama of 363k parameters (docs/evidence.md), where this run has 3B:',
+        '                    -0.012 ± 0.020 at 5.1 tokens per parameter, 1,800 steps of prose, 3 seeds',
+        '                    A warning.',
+    ]
 
 
 def test_the_sweep_has_every_point():

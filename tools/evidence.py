@@ -9,13 +9,13 @@ run came to, as ``evidence_SCALE.json``: another machine goes on from there.
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from experiments import budgets_page, page
+from experiments import budgets, budgets_page, page
 from experiments.budgets import BUDGETS, CHECKED, PROSE_BUDGETS, of_budget
 from experiments.report import Runs
 from experiments.settings import (
@@ -56,6 +56,7 @@ class Group:
     measured: str = ''
 
 
+DOCS = Path('docs')
 _MPT = ('cpu', 'rows', 'gpu')
 GROUPS = {
     'tokens': Group(
@@ -69,15 +70,24 @@ GROUPS = {
 
 def main(
     scale: Annotated[str, typer.Option(help=f'{" or ".join(GROUPS)}: tools/experiments/.')] = 'cpu',
-    data: Annotated[Path | None, typer.Option(help="What prepare-data wrote, in place of the scale's own.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="What prepare-data wrote, in place of the scale's own: give --docs, too.")
+    ] = None,
     runs: Annotated[Path, typer.Option(help='Where runs and their results are kept.')] = Path('runs/evidence'),
-    docs: Annotated[Path, typer.Option(help='Where the page, its pictures and the record go.')] = Path('docs'),
+    docs: Annotated[Path, typer.Option(help='Where the page, its pictures and the record go.')] = DOCS,
     known: Annotated[Path | None, typer.Option(help='Another record of runs that need not be trained again.')] = None,
 ) -> None:
     """Rerun the evidence and write its page."""
     if scale not in GROUPS:
         raise typer.BadParameter(f'{scale} is no scale: choose {" or ".join(GROUPS)}.', param_hint='--scale')
     group = GROUPS[scale]
+    if data and docs == DOCS:
+        raise typer.BadParameter(
+            f'{docs} is the record of what make prepares, not of {data}: give --docs, another folder, with --data.',
+            param_hint='--data',
+        )
+    if data and group.measured:
+        group = replace(group, scales=budgets.on(data))
     if group.scales[0].device == 'cuda' and not torch.cuda.is_available():
         raise typer.BadParameter(f'{scale} needs a GPU, and torch sees none.', param_hint='--scale')
     docs.mkdir(parents=True, exist_ok=True)
@@ -99,12 +109,14 @@ def main(
             for size, trained in of_scale.items()
             for job, result in sorted(trained.results.items(), key=lambda run: run[0].name(data or Path(size.data)))
         ]
-        _record(docs, scale).write_text(json.dumps(entries, indent=1) + '\n')
+        record = _record(docs, scale)
+        record.with_suffix('.part').write_text(json.dumps(entries, indent=1) + '\n')
+        record.with_suffix('.part').rename(record)
         others = [_read(docs, name) for name in group.beside if name != scale and _record(docs, name).exists()]
         shown = [trained for trained in of_scale.values() if trained.rates()]
         group.write(docs / group.page, sorted([*shown, *others], key=lambda each: _order(each.scale)))
-        if group.measured:
-            budgets_page.write_measured(docs.parent / group.measured, shown)
+        if group.measured and docs == DOCS:
+            budgets_page.write_measured(Path(group.measured), shown)
 
     # The first question at every scale, then all others.
     for questions in (1, None):
@@ -121,11 +133,11 @@ def main(
 
 
 def _load(group: Group, size: Scale, trained: Runs, data: Path, folder: Path) -> None:
-    """Take up what has been trained; of what is planned more is known with each result."""
-    known = -1
-    while known < len(trained.results):
-        known = len(trained.results)
-        trained.results.update(finished(_planned(group, size, trained), data, folder))
+    """Take up what has been trained of all that may ever be asked: what was once chosen by a map stays."""
+    settings = dict.fromkeys(setting for experiment in group.experiments(size) for setting in experiment.settings)
+    seeds = dict.fromkeys((*size.seeds, *size.fresh_seeds))
+    jobs = [Job(setting, seed, lr, size) for setting in settings for seed in seeds for lr in size.learning_rates]
+    trained.results.update(finished(jobs, data, folder))
 
 
 def _train(

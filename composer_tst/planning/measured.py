@@ -44,17 +44,15 @@ def read_measured() -> list[tuple[list[int], list[float], str, Measured]]:
         ]
 
 
-def nearest(run: Run, shares: Sequence[float], tokens_per_parameter: float, steps: int) -> Measured | None:
-    """What the same bags gained at the nearest budget; None if they were not run.
+def same_bags(run: Run, shares: Sequence[float]) -> list[Measured]:
+    """What the same bags changed at each budget, of fewest steps first; empty if they were not run.
 
     Args:
         run: The run.
         shares: The share of its steps after which each phase has ended.
-        tokens_per_parameter: Of the plain run of equal cost.
-        steps: Of the run.
     """
     if run.superpose != 'both' or run.weighting != 'uniform':
-        return None
+        return []
     bags = [phase.bag_size for phase in run.phases]
     same = [
         found
@@ -63,8 +61,29 @@ def nearest(run: Run, shares: Sequence[float], tokens_per_parameter: float, step
         and expand == run.expand
         and all(abs(a - b) < SAME_SHARE for a, b in zip(ends, shares, strict=True))
     ]
+    return sorted(same, key=lambda each: (each.steps, each.tokens_per_parameter, each.text))
 
-    def distance(each: Measured) -> float:
-        return math.hypot(math.log(each.tokens_per_parameter / tokens_per_parameter), math.log(each.steps / steps))
 
-    return min(same, key=distance, default=None)
+def warning(found: Sequence[Measured], tokens_per_parameter: float, steps: int) -> str:
+    """Why a run within the measured budgets may gain nothing, by the nearest of them; else empty.
+
+    Args:
+        found: What was measured of the same bags.
+        tokens_per_parameter: Of the plain run of equal cost.
+        steps: Of the run.
+    """
+    if not found or steps > max(each.steps for each in found):
+        return ''
+    near = min(
+        found,
+        key=lambda each: math.hypot(
+            math.log(each.tokens_per_parameter / tokens_per_parameter), math.log(each.steps / steps)
+        ),
+    )
+    if near.change < -2 * near.deviation:
+        return ''
+    ended = 'it ended worse' if near.change > 2 * near.deviation else 'no gain was sure'
+    return (
+        f'At the nearest of these budgets, {near.tokens_per_parameter:.2g} tokens per parameter in {near.steps:,} '
+        f'steps, {ended}: compare with a plain run first.'
+    )

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from .config import Run, equal_steps
 from .cost import cost_phases
-from .measured import nearest
+from .measured import same_bags, warning
 from .model import Model
 from .published import expect
 from .remarks import remarks
@@ -51,14 +51,15 @@ def make_plan(config: DictConfig, run: Run, model: Model, data: Data | None, spe
         'superposed_share_of_steps': share,
         'data_tokens': tokens,
         'equivalent_tokens': equivalent,
-        'tokens_per_parameter': equivalent / model.active,
+        'tokens_per_parameter': equivalent / model.parameters,
         'flops': flops,
         'hours': flops / speed / 3600,
         'shard_bytes': tokens * (data.bytes / data.tokens if data else BYTES_A_TOKEN),
         'passes_over_data': tokens / data.tokens if data else None,
         'share_of_tokens': _share_of_tokens(run),
         'expected': None,
-        'measured': None,
+        'measured': [],
+        'measured_warning': '',
         'remarks': remarks(config, run, costs, data),
     }
     if superposed:
@@ -66,8 +67,9 @@ def make_plan(config: DictConfig, run: Run, model: Model, data: Data | None, spe
         expected = expect(run, model, equivalent, share, bag)
         plan['expected'] = expected and asdict(expected)
         shares = [end / steps for end in itertools.accumulate(cost.steps for cost in superposed)]
-        measured = nearest(run, shares, equivalent / model.active, steps)
-        plan['measured'] = measured and asdict(measured)
+        measured = same_bags(run, shares)
+        plan['measured'] = [asdict(each) for each in measured]
+        plan['measured_warning'] = warning(measured, plan['tokens_per_parameter'], steps)
     return plan
 
 

@@ -30,6 +30,7 @@ class Expected:
     low: float
     high: float
     source: str
+    tokens_per_parameter: float  # of the baseline there
     extrapolation: str  # why it is one, or empty
 
 
@@ -96,4 +97,4 @@ def expect(run: Run, model: Model, tokens: float, share: float, bag: float) -> E
     if run.weighting not in ('uniform', 'power_law'):
         why.append('the grids have uniform and power-law weights')
     changes = [each[1] for each in read]
-    return Expected(change, min(changes), max(changes), name, '; '.join(why))
+    return Expected(change, min(changes), max(changes), name, budget / parameters, '; '.join(why))

@@ -46,7 +46,8 @@ def table(plan: dict[str, Any], gpu: str) -> str:
     if expected:
         lines.append(
             f'expected loss       {expected["change"]:+.3f} nats against plain training at this cost, by '
-            f'{expected["source"]} ({over_scales(expected)})'
+            f'{expected["source"]}, {expected["tokens_per_parameter"]:.0f} tokens per parameter '
+            f'({over_scales(expected)})'
         )
         if expected['extrapolation']:
             lines.append(f'                    This is an extrapolation: {expected["extrapolation"]}.')
@@ -55,23 +56,26 @@ def table(plan: dict[str, Any], gpu: str) -> str:
     else:
         lines += ['', f'This YAML has no superposition: {ADD_IT}.']
     if plan['measured']:
-        lines += measured_lines(plan['measured'])
+        lines += measured_lines(plan)
     if plan['remarks']:
         lines += ['', *plan['remarks']]
     return '\n'.join(lines)
 
 
-def measured_lines(of: dict[str, Any]) -> list[str]:
-    """What was gained in small runs, and a warning where that is not sure to be anything."""
+def measured_lines(plan: dict[str, Any]) -> list[str]:
+    """What the same bags changed in small runs of several budgets, and a warning where that is no gain."""
+    found = plan['measured']
     lines = [
-        f'measured            {of["change"]:+.3f} ± {of["deviation"]:.3f} nats at {of["seeds"]} seeds of a Llama of '
-        f'{si(of["parameters"])} parameters,',
-        f'                    {of["tokens_per_parameter"]:.2g} tokens per parameter, {of["steps"]:,} steps of '
-        f'{of["text"]} (docs/evidence.md)',
+        f'measured            in nats, on a Llama of {si(found[0]["parameters"])} parameters (docs/evidence.md), where '
+        f'this run has {si(plan["parameters"])}:'
     ]
-    if of['change'] + of['deviation'] >= 0:
-        found = 'It ended worse' if of['change'] > of['deviation'] else 'No gain is certain'
-        lines.append(f'                    {found} at that budget: compare with a plain run first.')
+    for of in found:
+        lines.append(
+            f'{of["change"]:>+26.3f} ± {of["deviation"]:.3f} at {of["tokens_per_parameter"]:.2g} tokens per parameter, '
+            f'{of["steps"]:,} steps of {of["text"]}, {of["seeds"]} seeds'
+        )
+    if plan['measured_warning']:
+        lines.append(f'                    {plan["measured_warning"]}')
     return lines
 
 

@@ -13,7 +13,7 @@ from .budgets import (
     DATA,
     GRID_BAGS,
     GRID_SHARES,
-    LARGEST,
+    LARGE_STEPS,
     PARAMETERS,
     PROSE,
     PUBLISHED_BATCH,
@@ -23,8 +23,8 @@ from .budgets import (
 )
 from .page import BOLD, FRESH, TERMS, about
 from .pictures import QUIET, finish
-from .report import Runs, grid, spread, sure, table, tokens_per_parameter, verdict
-from .settings import BASELINE, PUBLISHED, RECOMMENDED, S4, S4_BATCH, Experiment, Setting
+from .report import OTHERS, Runs, grid, spread, sure, table, tokens_per_parameter, verdict
+from .settings import BASELINE, PHASES_BATCH, PUBLISHED, S4, S4_BATCH, Experiment, Setting, limited
 
 # Tokens per parameter and gain of the published pairs (paper, tables of its sections 4 and 5).
 PUBLISHED_POINTS = (
@@ -32,97 +32,153 @@ PUBLISHED_POINTS = (
     ('270M', 775, 0.044),
     ('600M', 70, 0.076),
     ('3B', 14, 0.132),
-    ('10B-A1B', 105, 0.016),
+    ('10B-A1B, in 39 % of the GPU hours', 105, 0.016),
 )
-COLORS = {S4: '#0072b2', PUBLISHED: '#d55e00', RECOMMENDED: '#009e73'}
+# Of what is drawn color and line, and the marker of each kind of run.
+DRAWN = {
+    S4: ('#0072b2', '-'),
+    S4_BATCH: ('#0072b2', ':'),
+    PUBLISHED: ('#d55e00', '-'),
+    PUBLISHED_BATCH: ('#d55e00', ':'),
+    PHASES_BATCH: ('#009e73', '-'),
+}
+MARKERS = {CODE: 'o', 'larger steps': 'D', PROSE: 's'}
 # What of a setting `composer-tst plan` compares: bag sizes, where they end, expand.
 MEASURED = {
     S4: ('4', '0.3', 'sequence'),
     PUBLISHED: ('6', '0.3', 'sequence'),
     S4_BATCH: ('4', '0.3', 'batch'),
     PUBLISHED_BATCH: ('6', '0.3', 'batch'),
-    RECOMMENDED: ('8 4 2', '0.1 0.2 0.3', 'batch'),
+    PHASES_BATCH: ('8 4 2', '0.1 0.2 0.3', 'batch'),
 }
+INTRODUCTION = """How much lower superposition ends than plain training of as many steps, by budget: a Llama of 362,816
+parameters (262,144 of them embedding and head) through `hf_causal_lm`, AdamW with betas 0.9 and 0.95,
+gradients clipped at 1.0, warmup-stable-decay, the learning rate that is best for the baseline. Tokens
+per parameter are positions of the baseline by all parameters. `make evidence` trains all of it, and goes
+on from [the record](evidence_tokens.json)."""
 ABOUT_DATA = """The Python source is that of every package that `make install` brings and of the standard library, each
-file once (`make data/tokens/stats.json`; versions in [evidence_versions.txt](evidence_versions.txt)). The prose is
-dictionaries and manuals that Debian 12 packages:
+file once (`make data/tokens/stats.json`; versions in [evidence_versions.txt](evidence_versions.txt)):
+43,089 files, 220.9M tokens, of which 209.0M to train on (1,632,923 rows). No run but those on limited
+data reads a row twice: the longest reads 215,840. Another set of packages gives other text of the kind.
+The prose is dictionaries and manuals that Debian 12 packages (dict-gcide 0.48.5+nmu2, dict-wn 3.0-37,
+dict-foldoc 20230119-1, dict-jargon 4.4.7-3.1, linux-doc-6.1 6.1.192-3):
 
 ```bash
 mkdir -p data/debian && cd data/debian
 apt-get download dict-gcide dict-wn dict-foldoc dict-jargon linux-doc-6.1
 for package in *.deb; do dpkg-deb -x "$package" .; done && cd ../..
-python tools/experiments/corpus.py data/corpus/prose.jsonl data/debian
-composer-tst prepare-data data/corpus/prose.jsonl --output data/prose --seq-len 128 --train-tokenizer 2048 \\
+.venv/bin/python tools/experiments/corpus.py data/corpus/prose.jsonl data/debian
+.venv/bin/composer-tst prepare-data data/corpus/prose.jsonl --output data/prose --seq-len 128 --train-tokenizer 2048 \\
     --skip-bad --split train=0.98,val=0.02
-```"""
-OTHER_MODELS = 'The published points are of other models, data and bag sizes.'
-RATES = 'Is the learning rate that is best for the baseline near the best for superposed runs? Final losses at seed {}:'
+```
+
+`python tools/evidence.py --scale tokens --data FOLDER --docs ELSEWHERE` asks the same of any folder that
+`prepare-data` wrote in rows of 128 with a vocabulary of at most 2,048, and a split `limited` for its
+last question."""
+OTHER_MODELS = """Bars: one standard deviation of the difference over three seeds. Published points are of other models,
+data and schedules, and of the bag sizes of their runs."""
+RATES = """Everything is trained at the rate that is best for the baseline. Is that near the best for superposed
+runs? Final losses at one seed:"""
 
 
 def write(output: Path, scales: Sequence[Runs]) -> None:
     """Write the page, and its picture beside it."""
     draw_gain(scales, output.with_name(f'{output.stem}_budgets.png'))
-    parts = ['# Evidence', '\n'.join(f'- {about(runs)}' for runs in scales), ABOUT_DATA, TERMS]
-    parts += ['## The gain over the budget', says(scales), gain_table(scales), BOLD]
-    parts += [f'![Gain over tokens per parameter]({output.stem}_budgets.png)', OTHER_MODELS]
+    parts = ['# Evidence over budgets, on a small Llama', INTRODUCTION, TERMS]
+    parts += ['## The gain over the budget', f'![Gain over tokens per parameter]({output.stem}_budgets.png)']
+    parts += [OTHER_MODELS, gain_table(scales), BOLD, says(scales)]
     missing: list[str] = []
     for runs in scales:
-        parts += [f'## `{runs.scale.name}`: {tokens_per_parameter(runs.scale)}', *rates(runs)]
         for experiment in of_budget(runs.scale, runs.at_first_seed()):
             if not all(runs.get(setting, seed) for setting in experiment.settings for seed in experiment.seeds):
-                missing.append(f'{experiment.title} ({runs.scale.name})')
+                missing.append(f'{experiment.title} (`{runs.scale.name}`)')
             parts += _experiment(runs, experiment)
-        if runs.scale == LARGEST:
+        if runs.scale.fresh_seeds and len(of_budget(runs.scale, runs.at_first_seed())) > 1:
             parts += [verdict(runs, of_budget(runs.scale, runs.at_first_seed())), FRESH]
     if missing:
         parts += [f'Not run yet, or not at every seed: {"; ".join(missing)}.']
+    parts += ['## Learning rates', RATES, *map(rates, scales)]
+    parts += ['## Data', ABOUT_DATA, '## Scales', *map(about, scales)]
+    parts += ['## Every run', *map(every_run, scales)]
     output.write_text('\n\n'.join(part for part in parts if part) + '\n')
 
 
-def rates(runs: Runs) -> list[str]:
-    """The learning rates that were tried, by setting."""
+def rates(runs: Runs) -> str:
+    """The learning rates that were tried, by setting, and what differs with the best of each."""
     found: dict[Setting, dict[float, float]] = {}
     for job, result in runs.results.items():
-        if job.seed == SEEDS[0]:
+        if job.seed == runs.scale.seeds[0]:
             found.setdefault(job.setting, {})[job.lr] = result.final_loss
     tried = {setting: losses for setting, losses in found.items() if len(losses) > 1}
-    lines = [
-        f'- {setting.name}: {", ".join(f"{lr:g}: {losses[lr]:.3f}" for lr in sorted(losses))}'
-        for setting, losses in tried.items()
-    ]
-    return [RATES.format(SEEDS[0]), '\n'.join(lines)]
+    best = {setting: min(losses.values()) for setting, losses in tried.items()}
+    lines = []
+    for setting in sorted(tried, key=lambda setting: (setting != BASELINE, setting.name)):
+        losses = tried[setting]
+        line = f'- {setting.name}: {", ".join(f"{lr:g}: {losses[lr]:.3f}" for lr in sorted(losses))}'
+        if setting != BASELINE and BASELINE in best and runs.lr in losses:
+            line += f'; minus the baseline {losses[runs.lr] - best[BASELINE]:+.3f} at its best rate, '
+            line += f'{best[setting] - best[BASELINE]:+.3f} each at its own'
+        lines.append(
+            line + ('; lowest at the edge' if best[setting] in (losses[min(losses)], losses[max(losses)]) else '')
+        )
+    return '\n'.join(
+        [f'`{runs.scale.name}`, {tokens_per_parameter(runs.scale)}, seed {runs.scale.seeds[0]}:', '', *lines]
+    )
 
 
 def says(scales: Sequence[Runs]) -> str:
-    """What is sure to end below and above the baseline, a line a budget."""
+    """What ends below and above the baseline for sure, and what is not sure, a line a budget."""
     lines = []
     for runs in scales:
         found = {setting: runs.differences(setting, BASELINE, SEEDS) for setting in RECIPES if setting != BASELINE}
-        if not any(found.values()):
+        run = {setting: sure(of) for setting, of in found.items() if of}
+        if not run:
             continue
-        below, above = (
-            '; '.join(
-                f'{setting.name}, {spread(of, signed=True)}' for setting, of in found.items() if sign * sure(of) > 0
-            )
-            for sign in (-1, 1)
+        groups = (
+            ('below the baseline', [setting.name for setting in run if run[setting] < 0]),
+            ('above it', [setting.name for setting in run if run[setting] > 0]),
+            ('not sure', [setting.name for setting in run if not run[setting]]),
         )
-        budget = f'`{runs.scale.name}`, {tokens_per_parameter(runs.scale)}, {runs.scale.steps:,} steps'
-        lines.append(f'- {budget}. Below the baseline: {below or "nothing"}. Above it: {above or "nothing"}.')
-    return '\n'.join(['By more than two standard deviations, at three seeds:', '', *lines])
+        lines.append(f'- {budget(runs)}: {"; ".join(f"{how} {_listed(names)}" for how, names in groups if names)}.')
+    return '\n'.join(lines)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ' and '.join(f'({name})' for name in names)
+
+
+def budget(runs: Runs) -> str:
+    """A budget in words, with its steps."""
+    return f'{tokens_per_parameter(runs.scale)}, {runs.scale.steps:,} steps (`{runs.scale.name}`)'
 
 
 def gain_table(scales: Sequence[Runs]) -> str:
-    """Final loss minus the baseline's, a row a setting and a column a budget; the baseline's own in its row."""
-    columns = ['setting', *(f'`{runs.scale.name}`, {tokens_per_parameter(runs.scale)}' for runs in scales)]
+    """Final loss minus the baseline's, a row a budget and a column a setting; first the baseline's own."""
+    names = [setting.name for setting in RECIPES if setting != BASELINE]
+    columns = ['tokens per parameter', 'steps', 'scale', 'baseline', *(f'{name}, minus baseline' for name in names)]
     lines = [f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
-    for setting in RECIPES:
-        cells = [setting.name]
-        for runs in scales:
+    for runs in scales:
+        cells = [f'{runs.scale.tokens_per_parameter:.2g}', f'{runs.scale.steps:,}', f'`{runs.scale.name}`']
+        for setting in RECIPES:
             differences = runs.differences(setting, BASELINE, SEEDS)
             text = spread(differences, signed=True) if setting != BASELINE else spread(runs.losses(setting, SEEDS))
             fewer = f' ({len(differences)})' if 0 < len(differences) < len(SEEDS) else ''
             cells.append(f'**{text}**' if setting != BASELINE and sure(differences) else f'{text}{fewer}')
         lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def every_run(runs: Runs) -> str:
+    """Final losses by setting, learning rate and seed."""
+    seeds = sorted({job.seed for job in runs.results})
+    lines = [f'| `{runs.scale.name}` | rate | {" | ".join(map(str, seeds))} |', '|---' * (2 + len(seeds)) + '|']
+    found: dict[tuple[str, float], dict[int, float]] = {}
+    for job, result in runs.results.items():
+        found.setdefault((job.setting.name, job.lr), {})[job.seed] = result.final_loss
+    for name, lr in sorted(found, key=lambda key: (key[0] != BASELINE.name, key)):
+        losses = found[name, lr]
+        cells = (f'{losses[seed]:.3f}' if seed in losses else '' for seed in seeds)
+        lines.append(f'| {name} | {lr:g} | {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
@@ -143,40 +199,52 @@ def write_measured(output: Path, scales: Sequence[Runs]) -> None:
 
 
 def _experiment(runs: Runs, experiment: Experiment) -> list[str]:
+    if len(of_budget(runs.scale)) == 1:  # all of it is in the table over budgets
+        return []
     if not any(runs.all(setting, experiment.seeds) for setting in experiment.settings if setting.algorithm):
         return []
-    heading = [f'### {experiment.title}, {tokens_per_parameter(runs.scale)}', experiment.question]
+    heading = [f'## {experiment.title}, {tokens_per_parameter(runs.scale)}', experiment.question]
     if experiment.form == 'grid':
         return [*heading, "Final loss minus the baseline's.", grid(runs, GRID_BAGS, GRID_SHARES, experiment.seeds)]
+    if experiment.form == 'limited':
+        against = {f'{name}, limited data': limited(setting) for name, setting in OTHERS.items()}
+        return [*heading, table(runs, experiment.settings, experiment.seeds, against=against)]
     return [*heading, table(runs, experiment.settings, experiment.seeds)]
 
 
 def draw_gain(scales: Sequence[Runs], output: Path) -> None:
     """How much lower TST ends, over tokens per parameter, with its deviation; and the published pairs."""
-    figure = Figure(figsize=(8, 4.2), dpi=140, layout='constrained')
-    axes = figure.subplots()
-    for number, (setting, color) in enumerate(COLORS.items()):
-        for prose, marker, line in ((False, 'o', '-'), (True, 's', ':')):
+    figure = Figure(figsize=(8, 5.2), dpi=140, layout='constrained')
+    near, far = figure.subplots(2, sharex=True, height_ratios=(2, 1))  # the runs of few steps lose ten times as much
+    for number, (setting, (color, line)) in enumerate(DRAWN.items()):
+        for text, marker in MARKERS.items():
             points = []
             for runs in scales:
                 gains = [-each for each in runs.differences(setting, BASELINE, SEEDS)]
-                budget = runs.scale.tokens_per_parameter
-                if gains and budget and ('prose' in runs.scale.name) == prose and 'large' not in runs.scale.name:
-                    deviation = statistics.stdev(gains) if len(gains) > 1 else 0.0
-                    points.append((budget * 1.03 ** (number - 1), statistics.fmean(gains), deviation))
+                tokens = runs.scale.tokens_per_parameter
+                if len(gains) == len(SEEDS) and all(map(math.isfinite, gains)) and tokens and _drawn_as(runs) == text:
+                    points.append((tokens * 1.04 ** (number - 2), statistics.fmean(gains), statistics.stdev(gains)))
             if points:
                 x, y, bars = zip(*points, strict=True)
-                label = f'{setting.name}, {"prose" if prose else "Python source"}'
-                axes.errorbar(x, y, bars, fmt=marker + line, color=color, capsize=3, ms=5, label=label)
-    for name, budget, gain in PUBLISHED_POINTS:
-        axes.plot(
-            budget, gain, 'x', color=QUIET, ms=7, label='published, other models and data' if name == '3B' else None
-        )
-        axes.annotate(name, (budget, gain), xytext=(6, 3), textcoords='offset points', color=QUIET, fontsize=8)
-    axes.axhline(0, color='#3c3c3c', lw=1)
-    axes.set_xscale('log')
-    axes.set_xlabel('tokens of the baseline per parameter')
-    axes.set_ylabel("baseline's final loss minus TST's")
-    axes.legend(frameon=False, fontsize=8)
-    finish(axes)
+                label = f'{setting.name}{"" if text == CODE else f", {text}"}'
+                for axes in (near, far):
+                    axes.errorbar(x, y, bars, fmt=marker + line, color=color, capsize=3, ms=5, lw=1.2, label=label)
+    for name, tokens, gain in PUBLISHED_POINTS:
+        near.plot(tokens, gain, 'x', color=QUIET, ms=7, label='published' if name == '3B' else None)
+        near.annotate(name, (tokens, gain), xytext=(6, 3), textcoords='offset points', color=QUIET, fontsize=8)
+    for axes in (near, far):
+        axes.axhline(0, color='#3c3c3c', lw=1)
+        axes.set_xscale('log')
+        finish(axes)
+    near.set_ylim(-0.26, 0.16)
+    near.legend(frameon=False, fontsize=7.5, loc='lower right')
+    far.set_ylim(-1.4, 0.1)
+    far.set_xlabel('tokens of the baseline per parameter')
+    figure.supylabel("baseline's final loss minus TST's, at equal steps")
     figure.savefig(output)
+
+
+def _drawn_as(runs: Runs) -> str:
+    if runs.scale.name == LARGE_STEPS.name:
+        return 'larger steps'
+    return PROSE if runs.scale.data == DATA[PROSE] else CODE

@@ -28,7 +28,7 @@ def source() -> Iterator[bytes]:
 
 
 def prose(folder: Path) -> Iterator[bytes]:
-    """Dictionaries of dictd (`.dict.dz`), and packed texts (`.rst.gz`, `.txt.gz`)."""
+    """Dictionaries of dictd (`.dict.dz`), and packed texts (`.rst.gz`, `.txt.gz`) that are no translations."""
     for path in sorted(folder.rglob('*.dict.dz')):
         document = b''
         for entry in re.split(rb'\n(?=\S)', gzip.decompress(path.read_bytes())):
@@ -38,7 +38,7 @@ def prose(folder: Path) -> Iterator[bytes]:
                 document = b''
         yield document
     for path in sorted([*folder.rglob('*.rst.gz'), *folder.rglob('*.txt.gz')]):
-        if path.is_file():
+        if path.is_file() and 'translations' not in path.parts:
             yield gzip.decompress(path.read_bytes())
 
 

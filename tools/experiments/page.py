@@ -11,7 +11,7 @@ BOLD = """Bold: by more than two standard deviations of the difference. Of setti
 13 is bold at three seeds, one in 90 at five (Student's t). In brackets, the number of seeds where it is not that of the
 row."""
 TERMS = """Losses are next-token validation losses in nats per token. A difference is between runs of the same seed, ±
-is the sample standard deviation over seeds. Seconds a step are rough."""
+is the sample standard deviation over seeds."""
 ISO_LOSS = """How many times the steps the baseline needs for the same final loss; its interval is one standard
 deviation of the difference from the baseline to either side:"""
 FRESH = 'A setting that was chosen for its loss at one seed is judged at others.'
@@ -41,7 +41,9 @@ def write(output: Path, scales: Sequence[Runs]) -> None:
         parts += [f'Not run yet, or not at every seed: {"; ".join(missing)}.']
     parts += [f'![Settings run at three seeds or more, against the baseline]({output.stem}_settings.png)']
     for experiment in done:
-        parts += [f'## {experiment.title}', experiment.question]
+        if experiment.form == 'table' and len(experiment.seeds) > 1:
+            continue  # its settings are in the table above
+        parts += [f'## {experiment.title}, at 0.8 tokens per parameter', experiment.question]
         if experiment.form == 'grid':
             draw_grid(runs, output.with_name(f'{output.stem}_grid.png'))
             parts += [
@@ -50,7 +52,8 @@ def write(output: Path, scales: Sequence[Runs]) -> None:
                 f'![Loss over the share of superposed steps]({output.stem}_grid.png)',
             ]
         else:
-            parts += [table(runs, experiment.settings, experiment.seeds, others)]
+            of_others = others if experiment.form == 'iso-loss' else ()
+            parts += [table(runs, experiment.settings, experiment.seeds, of_others)]
         if experiment.form == 'iso-loss':
             parts += [
                 ISO_LOSS,

@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .report import Runs
-from .settings import BASELINE, GRID_BAGS, GRID_SHARES, PUBLISHED, RECOMMENDED, Setting, one_size
+from .settings import BASELINE, GRID_BAGS, GRID_SHARES, PHASES_BATCH, PUBLISHED, Setting, one_size
 
 ENOUGH = 3  # seeds of a setting that is drawn
 QUIET, BLUE, ORANGE = '#6b6b6b', '#0072b2', '#d55e00'
-HIGHLIGHTED = {PUBLISHED: (BLUE, 'published recipe'), RECOMMENDED: (ORANGE, 'recommended')}
+HIGHLIGHTED = {PUBLISHED: (BLUE, 'published recipe'), PHASES_BATCH: (ORANGE, 'phases with batch')}
 
 
 def draw_grid(runs: Runs, output: Path) -> None:

@@ -3,14 +3,14 @@
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .settings import (
     BASELINE,
     BASELINES,
+    PHASES_BATCH,
     PUBLISHED,
-    RECOMMENDED,
     S4,
     Experiment,
     Scale,
@@ -74,26 +74,32 @@ def spread(values: Sequence[float], digits: int = 3, signed: bool = False) -> st
     return text if len(values) == 1 else f'{text} ± {statistics.stdev(values):.{digits}f}'
 
 
-def table(runs: Runs, settings: Sequence[Setting], seeds: Sequence[int], others: Sequence[Runs] = ()) -> str:
-    """A row a setting: final losses, and differences from the baseline, s = 6 and s = 4, seed by seed.
+def table(
+    runs: Runs,
+    settings: Sequence[Setting],
+    seeds: Sequence[int],
+    others: Sequence[Runs] = (),
+    against: Mapping[str, Setting] = OTHERS,
+) -> str:
+    """A row a setting: final losses, differences from what it is set against, seed by seed, and costs if they differ.
 
-    Of each other scale there is a column with final losses, differences from its baseline, and seconds a step.
+    Of each other scale there is a column with final losses, and differences from its baseline.
     """
-    columns = ['setting', 'seeds', 'final validation loss', *(f'minus {other}' for other in OTHERS), 'data tokens']
-    columns += ['s/step', *(f'{other.scale.name}: final loss, minus baseline, s/step' for other in others)]
+    columns = ['setting', 'seeds', 'final validation loss', *(f'minus {other}' for other in against), 'data tokens']
+    costs = any(setting.cost != 1 for setting in settings)
+    columns += ['cost'] * costs + [f'{other.scale.name}: final loss, minus baseline' for other in others]
     lines = [_row(columns), '|---' * len(columns) + '|']
     for setting in settings:
         results = runs.all(setting, seeds)
         if not results:
             continue
-        cells = [setting.name, str(len(results)), spread(runs.losses(setting, seeds))]
-        cells += [_difference(runs, setting, than, seeds)[0] for than in OTHERS.values()]
-        cells += [f'{results[0].data_tokens / 1e6:.2f}M', _pace(results)]
+        cells = [setting.name, _seeds(runs, setting, seeds), spread(runs.losses(setting, seeds))]
+        cells += [_difference(runs, setting, than, seeds)[0] for than in against.values()]
+        cells += [f'{results[0].data_tokens / 1e6:.2f}M', *[f'{setting.cost:.3g}'] * costs]
         for other in others:
-            theirs = other.all(setting, other.scale.seeds)
-            loss = spread([result.final_loss for result in theirs])
+            loss = spread(other.losses(setting, other.scale.seeds))
             difference = spread(other.differences(setting, BASELINE, other.scale.seeds), signed=True)
-            cells += [f'{loss}, {difference}, {_pace(theirs)}' if theirs else '']
+            cells += [f'{loss}, {difference}' if loss else '']
         lines.append(_row(cells))
     return '\n'.join(lines)
 
@@ -102,8 +108,16 @@ def _row(cells: Sequence[str]) -> str:
     return f'| {" | ".join(cells)} |'
 
 
-def _pace(results: Sequence[Result]) -> str:
-    return spread([result.seconds / result.steps for result in results])
+def _seeds(runs: Runs, setting: Setting, seeds: Sequence[int]) -> str:
+    """The seeds at which a setting was run, as `17-19, 22`."""
+    run = [str(seed) for seed in sorted(seeds) if runs.get(setting, seed)]
+    spans = [[run[0], run[0]]] if run else []
+    for seed in run[1:]:
+        if int(seed) == int(spans[-1][1]) + 1:
+            spans[-1][1] = seed
+        else:
+            spans.append([seed, seed])
+    return ', '.join(first if first == last else f'{first}-{last}' for first, last in spans)
 
 
 def grid(runs: Runs, bags: Sequence[int], shares: Sequence[float], seeds: Sequence[int]) -> str:
@@ -179,10 +193,10 @@ def verdict(runs: Runs, done: Sequence[Experiment]) -> str:
                 # that it was chosen at.
                 seeds[setting] = here
     better: dict[str, list[str]] = {name: [] for name, other in OTHERS.items() if other.algorithm}
-    others = OTHERS | {'recommended': RECOMMENDED}
+    others = OTHERS | {'phases, batch': PHASES_BATCH}
     lines = [_row(['setting', 'seeds', *(f'minus {other}' for other in others)]), '|---' * (2 + len(others)) + '|']
     for setting in seeds:
-        cells = [setting.name, str(len(seeds[setting]))]
+        cells = [setting.name, _seeds(runs, setting, seeds[setting])]
         for name, than in others.items():
             text, mean = _difference(runs, setting, than, seeds[setting])
             cells.append(f'**{text}**' if mean else text)

@@ -93,17 +93,22 @@ class Setting:
         algorithm: What superposes, as llm-foundry's command line takes it; nothing for a baseline.
         length: Steps, as a multiple of the scale's.
         warmup: Steps of warmup, as a share of all steps; the scale's own if None.
+        cost: Operations of a step in the mean, in those of a plain step; attention, which `batch` makes cheaper, aside.
     """
 
     name: str
     algorithm: tuple[str, ...] = ()
     length: float = 1.0
     warmup: float | None = None
+    cost: float = 1.0
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Settings that answer one question, each at ``seeds``; reported as ``table``, as ``iso-loss`` or as ``grid``."""
+    """Settings that answer one question, each at ``seeds``.
+
+    Reported as ``table``, as ``iso-loss``, as ``grid``, or as ``limited``, against the baseline of the same data.
+    """
 
     title: str
     question: str
@@ -125,11 +130,12 @@ def superposed(name: str, algorithm: str = 'token_superposition', **settings: ob
 def one_size(bag_size: int, share: float, **others: str) -> Setting:
     """One bag size until a share of the steps."""
     name = ', '.join((f's = {bag_size}', f'r = {share:g}', *others.values()))
-    return superposed(name, bag_size=bag_size, duration=f'{share:g}dur', **others)
+    cost = 1 - share + share / bag_size if others.get('expand') == 'none' else 1.0
+    return replace(superposed(name, bag_size=bag_size, duration=f'{share:g}dur', **others), cost=cost)
 
 
 def limited(setting: Setting) -> Setting:
-    """The same on data that are as many as a baseline reads."""
+    """The same on a split that holds little more than a baseline reads."""
     return Setting(f'{setting.name}, limited data', (*setting.algorithm, 'train_loader.dataset.split=limited'))
 
 
@@ -166,7 +172,7 @@ TO_FINE = (
     ((8, 0.167), (4, 0.333), (2, 0.5)),
 )
 COARSE_TO_FINE = phases(*TO_FINE[0])
-RECOMMENDED = phases(*TO_FINE[0], expand='batch')
+PHASES_BATCH = phases(*TO_FINE[0], expand='batch')
 FINALISTS = 3
 # In the operations of one run with `sequence`, at s = 4 and r = 0.3: of a token's forward pass, 4.33M operations
 # (2 layers of width 256 and a head of 2,048), attention takes 0.13M over 64 positions and 0.03M over 16.
@@ -185,7 +191,7 @@ def experiments(scale: Scale, losses: Mapping[Setting, float] | None = None) -> 
     """
     seeds, first = scale.seeds, scale.seeds[:1]
     losses = losses or {}
-    recipes = [S4, PUBLISHED, COARSE_TO_FINE, RECOMMENDED]
+    recipes = [S4, PUBLISHED, COARSE_TO_FINE, PHASES_BATCH]
     equal = [
         Experiment(
             'Equal steps',
@@ -231,7 +237,7 @@ def experiments(scale: Scale, losses: Mapping[Setting, float] | None = None) -> 
             'Coarse to fine, in rows of their own',
             'Do phases gain more with `batch`, which joins no rows? It was among the best at seed 17 and the best of '
             'these at 20 to 22; 18 and 19 were added after that.',
-            [BASELINE, S4, S4_BATCH, COARSE_TO_FINE, RECOMMENDED],
+            [BASELINE, S4, S4_BATCH, COARSE_TO_FINE, PHASES_BATCH],
             (*seeds[1:], *scale.fresh_seeds),
         ),
         Experiment(
@@ -244,7 +250,7 @@ def experiments(scale: Scale, losses: Mapping[Setting, float] | None = None) -> 
             'The best of the map, again',
             in_rows_of_their_own(),
             losses,
-            [BASELINE, S4, S4_BATCH, RECOMMENDED],
+            [BASELINE, S4, S4_BATCH, PHASES_BATCH],
             (*seeds[1:], *scale.fresh_seeds),
         ),
         Experiment('Sides', 'Bags in, bags out, or both?', [BASELINE, S4, *sides], seeds),
@@ -294,7 +300,7 @@ def beyond() -> list[Setting]:
     return [
         *(phases(*steps) for steps in TO_FINE),
         phases(*TO_FINE[0], weighting='power_law'),
-        RECOMMENDED,
+        PHASES_BATCH,
         Setting(COARSE_TO_FINE.name + ', warm-up until 0.3', COARSE_TO_FINE.algorithm, warmup=0.3),
         Setting('baseline, warm-up until 0.3', warmup=0.3),
         rated('half the learning rate while superposed', factor=0.5),

@@ -58,7 +58,9 @@ class Job:
     def name(self, data: Path) -> str:
         """A name for files, another one if anything that the run depends on is changed."""
         text = re.sub(r'[^a-z0-9.]+', '-', f'{self.setting.name} lr {self.lr:g} seed {self.seed}'.lower())
-        made_of = [json.dumps(self.overrides(data)), (REPO / self.scale.yaml).read_text()]
+        yaml = REPO / self.scale.yaml
+        made_of = [json.dumps(self.overrides(data)), yaml.read_text()]
+        made_of += [config.read_text() for config in [yaml.with_suffix('') / 'config.json'] if config.exists()]
         if self.scale.tokens_per_parameter is None:  # else, of other versions of packages, it is other text of a kind
             made_of.append((data / 'stats.json').read_text())
         return f'{text}-{hashlib.sha256("".join(made_of).encode()).hexdigest()[:8]}'
