@@ -27,7 +27,6 @@ from experiments.settings import (
     PHASES_BATCH,
     PUBLISHED,
     S4,
-    S4_BATCH,
     Experiment,
     Scale,
     beyond,
@@ -308,20 +307,6 @@ def test_the_page_over_budgets_shows_a_run_that_diverged(tmp_path: Path):
     runs = runs_of({BASELINE: [3.0, 3.1, 3.2], S4: [3.0, float('inf'), 3.0]}, budgets.BUDGETS[0])
     budgets_page.write(tmp_path / 'evidence.md', [runs])
     assert '| 0.99 | 350 | `tokens-1` | 3.100 ± 0.100 | diverged |' in (tmp_path / 'evidence.md').read_text()
-
-
-def test_only_what_is_sure_is_said():
-    losses = {
-        BASELINE: [3.0, 3.1, 3.2],
-        S4: [2.9, 3.01, 3.1],
-        PUBLISHED: [2.9, 2.9],  # a seed less
-        S4_BATCH: [2.9, 3.1, 3.2],
-        PHASES_BATCH: [3.2, 3.3, 3.41],
-    }
-    assert budgets_page.says([runs_of(losses, budgets.BUDGETS[0])]) == (
-        f'- 0.99 tokens per parameter, 350 steps (`tokens-1`): below the baseline ({S4.name}); above it '
-        f'({PHASES_BATCH.name}); not sure ({PUBLISHED.name}) and ({S4_BATCH.name}).'
-    )
 
 
 def test_rates_say_what_differs_at_the_best_of_each():

@@ -86,15 +86,15 @@ def write(output: Path, scales: Sequence[Runs]) -> None:
     draw_gain(scales, output.with_name(f'{output.stem}_budgets.png'))
     parts = ['# Evidence over budgets, on a small Llama', INTRODUCTION, TERMS]
     parts += ['## The gain over the budget', f'![Gain over tokens per parameter]({output.stem}_budgets.png)']
-    parts += [OTHER_MODELS, gain_table(scales), BOLD, says(scales)]
+    parts += [OTHER_MODELS, gain_table(scales), BOLD]
     missing: list[str] = []
     for runs in scales:
-        for experiment in of_budget(runs.scale, runs.at_first_seed()):
+        planned = of_budget(runs.scale, runs.at_first_seed())
+        shown = [part for experiment in planned for part in _experiment(runs, experiment)]
+        parts += [*shown, verdict(runs, planned), FRESH] if shown else []
+        for experiment in planned:
             if not all(runs.get(setting, seed) for setting in experiment.settings for seed in experiment.seeds):
                 missing.append(f'{experiment.title} (`{runs.scale.name}`)')
-            parts += _experiment(runs, experiment)
-        if runs.scale.fresh_seeds and len(of_budget(runs.scale, runs.at_first_seed())) > 1:
-            parts += [verdict(runs, of_budget(runs.scale, runs.at_first_seed())), FRESH]
     if missing:
         parts += [f'Not run yet, or not at every seed: {"; ".join(missing)}.']
     parts += ['## Learning rates', RATES, *map(rates, scales)]
@@ -124,32 +124,6 @@ def rates(runs: Runs) -> str:
     return '\n'.join(
         [f'`{runs.scale.name}`, {tokens_per_parameter(runs.scale)}, seed {runs.scale.seeds[0]}:', '', *lines]
     )
-
-
-def says(scales: Sequence[Runs]) -> str:
-    """What ends below and above the baseline for sure, and what is not sure, a line a budget."""
-    lines = []
-    for runs in scales:
-        found = {setting: runs.differences(setting, BASELINE, SEEDS) for setting in RECIPES if setting != BASELINE}
-        run = {setting: sure(of) for setting, of in found.items() if of}
-        if not run:
-            continue
-        groups = (
-            ('below the baseline', [setting.name for setting in run if run[setting] < 0]),
-            ('above it', [setting.name for setting in run if run[setting] > 0]),
-            ('not sure', [setting.name for setting in run if not run[setting]]),
-        )
-        lines.append(f'- {budget(runs)}: {"; ".join(f"{how} {_listed(names)}" for how, names in groups if names)}.')
-    return '\n'.join(lines)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ' and '.join(f'({name})' for name in names)
-
-
-def budget(runs: Runs) -> str:
-    """A budget in words, with its steps."""
-    return f'{tokens_per_parameter(runs.scale)}, {runs.scale.steps:,} steps (`{runs.scale.name}`)'
 
 
 def gain_table(scales: Sequence[Runs]) -> str:
@@ -235,6 +209,8 @@ def draw_gain(scales: Sequence[Runs], output: Path) -> None:
     for axes in (near, far):
         axes.axhline(0, color='#3c3c3c', lw=1)
         axes.set_xscale('log')
+        axes.set_xlim(0.7, 1500)
+        axes.xaxis.set_major_formatter('{x:g}')
         finish(axes)
     near.set_ylim(-0.26, 0.16)
     near.legend(frameon=False, fontsize=7.5, loc='lower right')
