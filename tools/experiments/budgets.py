@@ -23,6 +23,7 @@ from .settings import (
 )
 
 PARAMETERS = 362_816
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS, FRESH_SEEDS = (17, 18, 19), (20, 21, 22)
 PUBLISHED_BATCH = one_size(6, 0.3, expand='batch')
 RECIPES = (BASELINE, S4, PUBLISHED, S4_BATCH, PUBLISHED_BATCH, PHASES_BATCH)
@@ -38,7 +39,14 @@ CODE, PROSE = 'Python source', 'prose'
 DATA = {CODE: 'data/tokens', PROSE: 'data/prose'}
 
 
-def _budget(name: str, text: str, steps: int, batch: int = 8, fresh_seeds: tuple[int, ...] = ()) -> Scale:
+def _budget(
+    name: str,
+    text: str,
+    steps: int,
+    batch: int = 8,
+    fresh_seeds: tuple[int, ...] = (),
+    rates: tuple[float, ...] = RATES,
+) -> Scale:
     """Steps of so many rows of 128."""
     tokens = steps * batch * 128
     return Scale(
@@ -49,7 +57,7 @@ def _budget(name: str, text: str, steps: int, batch: int = 8, fresh_seeds: tuple
         steps=steps,
         warmup=steps // 20,
         seeds=SEEDS,
-        learning_rates=(1e-3, 2e-3, 4e-3, 8e-3),
+        learning_rates=rates,
         workers=2,
         device='cpu',
         yaml='yamls/evidence/llama.yaml',
@@ -59,7 +67,7 @@ def _budget(name: str, text: str, steps: int, batch: int = 8, fresh_seeds: tuple
     )
 
 
-LARGEST = _budget('tokens-20', CODE, 7_100, fresh_seeds=FRESH_SEEDS)
+LARGEST = _budget('tokens-20', CODE, 7_100, fresh_seeds=FRESH_SEEDS, rates=(*RATES, 16e-3))
 LARGE_STEPS = _budget('tokens-20-large', CODE, 1_775, batch=32)  # the same tokens in steps four times as large
 BUDGETS = (
     _budget('tokens-1', CODE, 350),
