@@ -28,6 +28,7 @@ SEEDS, FRESH_SEEDS = (17, 18, 19), (20, 21, 22)
 PUBLISHED_BATCH = one_size(6, 0.3, expand='batch')
 RECIPES = (BASELINE, S4, PUBLISHED, S4_BATCH, PUBLISHED_BATCH, PHASES_BATCH)
 FEWER_RECIPES = (BASELINE, S4, PUBLISHED, PHASES_BATCH)  # on prose, and in larger steps
+FINALISTS = 2
 GRID_BAGS, GRID_SHARES = (2, 4, 6, 8), (0.1, 0.2, 0.3, 0.4)
 CHEAPER = (one_size(4, 0.3, expand='none'), one_size(6, 0.3, expand='none'))
 BEYOND = """What is level at less cost, or better at equal cost? A share of 0.05 ends with warmup; phases of 6, 4 and
@@ -100,9 +101,9 @@ def of_budget(scale: Scale, losses: Mapping[Setting, float] | None = None) -> li
     return [
         gain,
         Experiment('Share and bag size', 'Which share of steps, which bag size?', [BASELINE, *grid], first, 'grid'),
-        *finals('The best of the grid, again', grid, losses, beside, scale.fresh_seeds),
+        *finals('The best of the grid, again', grid, losses, beside, scale.fresh_seeds, FINALISTS),
         Experiment('Cheaper, or better', BEYOND, [*beside, *others()], first),
-        *finals('The best of these, again', others(), losses, [*beside, *CHEAPER], scale.fresh_seeds),
+        *finals('The best of these, again', others(), losses, [*beside, *CHEAPER], scale.fresh_seeds, FINALISTS),
         Experiment('Limited data', LIMITED, [limited(setting) for setting in FEWER_RECIPES], scale.seeds, 'limited'),
     ]
 

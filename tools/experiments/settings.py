@@ -285,12 +285,13 @@ def finals(
     losses: Mapping[Setting, float],
     beside: Sequence[Setting],
     seeds: Sequence[int],
+    finalists: int = FINALISTS,
 ) -> list[Experiment]:
     """The best of some settings beside others, at seeds that had no say in choosing them; empty before all have run."""
     if not all(setting in losses for setting in settings):
         return []
     contenders = [setting for setting in settings if setting.algorithm and setting not in beside]
-    best = sorted(contenders, key=lambda setting: losses[setting])[:FINALISTS]
+    best = sorted(contenders, key=lambda setting: losses[setting])[:finalists]
     question = 'Are the settings that were best at the first seed better at others?'
     return [Experiment(title, question, [*beside, *best], seeds)]
 
