@@ -23,7 +23,7 @@ from .settings import (
 )
 
 PARAMETERS = 362_816
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES, HIGHER_RATES = (1e-3, 2e-3, 4e-3, 8e-3), (2e-3, 4e-3, 8e-3, 16e-3)
 SEEDS, FRESH_SEEDS = (17, 18, 19), (20, 21, 22)
 PUBLISHED_BATCH = one_size(6, 0.3, expand='batch')
 RECIPES = (BASELINE, S4, PUBLISHED, S4_BATCH, PUBLISHED_BATCH, PHASES_BATCH)
@@ -69,7 +69,9 @@ def _budget(
 
 
 LARGEST = _budget('tokens-20', CODE, 7_100, fresh_seeds=FRESH_SEEDS, rates=(*RATES, 16e-3))
-LARGE_STEPS = _budget('tokens-20-large', CODE, 1_775, batch=32)  # the same tokens in steps four times as large
+LARGE_STEPS = _budget(
+    'tokens-20-large', CODE, 1_775, batch=32, rates=HIGHER_RATES
+)  # the same tokens in steps four times as large
 BUDGETS = (
     _budget('tokens-1', CODE, 350),
     _budget('tokens-5', CODE, 1_800),
@@ -78,7 +80,7 @@ BUDGETS = (
 )
 PROSE_BUDGETS = (
     _budget('prose-5', PROSE, 1_800),
-    _budget('prose-20', PROSE, 7_100),
+    _budget('prose-20', PROSE, 7_100, rates=HIGHER_RATES),
 )
 # Where the learning rate is tuned for superposed settings too.
 CHECKED = {scale.name: (S4, PUBLISHED) for scale in BUDGETS if scale != LARGE_STEPS}
