@@ -101,14 +101,24 @@ def _gradient(
     # The gradient of one row of the weight is itself a bag: a sum over the positions where its id occurs. So
     # it is summed in float32 and written once, also in bfloat16, where torch's own gradient of an embedding
     # adds position after position to a bfloat16 row and loses what a frequent token gets.
-    ids = bags.flatten()
-    order = ids.argsort()
-    # Where each id's positions begin: how many ids are lower, counted (a search takes longer than the sort).
-    offsets = torch.zeros(vocabulary + 1, device=ids.device, dtype=ids.dtype)
-    offsets = offsets.scatter_add_(0, ids + 1, torch.ones_like(ids)).cumsum(0)
+    ids, size = bags.flatten(), bags.shape[1]
     grads = (grad_output / _counts(bags, attended)).contiguous()
-    seen = None if attended is None else attended.flatten()[order]
-    grad_weight = _sum_bags(grads, order // bags.shape[1], offsets, seen)
+    if grads.is_cuda:
+        # There a bag is summed by one thread, one position after another: a frequent id would take long. torch's
+        # gradient of its own bags sums parts of it side by side, in float32 too.
+        of_bag = torch.arange(ids.numel(), device=ids.device) // size
+        seen = None if attended is None else attended.flatten().to(grads.dtype)
+        unused = of_bag[:0]  # what means and maxima need
+        grad_weight = torch.ops.aten._embedding_bag_dense_backward(
+            grads, ids, of_bag, unused, unused, vocabulary, False, 0, seen
+        )
+    else:
+        order = ids.argsort()
+        # Where each id's positions begin: how many ids are lower, counted (a search takes longer than the sort).
+        offsets = torch.zeros(vocabulary + 1, device=ids.device, dtype=ids.dtype)
+        offsets = offsets.scatter_add_(0, ids + 1, torch.ones_like(ids)).cumsum(0)
+        seen = None if attended is None else attended.flatten()[order]
+        grad_weight = _sum_bags(grads, order // size, offsets, seen)
     if padding_idx is not None:
         grad_weight[padding_idx] = 0
     return grad_weight

@@ -75,6 +75,12 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
         pytest.skip('needs llm-foundry, which this environment lacks: make test has it')
 
 
+@pytest.fixture(autouse=True)
+def in_full_precision():
+    """A Trainer lets all of its process multiply float32 matrices on a GPU as TF32: not what a test compares with."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture(scope='session', autouse=True)
 def temporary(tmp_path_factory: pytest.TempPathFactory):
     """A folder of its own for temporary files: StreamingDataset goes through all names that any process has left."""

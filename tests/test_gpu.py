@@ -58,8 +58,8 @@ def test_a_training_in_other_ways_is_near_it(settings: dict[str, Any]):
 def test_a_superposed_step_waits_no_more_often_than_a_plain_one():
     def waits(algorithm: Any) -> list[str]:
         loader = random_loader(rows=480, pin_memory=True)
-        trainer, _ = make_trainer(llama(), loader, algorithm, '2ba', device='gpu')
-        trainer.fit()  # the first steps wait to make what they need
+        trainer, _ = make_trainer(llama(), loader, algorithm, '20ba', device='gpu')
+        trainer.fit(duration='2ba')  # the first steps wait to make what they need
         torch.cuda.set_sync_debug_mode('warn')
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter('always')
@@ -68,5 +68,5 @@ def test_a_superposed_step_waits_no_more_often_than_a_plain_one():
         trainer.close()
         return [f'{w.filename}:{w.lineno}' for w in seen if 'synchroniz' in str(w.message)]
 
-    plain, superposed = waits(None), waits(TokenSuperposition(bag_size=3, duration='999ba'))
+    plain, superposed = waits(None), waits(TokenSuperposition(bag_size=3, duration='13ba'))
     assert len(superposed) <= len(plain), set(superposed) - set(plain)
