@@ -248,3 +248,19 @@ def test_bad_shapes_are_refused_in_one_sentence(ids, mask, message: str):
 def test_ids_outside_the_vocabulary_raise(token: int, dtype: torch.dtype):
     with pytest.raises((RuntimeError, IndexError)):
         bag_embedding(nn.Embedding(7, 5, dtype=dtype), torch.tensor([[1, token]]))
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_the_operator_that_a_gpu_takes_is_the_gradient(masked: bool):
+    """What torch keeps to itself may change; a CPU has it too."""
+    ids = torch.randint(11, (5, 3))
+    grads, seen = torch.randn(5, 7), (torch.rand(15) < 0.7).float() if masked else None
+    of_bag = torch.arange(15) // 3
+    unused = of_bag[:0]
+    found = torch.ops.aten._embedding_bag_dense_backward(
+        grads, ids.flatten(), of_bag, unused, unused, 11, False, 0, seen
+    )
+    expected = torch.zeros(11, 7)
+    for position, token in enumerate(ids.flatten().tolist()):
+        expected[token] += grads[position // 3] * (1 if seen is None else seen[position])
+    torch.testing.assert_close(found, expected)
