@@ -109,9 +109,8 @@ def _gradient(
         of_bag = torch.arange(ids.numel(), device=ids.device) // size
         seen = None if attended is None else attended.flatten().to(grads.dtype)
         unused = of_bag[:0]  # what means and maxima need
-        grad_weight = torch.ops.aten._embedding_bag_dense_backward(
-            grads, ids, of_bag, unused, unused, vocabulary, False, 0, seen
-        )
+        gradient_of_bags: Any = torch.ops.aten._embedding_bag_dense_backward
+        grad_weight = gradient_of_bags(grads, ids, of_bag, unused, unused, vocabulary, False, 0, seen)
     else:
         order = ids.argsort()
         # Where each id's positions begin: how many ids are lower, counted (a search takes longer than the sort).

@@ -1,6 +1,7 @@
 """Bag embedding against its definition, in value and gradient."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -257,9 +258,8 @@ def test_the_operator_that_a_gpu_takes_is_the_gradient(masked: bool):
     grads, seen = torch.randn(5, 7), (torch.rand(15) < 0.7).float() if masked else None
     of_bag = torch.arange(15) // 3
     unused = of_bag[:0]
-    found = torch.ops.aten._embedding_bag_dense_backward(
-        grads, ids.flatten(), of_bag, unused, unused, 11, False, 0, seen
-    )
+    gradient_of_bags: Any = torch.ops.aten._embedding_bag_dense_backward
+    found = gradient_of_bags(grads, ids.flatten(), of_bag, unused, unused, 11, False, 0, seen)
     expected = torch.zeros(11, 7)
     for position, token in enumerate(ids.flatten().tolist()):
         expected[token] += grads[position // 3] * (1 if seen is None else seen[position])
