@@ -321,8 +321,9 @@ def test_rates_say_what_differs_at_the_best_of_each():
 
 
 def test_other_data_need_a_page_of_their_own(dataset: Path):
-    with pytest.raises(typer.BadParameter, match='give --docs'):
-        evidence.main('tokens', dataset)
+    for docs in (evidence.DOCS, evidence.DOCS.resolve()):
+        with pytest.raises(typer.BadParameter, match='give --docs'):
+            evidence.main('tokens', dataset, docs=docs)
     assert all(scale.data == 'some/folder' and '`folder`' in scale.about for scale in budgets.on(Path('some/folder')))
 
 

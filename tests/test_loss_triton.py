@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+from packaging.version import Version
 
 triton = pytest.importorskip('triton', reason='torch brings no Triton for this system')
 
@@ -23,8 +24,8 @@ KERNELS = {
 
 
 def test_the_tests_of_the_loss_pass_with_the_kernels():
-    if [*map(int, numpy.__version__.split('.')[:2])] >= [2, 4] and triton.__version__ < '3.7':
-        pytest.skip("Triton 3.6's interpreter does not work with NumPy 2.4")
+    if Version(triton.__version__) < Version('3.7') and Version(numpy.__version__) >= Version('2.4'):
+        pytest.skip("Triton 3.6's interpreter does not work with NumPy 2.4: its newer ones or an older NumPy do")
     # A process of its own, as Triton decides on import. What the interpreter allocates says nothing of a GPU, and
     # the kernels do not see the weights.
     tests = [str(Path(__file__).with_name('test_loss.py')), '-k', 'not one_buffer and not weights_count']

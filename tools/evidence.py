@@ -81,7 +81,8 @@ def main(
     if scale not in GROUPS:
         raise typer.BadParameter(f'{scale} is no scale: choose {" or ".join(GROUPS)}.', param_hint='--scale')
     group = GROUPS[scale]
-    if data and docs == DOCS:
+    ours = docs.resolve() == DOCS.resolve()
+    if data and ours:
         raise typer.BadParameter(
             f'{docs} is the record of what make prepares, not of {data}: give --docs, another folder, with --data.',
             param_hint='--data',
@@ -115,7 +116,7 @@ def main(
         others = [_read(docs, name) for name in group.beside if name != scale and _record(docs, name).exists()]
         shown = [trained for trained in of_scale.values() if trained.rates()]
         group.write(docs / group.page, sorted([*shown, *others], key=lambda each: _order(each.scale)))
-        if group.measured and docs == DOCS:
+        if group.measured and ours:
             budgets_page.write_measured(Path(group.measured), shown)
 
     # The first question at every scale, then all others.

@@ -59,9 +59,10 @@ on from [the record](evidence_tokens.json)."""
 ABOUT_DATA = """The Python source is that of every package that `make install` brings and of the standard library, each
 file once (`make data/tokens/stats.json`; versions in [evidence_versions.txt](evidence_versions.txt)):
 43,089 files, 220.9M tokens, of which 209.0M to train on (1,632,923 rows). No run but those on limited
-data reads a row twice: the longest reads 215,840. Another set of packages gives other text of the kind.
-The prose is dictionaries and manuals that Debian 12 packages (dict-gcide 0.48.5+nmu2, dict-wn 3.0-37,
-dict-foldoc 20230119-1, dict-jargon 4.4.7-3.1, linux-doc-6.1 6.1.192-3):
+data reads a row twice: the longest reads 215,840. Another set of packages gives other text of the kind:
+`tokens-1`, but for its runs at 0.008, was trained on a text without execnet and pytest-xdist. The prose
+is dictionaries and manuals that Debian 12 packages (dict-gcide 0.48.5+nmu2, dict-wn 3.0-37, dict-foldoc
+20230119-1, dict-jargon 4.4.7-3.1, linux-doc-6.1 6.1.192-3):
 
 ```bash
 mkdir -p data/debian && cd data/debian
