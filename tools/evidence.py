@@ -119,18 +119,17 @@ def main(
         if group.measured and ours:
             budgets_page.write_measured(Path(group.measured), shown)
 
-    # The first question at every scale, then all others.
-    for questions in (1, None):
-        for size, trained in of_scale.items():
-            folder = data or Path(size.data)
-            if _planned(group, size, trained) <= trained.results.keys() or (folder / 'stats.json').exists():
-                _train(group, size, trained, folder, runs / size.name, write, questions)
-            elif questions is None:
-                typer.echo(
-                    f'{size.name} is left out, for there are no data in {folder}: docs/{group.page} says how to make '
-                    'them.',
-                    err=True,
-                )
+    # The first question at every scale of the first text, then all others.
+    first_text = [size for size in of_scale if size.data == group.scales[0].data]
+    for size, questions in [*((size, 1) for size in first_text), *((size, None) for size in of_scale)]:
+        trained, folder = of_scale[size], data or Path(size.data)
+        if _planned(group, size, trained) <= trained.results.keys() or (folder / 'stats.json').exists():
+            _train(group, size, trained, folder, runs / size.name, write, questions)
+        elif questions is None:
+            typer.echo(
+                f'{size.name} is left out, for there are no data in {folder}: docs/{group.page} says how to make them.',
+                err=True,
+            )
 
 
 def _load(group: Group, size: Scale, trained: Runs, data: Path, folder: Path) -> None:
