@@ -168,7 +168,7 @@ class TokenSuperposition(Algorithm):
             self._of.has_drawn = True
             run.lay_out()
         elif event == Event.BEFORE_TRAIN_BATCH:
-            run.microbatches.begin_try()
+            run.microbatches.begin_try(state)
         elif event == Event.BEFORE_FORWARD:
             run.microbatches.before_forward(state)
         elif event == Event.AFTER_FORWARD:

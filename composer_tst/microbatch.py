@@ -28,6 +28,7 @@ class Microbatches:
         self._bag_size = 0
         self._full = False
         self._still_full: list[torch.Tensor] = []
+        self._batch: Any = None
         self._plain: Any = None
         self._folded: dict[str, Any] = {}
 
@@ -39,10 +40,14 @@ class Microbatches:
 
     def begin_batch(self, full: bool) -> None:
         """Note, before a batch is moved to the device, whether all of its tokens are attended."""
-        self._full = full
+        self._full, self._batch = full, None
 
-    def begin_try(self) -> None:
-        """Forget a try at this batch that failed: Composer tries smaller microbatches."""
+    def begin_try(self, state: State) -> None:
+        """Undo what a try at this batch that failed, anywhere, has left: Composer tries smaller microbatches."""
+        if self._batch is not None:
+            self._attachment.remove()
+            state.batch = self._batch
+        self._batch = state.batch
         self._attachment.router_losses.clear()
         self._still_full.clear()
 
@@ -95,6 +100,7 @@ class Microbatches:
                 'A microbatch_transforms has changed attention_mask on the device, after superposition took all tokens '
                 'for attended: change it in batch_transforms.'
             )
+        self._batch = None
         losses = self._attachment.router_losses
         return {'superposition/router_loss': torch.stack(losses).mean()} if losses else {}
 

@@ -1,6 +1,7 @@
 """One algorithm, one model, several fits: each is what its settings say, whatever became of the one before."""
 
 import copy
+import functools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from composer import Callback, Trainer
+from composer.core import Event
 from torch import nn
 from trainers import llama, logged, make_trainer, random_loader
 
-from composer_tst import TokenSuperposition
+from composer_tst import TokenSuperposition, attach
 from composer_tst.models import find_embedding
 
 
@@ -300,3 +302,64 @@ def test_nothing_of_a_failed_try_at_a_microbatch_size_is_counted():
     assert size == 2
     assert s_tokens == expected_s_tokens
     assert losses[0] == pytest.approx(expected[0], rel=1e-2)
+
+
+@pytest.mark.parametrize('where', ['before_train_batch', 'forward', 'after_forward', 'loss', 'after_loss'])
+@pytest.mark.parametrize('expand', ['sequence', 'none'])
+def test_memory_may_run_out_anywhere_in_a_step(where: str, expand: str, caplog: pytest.LogCaptureFixture):
+    """The tries that failed leave nothing behind: the same steps, counts, batches and model as where none has."""
+
+    class RunsOut(Callback):
+        """At two tries of the second step; and what each step leaves."""
+
+        def __init__(self, where: str):
+            self.where, self.left, self.now = where, 2, False
+            self.batches: list[Any] = []
+
+        def raise_at(self, where: str) -> None:
+            if self.now and self.left and where == self.where:
+                self.left -= 1
+                raise RuntimeError('CUDA out of memory.')
+
+        def run_event(self, event: Any, state: Any, logger: Any) -> None:
+            self.raise_at(event.value)
+            self.now = int(state.timestamp.batch) == 1
+            if event == Event.BATCH_END:
+                self.batches.append(state.batch['input_ids'].clone())
+                assert 'loss' not in vars(state.model)
+                assert not state.model._forward_pre_hooks
+                assert type(state.model.model.get_input_embeddings()) is torch.nn.Embedding
+
+    def run(where: str) -> tuple[Any, ...]:
+        model = llama()
+        runs_out = RunsOut(where)
+        inner = model.model.forward
+
+        @functools.wraps(inner)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            runs_out.raise_at('forward')
+            return inner(*args, **kwargs)
+
+        loss = attach.multi_hot_cross_entropy
+
+        def multi_hot(*args: Any, **kwargs: Any) -> Any:
+            runs_out.raise_at('loss')
+            return loss(*args, **kwargs)
+
+        tst = TokenSuperposition(5, '3ba', expand=expand)  # rows of 12 have a tail
+        trainer, logger = make_trainer(model, random_loader(), tst, '5ba', callbacks=[runs_out])
+        trainer.state.auto_microbatching = True
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model.model, 'forward', forward)
+            patch.setattr(attach, 'multi_hot_cross_entropy', multi_hot)
+            trainer.fit()
+        assert runs_out.left == (0 if where else 2)
+        names = ('superposition/s_tokens', 'superposition/data_tokens', 'loss/train/total')
+        return *(logged(logger, name) for name in names), runs_out.batches
+
+    s_tokens, data_tokens, losses, batches = run(where)
+    expected = run('')
+    assert (s_tokens, data_tokens) == expected[:2]
+    assert losses == pytest.approx(expected[2], rel=1e-4)
+    assert all(torch.equal(batch, plain) for batch, plain in zip(batches, expected[3], strict=True))
+    assert 'loss of its own' not in caplog.text
