@@ -58,7 +58,8 @@ class TokenSuperposition(Algorithm):
     are absent while superposed: the multi-hot cross-entropy is logged as ``loss/train/total``.
 
     Logs every step ``superposition/bag_size`` (1 in recovery), and, cumulative over all ranks,
-    ``superposition/data_tokens`` (read, without the tails of rows that ``expand`` ``batch`` and ``none`` drop) and
+    ``superposition/data_tokens`` (read, without the tails of rows that ``expand`` ``batch`` and ``none`` drop; with
+    padded rows, the tails of rank 0 stand for those of every rank) and
     ``superposition/s_tokens`` (model positions, padding included). A mixture of
     experts also logs ``superposition/router_loss`` while superposed, the mean over this rank's microbatches. At the end
     of each epoch it logs ``superposition/samples_left_out``, cumulative too: the tails that did not fill a step.
@@ -211,7 +212,8 @@ class TokenSuperposition(Algorithm):
         self._of.close()
         if int(state.timestamp.batch) == 0:
             # The clock begins, or begins again; but a dataset may go on where a checkpoint left it.
-            self._of.progress = Progress(drawn=self._of.progress.drawn)
+            before = self._of.progress
+            self._of.progress = Progress(drawn=before.drawn, batch_samples=before.batch_samples)
         self._of.run = Run(self.settings, self._of.progress, state)
         self._of.run.start(whole=same(self._of.max_duration, state.max_duration), fresh=not self._of.has_drawn)
 

@@ -33,6 +33,7 @@ class Drawing:
         self._joins_rows = joins_rows
         self._undo = undo
         self._loader: BagLoader | None = None
+        self._length: int | None = None
         self._steps = 0
         self._resumption = self._resume(fresh)
         self._resumed = self._resumption.drawn > 0
@@ -43,10 +44,17 @@ class Drawing:
         Either the trainer draws the steps of this epoch again and passes over them; or the dataset goes on by itself
         from its state in a checkpoint, which it takes up once.
         """
-        saved, steps = self._progress.drawn, int(self._state.timestamp.batch_in_epoch)
+        time, saved, before = self._state.timestamp, self._progress.drawn, self._progress.batch_samples
+        steps, samples = int(time.batch_in_epoch), self._batch_samples()
         by_itself = 'train' in self._state.dataset_resumption
-        under_way = fresh if by_itself else steps > 0
+        # With no step in the epoch, unless the clock was set back, the next one or another iteration of it begins.
+        under_way = fresh and (steps > 0 or int(time.batch) == 0) if by_itself else steps > 0
         drawn = (steps if saved is None else saved) if under_way else 0
+        if by_itself and drawn and samples:  # a dataset counts samples, whatever now is a batch of them
+            if saved is None:
+                drawn = int(time.sample_in_epoch) // samples
+            elif before:
+                drawn = drawn * before // samples
         # How much a dataset has given by itself is not known if superposition is new to the run.
         self._is_judged = not (by_itself and under_way and steps > 0 and saved is None)
         self._progress.drawn = drawn
@@ -59,7 +67,12 @@ class Drawing:
             self._install(draws)
 
     def begin_epoch(self, draws: int) -> None:
-        """Draw from a loader that was set since the last epoch, as llm-foundry's CurriculumLearning does."""
+        """Draw from a loader that was set since the last epoch, as llm-foundry's CurriculumLearning does.
+
+        It may do so in the middle of an epoch, where an iteration ends that is given in tokens.
+        """
+        if self._steps:
+            self._begin_anew()
         if draws > 1 and not isinstance(self._state.dataloader, BagLoader):
             self.check(draws)
             self._resumption = Resumption()
@@ -67,12 +80,19 @@ class Drawing:
         elif self._state.dataloader is not self._loader:
             self._loader = None
 
+    def _begin_anew(self) -> None:
+        """Nothing of the coming epoch is drawn."""
+        self._progress.drawn, self._steps = 0, 0
+        self._is_judged, self._resumed = True, False
+        if self._loader is not None:
+            self._loader.resumption = Resumption()
+
     def _install(self, draws: int) -> None:
         state = self._state
         assert state.dataloader is not None
         limit = None if state.dataloader_len is None else int(state.dataloader_len)
         loader = BagLoader(state.dataloader, self._joins_rows, limit, self._resumption)
-        loader.draws = draws
+        loader.draws, loader.ended = draws, self._let_end
         state.set_dataloader(loader, state.dataloader_label, -1 if limit is None else limit)
         self._loader = loader
 
@@ -83,6 +103,17 @@ class Drawing:
                 state.set_dataloader(loader.__wrapped__, state.dataloader_label, limit)
 
         self._undo.callback(put_back)
+
+    def _let_end(self) -> None:
+        """Have Composer end the epoch whose last step is done.
+
+        Once an iteration has ended in the middle of an epoch, it ends only those of as many steps as loader batches,
+        and would look for a step in vain for ever.
+        """
+        state = self._state
+        if int(state.timestamp.iteration) > 0 and state.dataloader_len is not None:
+            self._length = int(state.dataloader_len)
+            state.dataloader_len = int(state.timestamp.batch_in_epoch)
 
     def set_draws(self, draws: int) -> None:
         """Have the coming steps draw as many loader batches."""
@@ -128,6 +159,7 @@ class Drawing:
     def count(self, steps: int) -> None:
         """Keep what was drawn, at the end of a step or, with no further step, of an epoch."""
         progress, loader = self._progress, self._loader
+        progress.batch_samples = self._batch_samples()
         self._steps += steps
         if loader is None:
             progress.drawn = (progress.drawn or 0) + steps
@@ -143,27 +175,33 @@ class Drawing:
             RuntimeError: If it was cut short.
             ValueError: If it made no step, so that training would never end.
         """
+        state = self._state
+        if self._length is not None:
+            state.dataloader_len, self._length = self._length, None
         self.count(steps=0)
-        state, drawn = self._state, self._progress.drawn or 0
+        drawn = self._progress.drawn or 0
         if state.dataloader_len is not None and self._is_judged:
             check_epoch_is_whole(state.dataloader, int(state.dataloader_len), drawn)
         if superposed and not self._steps and not self._resumed:
             raise too_short(drawn, draws)
-        self._progress.drawn, self._steps = 0, 0
-        self._is_judged, self._resumed = True, False
+        self._begin_anew()
+
+    def _batch_samples(self) -> int | None:
+        """Samples of a loader batch, all ranks together, None if the loader does not say."""
+        rows: int | None = getattr(self._state.dataloader, 'batch_size', None)
+        return None if rows is None else rows * dist.get_world_size()
 
     def data(self) -> tuple[Data, Moment]:
         """What the loader tells of itself, and where the run stands."""
         state, loader, time = self._state, self._state.dataloader, self._state.timestamp
-        rows = getattr(loader, 'batch_size', None)
-        samples = None if rows is None else rows * dist.get_world_size()
+        samples = self._batch_samples()
         row_length = row_length_of(loader)
         data = Data(
             None if state.dataloader_len is None else int(state.dataloader_len),
             samples,
             None if samples is None or row_length is None else samples * row_length,
             uses_tail=not getattr(loader, 'drop_last', False),
-            joined_rows=rows if self._joins_rows else None,
+            joined_rows=getattr(loader, 'batch_size', None) if self._joins_rows else None,
         )
         drawn = self._resumption.drawn
         return data, Moment(int(time.batch), int(time.epoch), drawn, int(time.sample), int(time.token))

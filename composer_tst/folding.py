@@ -102,6 +102,7 @@ def fold_batch(
     folded = bag_rows(laid_out, bag_size, superpose, padded=mask is not None and not bool(mask.all()))
     if 'loss_generating_tokens' in batch:
         folded['loss_generating_tokens'] = (folded['labels'] != IGNORE_INDEX).sum((1, 2)).tolist()
+    if 'total_tokens' in batch:
         folded['total_tokens'] = laid_out['total_tokens']
     return folded
 

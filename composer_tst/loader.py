@@ -4,7 +4,7 @@ import copy
 import itertools
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -55,6 +55,7 @@ class BagLoader(wrapt.ObjectProxy):
         yielded: Whether a batch was yielded; set it to False where that is noted.
         passing_over: Whether the steps drawn are ones that the trainer is to pass over. Set it to False where it trains
             on one of them: the epoch then goes on from there.
+        ended: What is called when an epoch has no further step.
     """
 
     # What the class has, wrapt keeps on the stand-in; all else is the loader's.
@@ -66,6 +67,7 @@ class BagLoader(wrapt.ObjectProxy):
     joins_rows = False
     limit: int | None = None
     resumption = Resumption()
+    ended: Callable[[], None] = staticmethod(lambda: None)
     warned = False
 
     def __init__(self, loader: Iterable[Any], joins_rows: bool, limit: int | None, resumption: Resumption):
@@ -96,6 +98,7 @@ class BagLoader(wrapt.ObjectProxy):
                 self.yielded = True
                 yield batch
         self.resumption = Resumption()
+        self.ended()
 
     def _pass_over(self, batches: Iterator[Any], drawn: int, steps: int) -> Iterator[Any]:
         """As many steps as the trainer passes over, until ``drawn`` batches are drawn."""

@@ -40,6 +40,7 @@ class Run:
         self._progress = progress
         self._state = state
         self._undo = ExitStack()
+        self._undo_later = ExitStack()
         self._positions = 0
         self._dropped = 0
         self._warned_of_tail = False
@@ -83,7 +84,8 @@ class Run:
             model = model.module
         self.microbatches = Microbatches(model, self._settings)
         self._undo.callback(self.microbatches.remove)
-        self._undo.callback(put_train_metrics_aside(state))
+        # Composer computes them at the end of an epoch, also one that superposition ends with.
+        self._undo_later.callback(put_train_metrics_aside(state))
         self._microbatch_size = MicrobatchSize(state)
         self._undo.callback(self._microbatch_size.scale, 1)
         self._enter_phase()
@@ -106,7 +108,7 @@ class Run:
             self._losses_are_of_other_bags = False
             forget_losses(state.callbacks)
         if not self.superposed:
-            self._undo.close()
+            self.close()
             ids = state.batch.get('input_ids') if isinstance(state.batch, Mapping) else None
             self._positions, self._dropped = (ids.numel() if isinstance(ids, torch.Tensor) else 0), 0
             return
@@ -167,3 +169,4 @@ class Run:
     def close(self) -> None:
         """Undo what is changed, wherever the fit has ended; once."""
         self._undo.close()
+        self._undo_later.close()

@@ -27,6 +27,7 @@ class Progress:
         left_out: Samples drawn and left out so far, all ranks together.
         dropped: Tokens drawn but dropped at the ends of rows so far, all ranks together.
         drawn: Loader batches drawn in this epoch, None if that is not known.
+        batch_samples: Samples of each of these, all ranks together, None if that is not known.
     """
 
     began: int | None = None
@@ -37,6 +38,7 @@ class Progress:
     left_out: int = 0
     dropped: int = 0
     drawn: int | None = None
+    batch_samples: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The same in plain Python types."""
@@ -49,6 +51,7 @@ class Progress:
             'left_out': self.left_out,
             'dropped': self.dropped,
             'drawn': self.drawn,
+            'batch_samples': self.batch_samples,
         }
 
     @classmethod
@@ -73,6 +76,7 @@ class Progress:
             state['left_out'],
             state['dropped'],
             state['drawn'],
+            state.get('batch_samples'),  # which earlier checkpoints do not have
         )
 
 

@@ -27,10 +27,12 @@ def write(
     label: str = 'eval',
     name: str = 'run',
     shorter: int = 1,
+    attended: int = 10,
 ) -> Path:
     """One event file, placed as Composer does; 10 tokens a step, ``phases`` the bag size from each step on.
 
-    A superposed step works on as many positions as a plain one, or on one of ``shorter``.
+    Of the tokens some may be padding, which Composer does not count. A superposed step works on as many positions as a
+    plain one, or on one of ``shorter``.
     """
     with SummaryWriter(str(folder / 'tensorboard' / name)) as writer:
         bag, tokens, positions = 1, 0, 0
@@ -39,7 +41,7 @@ def write(
             if step in steps:
                 writer.add_scalar('time/token', tokens, step)
                 writer.add_scalar('loss/train/total', train, step)
-            tokens += 10 * bag
+            tokens += attended * bag
             positions += 10 // (shorter if bag > 1 else 1)
             if phases and step in steps:
                 writer.add_scalar('superposition/bag_size', bag, step + 1)
@@ -184,6 +186,15 @@ def test_what_may_not_be_compared_is_said_and_marked(
     assert picture.title(runs).endswith(' (!)')
     plain = [read_run(write(tmp_path / 'x', BASELINE)), read_run(write(tmp_path / 'y', BASELINE, phases=TST))]
     assert '(!)' not in picture.title(plain)
+
+
+@pytest.mark.parametrize(('shorter', 'marked'), [(1, False), (4, True)])
+def test_padding_does_not_make_steps_unequal(tmp_path: Path, command: Command, shorter: int, marked: bool):
+    first = write(tmp_path / 'baseline', BASELINE, attended=7)
+    second = write(tmp_path / 'run', BASELINE, phases=TST, attended=7, shorter=shorter)
+    code, out, _ = command(first, second, '--output', tmp_path / 'x.svg')
+    assert code == 0
+    assert ('not equal compute' in out) == marked, out
 
 
 def test_a_file_that_is_cut_short_is_named(tmp_path: Path, command: Command):

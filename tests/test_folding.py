@@ -127,6 +127,10 @@ def test_llm_foundrys_lists_follow_their_rows():
     apart = F_tst.fold_batch(batch, bag_size=2, expand='batch')
     assert apart['total_tokens'] == [6, 5, 4, 3]
     assert apart['loss_generating_tokens'] == targets(reference.fold([batch], 2, expand='batch'))
+    for key in ('total_tokens', 'loss_generating_tokens'):
+        one = {name: value for name, value in batch.items() if name in (key, 'input_ids', 'labels', 'attention_mask')}
+        folded = F_tst.fold_batch(one, bag_size=2)
+        assert {name: folded[name] for name in folded if name.endswith('_tokens')} == {key: joined[key]}
 
 
 def test_token_types_that_tell_nothing_apart_are_left_out():

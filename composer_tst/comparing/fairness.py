@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from composer_tst.comparing.runs import Run
 
 MARK = '(!)'
@@ -35,6 +37,8 @@ def remarks(baseline: Run, run: Run) -> list[str]:
     if not run.superposed:
         found.append(f'{run.name} has no bags: it is a plain run, and says nothing of superposition.')
     pace, plain = _positions_a_step(run), _positions_a_step(baseline)
+    if not baseline.superposed:
+        plain *= _padding(run)
     if abs(pace - plain) > SAME * plain:
         found.append(
             f'{run.name} works on {pace:,.0f} positions a step and {baseline.name} on {plain:,.0f}: equal steps are '
@@ -65,3 +69,16 @@ def _label(run: Run) -> str:
 def _positions_a_step(run: Run) -> float:
     steps, values = run.positions.steps, run.positions.values
     return float((values[-1] - values[0]) / max(1, steps[-1] - steps[0]))
+
+
+def _padding(run: Run) -> float:
+    """Positions of a run's plain steps for each token that Composer counts in them: more than 1 where rows are padded.
+
+    Of a baseline there are these tokens alone.
+    """
+    if not run.superposed or run.phases[-1][0] > 1:
+        return 1.0
+    _, *recovery = run.phases[-1]
+    positions = np.interp(recovery, run.positions.steps, run.positions.values)
+    tokens = run.tokens_at(recovery)
+    return float((positions[1] - positions[0]) / (tokens[1] - tokens[0])) if tokens[1] > tokens[0] else 1.0

@@ -1,0 +1,152 @@
+"""Iterations in tokens, as llm-foundry's CurriculumLearning makes them: other data in the middle of an epoch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from composer import Callback
+from composer.core import State, Time
+from streaming import MDSWriter, StreamingDataset
+from torch.utils.data import DataLoader
+from trainers import llama, logged, make_trainer
+
+from composer_tst import TokenSuperposition
+
+LENGTH, ROWS, BATCH = 8, 80, 4
+FIRST, SECOND = range(4, 4 + ROWS), range(104, 104 + ROWS)  # what the rows of each data set are filled with
+
+
+class Filled(StreamingDataset):
+    def __getitem__(self, index: Any) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(super().__getitem__(index)['ids'].copy())
+        return {'input_ids': ids, 'labels': ids.clone()}
+
+
+@pytest.fixture(scope='module')
+def loader(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., DataLoader]:
+    """A loader of a data set in order, 20 batches of 4 rows an epoch."""
+
+    def make(rows: range, batch_size: int = BATCH) -> DataLoader:
+        folder = str(tmp_path_factory.mktemp('shards'))
+        with MDSWriter(out=f'{folder}/data', columns={'ids': 'ndarray:int64'}) as writer:
+            for row in rows:
+                writer.write({'ids': np.full(LENGTH, row, np.int64)})
+        dataset = Filled(local=f'{folder}/data', batch_size=batch_size, shuffle=False, num_canonical_nodes=1)
+        return DataLoader(dataset, batch_size=batch_size)
+
+    return make
+
+
+class Reads(Callback):
+    """Keeps the rows that steps read, in order."""
+
+    def __init__(self):
+        self.read: list[list[int]] = []
+
+    def batch_start(self, state: State, logger: Any) -> None:
+        self.read.append(state.batch['input_ids'][:, ::LENGTH].flatten().tolist())
+
+
+class Curriculum(Reads):
+    """Other data after 15 batches."""
+
+    def __init__(self, second: DataLoader, mixes: int):
+        super().__init__()
+        self.second, self.mixes = second, mixes
+
+    def iteration_start(self, state: State, logger: Any) -> None:
+        if self.mixes:
+            state.set_dataloader(self.second, 'train')
+            state.train_dataloader = state.dataloader
+        state._iteration_length = Time([15, 200][self.mixes] * BATCH * LENGTH, 'tok')
+
+    def iteration_end(self, state: State, logger: Any) -> None:
+        self.mixes += 1
+
+
+@pytest.mark.parametrize(
+    ('settings', 'expected'),
+    [
+        # Of 20 batches 6 threes are drawn, and of the last two batches three pairs of rows and a pair too many.
+        ({'bag_size': 3, 'duration': '18ba'}, [*FIRST[:60], *SECOND[:78], *SECOND[:78]]),
+        # 10 steps of 3: the second epoch of the second data is begun superposed and ended plain.
+        ({'bag_size': 3, 'duration': '14ba'}, [*FIRST[:60], *SECOND[:78], *SECOND]),
+        ({'bag_size': 3, 'duration': '2ba'}, [*FIRST[:60], *SECOND, *SECOND]),
+        ({'bag_size': 2, 'duration': '18ba', 'expand': 'none'}, [*FIRST[:60], *SECOND, *SECOND]),
+    ],
+    ids=['superposed', 'to plain', 'in recovery', 'none'],
+)
+def test_other_data_in_the_middle_of_an_epoch(
+    settings: dict[str, Any], expected: list[int], loader: Callable, tmp_path: Path
+):
+    def run(mixes: int = 0, **load: Any) -> Curriculum:
+        curriculum = Curriculum(loader(SECOND), mixes)
+        trainer, _ = make_trainer(
+            llama(),
+            loader(SECOND if mixes else FIRST),
+            TokenSuperposition(**settings),
+            f'{62 * BATCH * LENGTH}tok',
+            callbacks=[curriculum],
+            **load,
+        )
+        trainer.fit()
+        trainer.close()
+        return curriculum
+
+    whole = run(save_folder=str(tmp_path), save_interval='1ba', save_filename='ba{batch}.pt').read
+    read = [row for step in whole for row in step]
+    assert read[: len(expected)] == expected
+    assert len(read) >= 62 * BATCH
+    rows = 0
+    for step, of_step in enumerate(whole[:-1], 1):
+        rows += len(of_step)
+        if rows > 60 and step % 5 == 0:
+            assert run(mixes=1, load_path=str(tmp_path / f'ba{step}.pt')).read == whole[step:], step
+
+
+@pytest.mark.parametrize(
+    ('settings', 'batch_size', 'new'),
+    [
+        ({'bag_size': 3, 'duration': '5ba'}, 2, False),
+        ({'bag_size': 3, 'duration': '5ba'}, 8, False),
+        ({'bag_size': 3, 'duration': '9ba'}, 7, False),
+        ({'bag_size': 3, 'duration': '9ba'}, 8, False),
+        ({'bag_size': 2, 'duration': '30ba', 'expand': 'none'}, 2, False),
+        ({'bag_size': 2, 'duration': '30ba', 'expand': 'none'}, 8, False),
+        ({'bag_size': 3, 'duration': '9ba'}, 2, True),
+        ({'bag_size': 3, 'duration': '9ba'}, 8, True),
+    ],
+)
+def test_a_run_resumed_with_another_batch_size_reads_the_rest_of_the_epoch(
+    settings: dict[str, Any], batch_size: int, new: bool, loader: Callable, tmp_path: Path
+):
+    """A StreamingDataset goes on at the sample where it was, also where superposition is new to the run."""
+
+    def run(tst: TokenSuperposition | None, batch_size: int, **load: Any) -> list[list[int]]:
+        reads = Reads()
+        trainer, _ = make_trainer(llama(), loader(FIRST, batch_size), tst, '40ba', callbacks=[reads], **load)
+        trainer.fit()
+        trainer.close()
+        return reads.read
+
+    saved = {'save_folder': str(tmp_path), 'save_interval': '6ba', 'save_filename': 'ba{batch}.pt'}
+    before = run(None if new else TokenSuperposition(**settings), BATCH, **saved)[:6]
+    after = run(TokenSuperposition(**settings), batch_size, load_path=str(tmp_path / 'ba6.pt'))
+    read = [row for step in (*before, *after) for row in step]
+    # At the end of the epoch a superposed step leaves out what it cannot join.
+    assert read[: ROWS - 2] == list(FIRST[: ROWS - 2])
+    assert len(read) > ROWS, 'the epoch after was not begun'
+
+
+def test_train_metrics_are_of_plain_steps_alone(loader: Callable):
+    """Superposition that ends with an epoch leaves it without train metrics, not with ones of nothing."""
+    for settings in ({'bag_size': 2, 'duration': '10ba'}, {'bag_size': 2, 'duration': '20ba', 'expand': 'none'}):
+        trainer, logger = make_trainer(llama(), loader(FIRST), TokenSuperposition(**settings), '3ep')
+        trainer.fit()
+        values = logged(logger, 'metrics/train/LanguageCrossEntropy')
+        steps = logged(logger, 'superposition/bag_size').count(1)
+        assert len(values) == steps + 2  # and at the ends of two epochs
+        assert np.isfinite(values).all()
