@@ -43,7 +43,7 @@ class Group:
         write: Writes it.
         experiments: What is trained at a scale, given it and the final losses at its first seed.
         beside: Groups that are reported on the same page, in their order.
-        checked: Settings that are tried at the neighbours of the baseline's learning rate too, by scale.
+        checked: Settings whose learning rate is tuned too, by scale.
         measured: Where `composer-tst plan` finds what was gained, from the root of the repository.
     """
 
@@ -159,8 +159,8 @@ def _train(
                 write()
 
     train([Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates])
-    if questions is None:
-        train(_checks(group, size, trained.lr))
+    while questions is None and (missing := set(_checks(group, size, trained)) - trained.results.keys()):
+        train(sorted(missing, key=lambda job: (job.seed, job.setting.name, job.lr)))
     # Large ones at their first seed, and at the others when all else is done.
     for large_at_all in (False, True):
         done = 0
@@ -172,11 +172,27 @@ def _train(
     bar.close()
 
 
-def _checks(group: Group, size: Scale, lr: float) -> list[Job]:
-    """Settings at the learning rate that the baseline chose, and at the candidates next to it."""
-    at = size.learning_rates.index(lr)
-    rates = size.learning_rates[max(at - 1, 0) : at + 2]
-    return [Job(setting, size.seeds[0], rate, size) for setting in group.checked.get(size.name, ()) for rate in rates]
+def _checks(group: Group, size: Scale, trained: Runs) -> list[Job]:
+    """Settings at the learning rate that the baseline chose and those beside it.
+
+    And at the next ones, as long as the lowest loss is at an edge; then at every seed where it is lowest.
+    """
+    rates, at = size.learning_rates, size.learning_rates.index(trained.lr)
+    found: list[Job] = []
+    for setting in group.checked.get(size.name, ()):
+        low, high = max(at - 1, 0), min(at + 2, len(rates))
+        losses = trained.rates(setting)
+        while set(rates[low:high]) <= losses.keys():
+            best = rates.index(min(rates[low:high], key=lambda lr: losses[lr]))
+            if best == low > 0:
+                low -= 1
+            elif best == high - 1 < len(rates) - 1:
+                high += 1
+            else:
+                found += [Job(setting, seed, rates[best], size) for seed in size.seeds if best != at]
+                break
+        found += [Job(setting, size.seeds[0], lr, size) for lr in rates[low:high]]
+    return found
 
 
 def _planned(group: Group, size: Scale, trained: Runs) -> set[Job]:
@@ -184,7 +200,7 @@ def _planned(group: Group, size: Scale, trained: Runs) -> set[Job]:
     planned = group.experiments(size, trained.at_first_seed() if trained.rates() else None)
     jobs = {Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates}
     best = trained.lr if trained.rates() else size.learning_rates[0]
-    jobs |= set(_checks(group, size, best))
+    jobs |= set(_checks(group, size, trained)) if trained.rates() else set()
     return jobs | {Job(setting, seed, best, size) for e in planned for setting in e.settings for seed in e.seeds}
 
 

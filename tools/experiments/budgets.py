@@ -84,7 +84,8 @@ PROSE_BUDGETS = (
     _budget('prose-20', PROSE, 7_100, rates=HIGHER_RATES),
 )
 # Where the learning rate is tuned for superposed settings too.
-CHECKED = {scale.name: (S4, PUBLISHED) for scale in BUDGETS if scale != LARGE_STEPS}
+CHECKED = {scale.name: (S4, PUBLISHED, PHASES_BATCH) for scale in (*BUDGETS, PROSE_BUDGETS[0]) if scale != LARGEST}
+CHECKED[LARGEST.name] = (S4, PUBLISHED)
 
 
 def of_budget(scale: Scale, losses: Mapping[Setting, float] | None = None) -> list[Experiment]:

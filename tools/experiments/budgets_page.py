@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from .budgets import (
+    CHECKED,
     CODE,
     DATA,
     GRID_BAGS,
@@ -24,7 +25,7 @@ from .budgets import (
 from .page import BOLD, FRESH, TERMS, about
 from .pictures import QUIET, finish
 from .report import OTHERS, Runs, grid, spread, sure, table, tokens_per_parameter, verdict
-from .settings import BASELINE, PHASES_BATCH, PUBLISHED, S4, S4_BATCH, Experiment, Setting, limited
+from .settings import BASELINE, PHASES_BATCH, PUBLISHED, S4, S4_BATCH, Experiment, limited
 
 # Tokens per parameter and gain of the published pairs (paper, tables of its sections 4 and 5).
 PUBLISHED_POINTS = (
@@ -43,6 +44,7 @@ DRAWN = {
     PHASES_BATCH: ('#009e73', '-'),
 }
 MARKERS = {CODE: 'o', 'larger steps': 'D', PROSE: 's'}
+TUNED = (S4, PUBLISHED, PHASES_BATCH)
 # What of a setting `composer-tst plan` compares: bag sizes, where they end, expand.
 MEASURED = {
     S4: ('4', '0.3', 'sequence'),
@@ -79,8 +81,10 @@ for package in *.deb; do dpkg-deb -x "$package" .; done && cd ../..
 last question."""
 OTHER_MODELS = """Bars: one standard deviation of the difference over three seeds. Published points are of other models,
 data and schedules, and of the bag sizes of their runs."""
-RATES = """Everything is trained at the rate that is best for the baseline. Is that near the best for superposed
-runs? Final losses at one seed:"""
+OWN_RATES = """The same, each at the learning rate that is best for it at seed 17, which is in square brackets where it
+is not the baseline's:"""
+RATES = """The first table is of runs at the rate that is best for the baseline, the second at each setting's own. Final
+losses at one seed:"""
 
 
 def write(output: Path, scales: Sequence[Runs]) -> None:
@@ -88,7 +92,7 @@ def write(output: Path, scales: Sequence[Runs]) -> None:
     draw_gain(scales, output.with_name(f'{output.stem}_budgets.png'))
     parts = ['# Evidence over budgets, on a small Llama', INTRODUCTION, TERMS]
     parts += ['## The gain over the budget', f'![Gain over tokens per parameter]({output.stem}_budgets.png)']
-    parts += [OTHER_MODELS, gain_table(scales), BOLD]
+    parts += [OTHER_MODELS, gain_table(scales), BOLD, OWN_RATES, own_rates_table(scales)]
     missing: list[str] = []
     for runs in scales:
         planned = of_budget(runs.scale, runs.at_first_seed())
@@ -107,11 +111,8 @@ def write(output: Path, scales: Sequence[Runs]) -> None:
 
 def rates(runs: Runs) -> str:
     """The learning rates that were tried, by setting, and what differs with the best of each."""
-    found: dict[Setting, dict[float, float]] = {}
-    for job, result in runs.results.items():
-        if job.seed == runs.scale.seeds[0]:
-            found.setdefault(job.setting, {})[job.lr] = result.final_loss
-    tried = {setting: losses for setting, losses in found.items() if len(losses) > 1}
+    settings = dict.fromkeys(job.setting for job in runs.results)
+    tried = {setting: losses for setting in settings if len(losses := runs.rates(setting)) > 1}
     best = {setting: min(losses.values()) for setting, losses in tried.items()}
     lines = []
     for setting in sorted(tried, key=lambda setting: (setting != BASELINE, setting.name)):
@@ -140,6 +141,26 @@ def gain_table(scales: Sequence[Runs]) -> str:
             text = spread(differences, signed=True) if setting != BASELINE else spread(runs.losses(setting, SEEDS))
             fewer = f' ({len(differences)})' if 0 < len(differences) < len(SEEDS) else ''
             cells.append(f'**{text}**' if setting != BASELINE and sure(differences) else f'{text}{fewer}')
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def own_rates_table(scales: Sequence[Runs]) -> str:
+    """Final loss minus the baseline's, each at its own best learning rate, where both were tuned."""
+    lines = [f'| {" | ".join(["tokens per parameter", "steps", "scale", *(s.name for s in TUNED)])} |']
+    lines.append('|---' * (3 + len(TUNED)) + '|')
+    for runs in scales:
+        cells = [f'{runs.scale.tokens_per_parameter:.2g}', f'{runs.scale.steps:,}', f'`{runs.scale.name}`']
+        for setting in TUNED:
+            rates, differences = runs.rates(setting), runs.at_own_rates(setting, SEEDS)
+            if setting not in CHECKED.get(runs.scale.name, ()) or len(rates) < 2:
+                cells.append('')
+                continue
+            best = min(rates, key=lambda lr: rates[lr])
+            fewer = f' ({len(differences)})' if len(differences) < len(SEEDS) else ''
+            text = spread(differences, signed=True)
+            at = '' if best == runs.lr else f' [{best:g}]'
+            cells.append((f'**{text}**' if sure(differences) else f'{text}{fewer}') + at)
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 

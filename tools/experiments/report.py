@@ -36,14 +36,21 @@ class Runs:
         rates = self.rates()
         return min(rates, key=lambda lr: rates[lr])
 
-    def rates(self) -> dict[float, float]:
-        """The baseline's final loss at each learning rate, at the first seed."""
-        tuned = {job.lr: job for job in self.results if job.setting == BASELINE and job.seed == self.scale.seeds[0]}
+    def rates(self, setting: Setting = BASELINE) -> dict[float, float]:
+        """The final loss of a setting at each learning rate that was tried, at the first seed."""
+        tuned = {job.lr: job for job in self.results if job.setting == setting and job.seed == self.scale.seeds[0]}
         return {lr: self.results[tuned[lr]].final_loss for lr in sorted(tuned)}
 
     def get(self, setting: Setting, seed: int) -> Result | None:
         """The result of a setting at a seed, None if it was not run."""
         return self.results.get(Job(setting, seed, self.lr, self.scale))
+
+    def at_own_rates(self, setting: Setting, seeds: Sequence[int]) -> list[float]:
+        """Final losses minus the baseline's, each at the learning rate that is best for it."""
+        rates = self.rates(setting)
+        jobs = [Job(setting, seed, min(rates, key=lambda lr: rates[lr]), self.scale) for seed in seeds if rates]
+        pairs = [(self.results.get(job), self.get(BASELINE, job.seed)) for job in jobs]
+        return [a.final_loss - b.final_loss for a, b in pairs if a and b]
 
     def all(self, setting: Setting, seeds: Sequence[int]) -> list[Result]:
         """The results of a setting, of the seeds at which it was run."""
