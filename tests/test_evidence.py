@@ -330,6 +330,41 @@ def test_rates_say_what_differs_at_the_best_of_each():
     ]
 
 
+def test_a_rate_is_tuned_until_its_lowest_loss_is_not_at_an_edge():
+    scale, group = budgets.BUDGETS[1], replace(evidence.GROUPS['tokens'], checked={budgets.BUDGETS[1].name: (S4,)})
+
+    def asked(rates: dict[float, float]) -> set[tuple[int, float]]:
+        """Seeds and rates that are still to be run of s = 4, given its losses at seed 17."""
+        runs = Runs({}, scale)
+        for setting, losses in ((BASELINE, {0.001: 2.9, 0.002: 2.8, 0.004: 2.6, 0.008: 2.7}), (S4, rates)):
+            for lr, loss in losses.items():
+                runs.results[Job(setting, 17, lr, scale)] = Result(loss, 100, 1000, 10, 1.0, 'a machine')
+        return {(job.seed, job.lr) for job in set(evidence._checks(group, scale, runs)) - runs.results.keys()}
+
+    beside = {0.002: 2.9, 0.004: 2.8, 0.008: 2.85}
+    assert asked({}) == {(17, 0.002), (17, 0.004), (17, 0.008)}
+    assert asked(beside) == set()
+    assert asked(beside | {0.002: 2.7}) == {(17, 0.001)}
+    assert asked(beside | {0.002: 2.7, 0.001: 2.75}) == {(18, 0.002), (19, 0.002)}
+    # At the last there is, where nothing is left to try; and a run that diverged is not the lowest.
+    assert asked(beside | {0.002: 2.7, 0.001: 2.65}) == {(18, 0.001), (19, 0.001)}
+    assert asked(beside | {0.008: 2.7}) == {(18, 0.008), (19, 0.008)}
+    assert asked(beside | {0.002: float('inf')}) == set()
+
+
+def test_the_table_at_own_rates_is_against_the_baseline_at_its_own():
+    scale = budgets.BUDGETS[1]
+    runs = runs_of({BASELINE: [3.0, 3.1, 3.2], S4: [3.3, 3.3, 3.3], PUBLISHED: [3.1]}, scale)
+    for seed, loss in ((17, 2.9), (18, 3.0), (19, 3.2)):
+        runs.results[Job(S4, seed, 0.002, scale)] = Result(loss, 100, 1000, 10, 1.0, 'a machine')
+    runs.results[Job(BASELINE, 17, 0.002, scale)] = Result(3.05, 100, 1000, 10, 1.0, 'a machine')
+    runs.results[Job(PUBLISHED, 17, 0.002, scale)] = Result(3.2, 100, 1000, 10, 1.0, 'a machine')
+    # Of s = 4: -0.1, -0.1 and 0 at 0.002. s = 6 is best at the baseline's rate, and was run at one seed.
+    assert budgets_page.own_rates_table([runs]).splitlines()[-1] == (
+        '| 5.1 | 1,800 | `tokens-5` | -0.067 ± 0.058 [0.002] | +0.100 (1) |  |'
+    )
+
+
 def test_other_data_need_a_page_of_their_own(dataset: Path):
     for docs in (evidence.DOCS, evidence.DOCS.resolve()):
         with pytest.raises(typer.BadParameter, match='give --docs'):
