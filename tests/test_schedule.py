@@ -256,7 +256,8 @@ def test_all_that_is_saved_comes_back():
     before = schedule_of((4, '0.1dur'), (2, '100tok'), began=0)
     place(before, '10ba', Data(tokens=10))
     before.advance(at_batch(1))
-    before.progress.s_tokens, before.progress.left_out, before.progress.dropped, before.progress.drawn = 1, 2, 3, 4
+    progress = before.progress
+    progress.s_tokens, progress.left_out, progress.dropped, progress.drawn, progress.batch_samples = 1, 2, 3, 4, 5
     state = before.progress.state_dict()
     assert all(type(value) in (int, str, list) for value in state.values())
     after = Progress.from_state_dict(state)
@@ -264,6 +265,8 @@ def test_all_that_is_saved_comes_back():
     assert list(itertools.chain(after.ended, after.ends)) == list(
         itertools.chain(before.progress.ended, before.progress.ends)
     )
+    del state['batch_samples']  # which earlier checkpoints do not have
+    assert Progress.from_state_dict(state).state_dict() == {**state, 'batch_samples': None}
     del state['drawn']
     with pytest.raises(ValueError, match='The checkpoint is of an earlier composer-tst'):
         Progress.from_state_dict(state)
