@@ -60,8 +60,9 @@ data/rows/stats.json: $(DATA)/stats.json
 	$(PREPARE) --seq-len 256 --tokenizer $(DATA)/tokenizer
 
 # The source of everything that is installed, each text once.
-data/tokens/stats.json: | install
-	$(PYTHON) tools/experiments/corpus.py data/corpus/python.jsonl
+data/corpus/python.jsonl: | install
+	$(PYTHON) tools/experiments/corpus.py $@
+data/tokens/stats.json: | data/corpus/python.jsonl
 	$(PYTHON) tools/prepare_data.py data/corpus/python.jsonl --output $(@D) --seq-len 128 --train-tokenizer 2048 --skip-bad \
 		--split train=0.962,val=0.005,limited=0.0288,rest=0.0042
 
@@ -121,7 +122,7 @@ test-pythons: install ## an environment and a short test for every Python that i
 	bash tests/pythons.sh $(abspath $(VENV)/bin/uv)
 
 # torch.compile with its own compiler.
-test-slow: install ## torch.compile with its own compiler
+test-slow: install ## torch.compile with its own compiler, a loss of 13 GB, checkpoints on S3
 	$(PYTHON) -m pytest -m slow --device $(DEVICE)
 
 # Random inputs, outputs and mishaps of prepare_data.py, for MINUTES from SEED on.

@@ -47,11 +47,12 @@ class PhaseCheckpointer(Callback):
             say([no_save_folder(folder.format(run_name=state.run_name))])
         self._saver = CheckpointSaver(
             folder=folder,
-            remote_file_name=parse_uri(folder)[2],
+            remote_file_name=parse_uri(folder)[2] or '.',  # a bucket as a whole
             latest_filename=None,
             latest_remote_file_name=None,
             save_interval=lambda state, event: True,
             overwrite=True,
+            num_checkpoints_to_keep=0 if '://' in folder else -1,  # once it is on its way, the local copy goes
         )
         self._saver.init(state, logger)  # which fills in what a logger knows, as {mlflow_run_id}
         assert self._saver.remote_file_name is not None

@@ -325,6 +325,13 @@ def test_an_unfinished_run_is_marked(tmp_path: Path, command: Command):
     assert '(!) bags was last evaluated while superposed: it has had no recovery.' in table
 
 
+def test_runs_that_are_superposed_still_are_drawn(tmp_path: Path, command: Command):
+    first, second = (write(tmp_path / name, {100: 5.0}, phases={0: 4}) for name in ('first', 'second'))
+    code, table, _ = command(first, second, '--output', tmp_path / 'x.png')
+    assert code == 0
+    assert '(!) second was last evaluated while superposed: it has had no recovery.' in table
+
+
 def test_a_file_cut_before_its_evaluations_is_named(tmp_path: Path, command: Command):
     write(tmp_path / 'base', BASELINE)
     (path,) = write(tmp_path / 'cut', BASELINE).rglob('*tfevents*')

@@ -1,10 +1,13 @@
 """One full checkpoint at every change of bag size."""
 
+import tempfile
 from pathlib import Path
 
+import boto3
 import pytest
 import torch
 from composer.loggers import MLFlowLogger
+from s3_server import BUCKET, s3_server  # noqa: F401
 from trainers import llama, make_trainer, random_loader
 
 from composer_tst import PhaseCheckpointer, TokenSuperposition
@@ -94,3 +97,31 @@ def test_a_folder_named_by_a_logger(tmp_path: Path):
     trainer.close()
     folder = tmp_path / str(logger._experiment_id) / str(logger._run_id) / 'named'
     assert saved(folder) >= {'bag3-to-bag1/ep0-ba2-rank0.pt'}
+
+
+@pytest.mark.slow
+def test_a_bucket_as_a_whole(
+    s3_server: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """And nothing of a checkpoint of a phase stays on the disk."""
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    trainer, _ = make_trainer(
+        llama(),
+        random_loader(),
+        TokenSuperposition(3, '2ba'),
+        '3ba',
+        callbacks=[PhaseCheckpointer()],
+        save_folder=f's3://{BUCKET}',
+        save_filename='last.pt',
+        save_interval='3ba',
+        save_num_checkpoints_to_keep=0,
+        save_overwrite=True,
+    )
+    trainer.fit()
+    trainer.close()
+    client = boto3.client('s3', endpoint_url=s3_server)
+    client.download_file(BUCKET, 'bag3-to-bag1/ep0-ba2-rank0.pt', str(tmp_path / 'saved'))
+    assert torch.load(tmp_path / 'saved', weights_only=False)['state']['timestamp']['Timestamp']['batch'] == 2
+    assert not list(tmp_path.rglob('*.pt'))

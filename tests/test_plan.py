@@ -129,6 +129,26 @@ def test_a_mixture_is_counted_by_its_active_experts():
     assert '1.01B active' in run(REPO / 'yamls' / 'pretrain' / '10b_a1b_tst.yaml').stdout
 
 
+def test_mixtures_that_say_so_of_their_feed_forward_layers(tmp_path: Path):
+    from transformers import DbrxConfig
+
+    layers = {'ffn_type': 'torch_dmoe', 'moe_num_experts': 8, 'moe_top_k': 2, 'mlp_type': 'mlp', 'moe_jitter_eps': 0}
+    layers |= {'moe_normalize_expert_weights': 1, 'uniform_expert_assignment': False}
+    made = planned(QUICKSTART / 'baseline.yaml', f'model.ffn_config={json.dumps(layers)}'.replace('"', ''))
+    experts = made['parameters'] - made['active_parameters']
+    assert experts > 0
+    every_layer = 2 * 8 * 2 * 128 * 512  # 2 layers, a matrix up and one down
+    assert experts == every_layer * 6 // 8
+
+    DbrxConfig(
+        **{'d_model': 64, 'n_heads': 2, 'n_layers': 2, 'vocab_size': 2048, 'attn_config': {'kv_n_heads': 2}},
+        ffn_config={'ffn_hidden_size': 128, 'moe_num_experts': 16, 'moe_top_k': 4},
+    ).save_pretrained(tmp_path)
+    model = [f'model={{name: hf_causal_lm, pretrained_model_name_or_path: {tmp_path}}}']
+    made = planned(QUICKSTART / 'baseline.yaml', *model)
+    assert made['parameters'] - made['active_parameters'] == 2 * 12 * 3 * 64 * 128
+
+
 def test_a_mixture_whose_experts_cannot_be_told_is_refused(tmp_path: Path):
     from transformers import GraniteMoeConfig
 

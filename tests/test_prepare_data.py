@@ -166,6 +166,21 @@ def test_killed_and_run_again_it_ends_with_the_same_data_set(
     assert len(tree(out)) > 20
 
 
+def test_a_split_that_parts_are_too_small_for_is_said_before_tokenising(
+    corpus: Path, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(parts, 'PART_BYTES', 2000)
+    write_jsonl(corpus / 'lines.jsonl', [make_text(number) for number in range(100, 200)])
+    common = [corpus, '--seq-len', 16, '--tokenizer', tokenizer_dir]
+    result = prepare(*common, '--output', tmp_path / 'small', '--split', 'train=0.99,val=0.01')
+    line = next(line for line in result.stderr.splitlines() if 'split val' in line)
+    assert line.startswith('warning: split val has some ')
+    assert 'less than a row of --seq-len 16' in line
+    assert result.stderr.index('split val') < result.stderr.index('read: '), 'said too late'
+    result = prepare(*common, '--output', tmp_path / 'large', '--split', 'train=0.5,val=0.5')
+    assert 'in each part' not in result.stderr
+
+
 # Bad documents
 
 

@@ -82,6 +82,20 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, name: str, encode
     assert [''.join(document.chunks) for document in read] == texts
 
 
+@pytest.mark.parametrize('window', [27, 28])
+def test_zstd_over_long_windows_is_read_or_refused(tmp_path: Path, window: int):
+    options = zstandard.ZstdCompressionParameters.from_level(3, window_log=window, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=options).compressobj()  # which writes no size
+    path = tmp_path / 'a.jsonl.zst'
+    path.write_bytes(packer.compress(b'{"text": "good"}\n') + packer.flush())
+    read = documents.read_documents(documents.Piece(source(path)), 'text')
+    if window == 27:
+        assert [''.join(document.chunks) for document in read] == ['good']
+    else:
+        with pytest.raises(PrepareError, match=r'windows of 256 MiB, and at most 128 can be read: compress it again'):
+            list(read)
+
+
 def test_text_files_may_be_compressed(tmp_path: Path):
     (tmp_path / 'a.py.gz').write_bytes(gzip.compress(b'print(1)\n'))
     (document,) = documents.read_documents(documents.Piece(source(tmp_path / 'a.py.gz')), 'text')

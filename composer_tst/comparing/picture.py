@@ -214,7 +214,9 @@ def _limits(curves: Sequence[tuple[Series, int]]) -> tuple[float, float]:
 def _train_limits(runs: Sequence[Run]) -> tuple[float, float]:
     """Limits for the train loss: of its next-token part, raised to show the jump and half of a superposed phase."""
     pairs = [(run, run.superposed_at(run.train.steps)) for run in runs]
-    low, high = _limits([(_smooth(run, ~mask), run.final_step) for run, mask in pairs])
+    # Where no run has had a plain step yet, all there is.
+    plain = [(run, ~mask) for run, mask in pairs if not mask.all()] or [(run, mask) for run, mask in pairs]
+    low, high = _limits([(_smooth(run, shown), run.final_step) for run, shown in plain])
     for run, mask in pairs:
         if mask.any() and not mask.all():
             high = max(high, float(np.nanmedian(run.train.values[mask])), 1.01 * float(_smooth(run, ~mask).values[0]))

@@ -13,7 +13,7 @@ from .convert import Engine, Job, convert, convert_locally, merged
 from .errors import PrepareError, explained
 from .lock import locked
 from .output import BEGUN, Output, check_output
-from .parts import Part, PartCount, Settings, plan_parts
+from .parts import Part, PartCount, Settings, plan_parts, size_of
 from .sample import sample_texts
 from .shards import LONGEST_ROW, ShardOptions
 from .sources import check_bucket, list_sources
@@ -23,6 +23,8 @@ from .workers import in_worker, preload
 
 # Changes whenever the same arguments would make other rows than before.
 FORMAT = 2
+# Of text, for an estimate.
+BYTES_A_TOKEN = 4
 # Bad documents named on the screen; all of them are in `bad_documents.txt`.
 BAD_SHOWN = 10
 
@@ -79,6 +81,7 @@ def prepare(
     output = Output(address.path, _digest(fingerprint))
     # Before anything is written there, be it a lock; and again under the lock.
     check_output(output, fingerprint)
+    _warn_of_small_splits(parts, settings)
     with locked(output.path) as lock:
         if not check_output(output, fingerprint):
             output.record(BEGUN, fingerprint)
@@ -96,6 +99,21 @@ def prepare(
     with explained('write', 'to the screen what was done, which is whole'):
         _report(stats, count)
         sys.stdout.flush()
+
+
+def _warn_of_small_splits(parts: Sequence[Part], settings: Settings) -> None:
+    """Say, before the hours that it takes, which splits will lose most of their text."""
+    if len(parts) < 2:
+        return
+    tokens = sum(map(size_of, parts)) / len(parts) / BYTES_A_TOKEN
+    for name, share in settings.splits:
+        if tokens * share < settings.seq_len:
+            print(
+                f'warning: split {name} has some {tokens * share:,.0f} tokens in each part of the input, less than a '
+                f'row of --seq-len {settings.seq_len}, and what fills no row of a part is dropped: give it a share of '
+                f'{min(1.0, 4 * settings.seq_len / tokens):.1g} or more with --split',
+                file=sys.stderr,
+            )
 
 
 def _own_files(settings: Settings, shard_options: ShardOptions) -> list[str]:

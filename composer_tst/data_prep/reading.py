@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import zstandard
 
+from .errors import PrepareError, shown
 from .inputs import Input
 from .sources import MISSING, Source
 from .stores import store_of
 
 BLOCK_BYTES = 1 << 20
+ZSTD_HEADER = 18  # bytes of a frame's header at most
+ZSTD_WINDOW = 1 << 27  # what decoders take unless told otherwise, and Arrow's cannot be
 
 
 class _Members(io.RawIOBase):
@@ -96,9 +100,23 @@ def opened(source: Source, meter: Meter | None = None) -> Iterator[Any]:
         if source.compression:
             if source.size == 0:
                 raise DamagedError(f'damaged {source.compression} data (an empty file)')
+            if source.compression == 'zstd':
+                _check_window(source, stream.peek(ZSTD_HEADER))
             stream = UNPACKERS[source.compression](stream)
         yield stream
         raw.check()
+
+
+def _check_window(source: Source, start: bytes) -> None:
+    try:
+        window = zstandard.get_frame_parameters(start[:ZSTD_HEADER]).window_size
+    except zstandard.ZstdError:  # which the decoder says better
+        return
+    if window > ZSTD_WINDOW:
+        raise PrepareError(
+            f'{shown(source.path)} is compressed over windows of {window >> 20:,} MiB, and at most '
+            f'{ZSTD_WINDOW >> 20} can be read: compress it again, with zstd --long=27 at most'
+        )
 
 
 @contextmanager

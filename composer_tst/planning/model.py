@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,9 @@ from .config import PlanError, value
 NO_ARCHITECTURE = ('name', 'loss_fn', 'use_train_metrics', 'additional_train_metrics')
 # Attention that needs no GPU, of as many parameters and FLOPs.
 PLAIN_ATTENTION = {'attn_impl': 'torch', 'rope_impl': 'hf'}
-# What Hugging Face's configs call the number of experts.
-EXPERTS = ('num_experts', 'num_local_experts', 'n_routed_experts')
+# What configs call the number of experts, and of those that a token goes through; MPT's and DBRX's in their ffn_config.
+EXPERTS = ('num_experts', 'num_local_experts', 'n_routed_experts', 'moe_num_experts')
+OF_A_TOKEN = ('num_experts_per_tok', 'moe_top_k')
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,10 @@ def _count(model: Any) -> Model:
     hf = model.config
     count = sum(weight.numel() for weight in model.parameters())
     experts = sum(weight.numel() for key, weight in model.named_parameters() if '.experts.' in key)
-    every = next((getattr(hf, key) for key in EXPERTS if hasattr(hf, key)), 1)
-    if every > 1 and not experts:
+    every = _setting(hf, EXPERTS)
+    if (every > 1 and not experts) or (experts and not every):
         raise PlanError(f'model: {type(model).__name__} is a mixture whose experts this cannot tell from the rest')
-    active = count - experts + experts * getattr(hf, 'num_experts_per_tok', every) // every
+    active = count - experts + experts * (_setting(hf, OF_A_TOKEN) or every) // max(1, every)
     # A tied matrix multiplies as the head; where there is no head of its own there is but one.
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
@@ -114,3 +115,10 @@ def _count(model: Any) -> Model:
     heads = getattr(hf, 'num_attention_heads', None) or hf.n_heads
     width = getattr(hf, 'head_dim', None) or (getattr(hf, 'hidden_size', None) or hf.d_model) // heads
     return Model(count, active, multiplying, layers * heads * width)
+
+
+def _setting(hf: Any, names: Sequence[str]) -> int:
+    """The first of these that a config has, itself or for its feed-forward layers; 0 without one."""
+    layers = getattr(hf, 'ffn_config', None) or {}
+    layers = layers if isinstance(layers, Mapping) else vars(layers)
+    return next((getattr(hf, name, layers.get(name)) for name in names if hasattr(hf, name) or name in layers), 0)

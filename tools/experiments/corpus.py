@@ -47,7 +47,8 @@ def main(output: Path, folder: Path | None) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     seen: set[bytes] = set()
     files = kept = size = 0
-    with output.open('w') as lines:
+    part = output.with_suffix('.part')
+    with part.open('w') as lines:
         for data in prose(folder) if folder else source():
             files += 1
             digest = hashlib.blake2b(data, digest_size=16).digest()
@@ -60,6 +61,7 @@ def main(output: Path, folder: Path | None) -> None:
                 continue
             kept, size = kept + 1, size + len(data)
             lines.write(json.dumps({'text': text}) + '\n')
+    part.rename(output)
     if folder is None:
         packages = sorted({f'{package.name}=={package.version}' for package in metadata.distributions()})
         versions = [f'python=={sys.version.split()[0]}', *packages]

@@ -15,6 +15,7 @@ export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=29500
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export NCCL_DEBUG=WARN
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK   # which srun does not take from sbatch since Slurm 22.05
 # export NCCL_SOCKET_IFNAME=eth0          # the network that nodes find each other on
 # export NCCL_IB_HCA=mlx5                 # the InfiniBand adapters
 # export S3_ENDPOINT_URL=https://...      # an S3 server other than AWS
