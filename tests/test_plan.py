@@ -140,10 +140,10 @@ def test_mixtures_that_say_so_of_their_feed_forward_layers(tmp_path: Path):
     every_layer = 2 * 8 * 2 * 128 * 512  # 2 layers, a matrix up and one down
     assert experts == every_layer * 6 // 8
 
-    DbrxConfig(
-        **{'d_model': 64, 'n_heads': 2, 'n_layers': 2, 'vocab_size': 2048, 'attn_config': {'kv_n_heads': 2}},
-        ffn_config={'ffn_hidden_size': 128, 'moe_num_experts': 16, 'moe_top_k': 4},
-    ).save_pretrained(tmp_path)
+    shape: dict[str, Any] = {'d_model': 64, 'n_heads': 2, 'n_layers': 2, 'vocab_size': 2048}
+    shape |= {'attn_config': {'kv_n_heads': 2}}
+    shape |= {'ffn_config': {'ffn_hidden_size': 128, 'moe_num_experts': 16, 'moe_top_k': 4}}
+    DbrxConfig(**shape).save_pretrained(tmp_path)
     model = [f'model={{name: hf_causal_lm, pretrained_model_name_or_path: {tmp_path}}}']
     made = planned(QUICKSTART / 'baseline.yaml', *model)
     assert made['parameters'] - made['active_parameters'] == 2 * 12 * 3 * 64 * 128

@@ -119,6 +119,7 @@ def _count(model: Any) -> Model:
 
 def _setting(hf: Any, names: Sequence[str]) -> int:
     """The first of these that a config has, itself or for its feed-forward layers; 0 without one."""
-    layers = getattr(hf, 'ffn_config', None) or {}
+    layers: Any = getattr(hf, 'ffn_config', None) or {}
     layers = layers if isinstance(layers, Mapping) else vars(layers)
-    return next((getattr(hf, name, layers.get(name)) for name in names if hasattr(hf, name) or name in layers), 0)
+    found = (getattr(hf, name, None) or layers.get(name) for name in names)
+    return next((count for count in found if count), 0)

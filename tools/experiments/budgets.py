@@ -84,8 +84,10 @@ PROSE_BUDGETS = (
     _budget('prose-20', PROSE, 7_100, rates=HIGHER_RATES),
 )
 # Where the learning rate is tuned for superposed settings too.
-CHECKED = {scale.name: (S4, PUBLISHED, PHASES_BATCH) for scale in (*BUDGETS, PROSE_BUDGETS[0]) if scale != LARGEST}
-CHECKED[LARGEST.name] = (S4, PUBLISHED)
+CHECKED: dict[str, Sequence[Setting]] = {
+    **{scale.name: (S4, PUBLISHED, PHASES_BATCH) for scale in (*BUDGETS, PROSE_BUDGETS[0])},
+    LARGEST.name: (S4, PUBLISHED),
+}
 
 
 def of_budget(scale: Scale, losses: Mapping[Setting, float] | None = None) -> list[Experiment]:
