@@ -1,12 +1,15 @@
 """The evidence over budgets as a page and a picture."""
 
 import csv
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from .budgets import (
     CHECKED,
@@ -25,7 +28,7 @@ from .budgets import (
 from .page import BOLD, FRESH, TERMS, about
 from .pictures import QUIET, finish
 from .report import OTHERS, Runs, grid, spread, sure, table, tokens_per_parameter, verdict
-from .settings import BASELINE, PHASES_BATCH, PUBLISHED, S4, S4_BATCH, Experiment, limited
+from .settings import BASELINE, PHASES_BATCH, PUBLISHED, S4, S4_BATCH, Experiment, Setting, limited
 
 # Tokens per parameter and gain of the published pairs (paper, tables of its sections 4 and 5).
 PUBLISHED_POINTS = (
@@ -79,7 +82,8 @@ for package in *.deb; do dpkg-deb -x "$package" .; done && cd ../..
 `python tools/evidence.py --scale tokens --data FOLDER --docs ELSEWHERE` asks the same of any folder that
 `prepare-data` wrote in rows of 128 with a vocabulary of at most 2,048, and a split `limited` for its
 last question."""
-OTHER_MODELS = """Bars: one standard deviation of the difference over three seeds. Published points are of other models,
+OTHER_MODELS = """Bars: one standard deviation of the difference over three seeds. Hollow points are at a learning rate of
+their own, where the baseline's is not the best for them (second table). Published points are of other models,
 data and schedules, and of the bag sizes of their runs."""
 OWN_RATES = """The same, each at the learning rate that is best for it at seed 17, which is in square brackets where it
 is not the baseline's:"""
@@ -214,20 +218,17 @@ def draw_gain(scales: Sequence[Runs], output: Path) -> None:
     figure = Figure(figsize=(8, 5.2), dpi=140, layout='constrained')
     near, far = figure.subplots(2, sharex=True, height_ratios=(2, 1))  # the runs of few steps lose ten times as much
     for number, (setting, (color, line)) in enumerate(DRAWN.items()):
-        for text, marker in MARKERS.items():
-            points = []
-            for runs in scales:
-                gains = [-each for each in runs.differences(setting, BASELINE, SEEDS)]
-                tokens = runs.scale.tokens_per_parameter
-                if len(gains) == len(SEEDS) and all(map(math.isfinite, gains)) and tokens and _drawn_as(runs) == text:
-                    points.append((tokens * 1.04 ** (number - 2), statistics.fmean(gains), statistics.stdev(gains)))
+        for own, text in itertools.product((False, True), MARKERS):
+            of_text = [runs for runs in scales if _drawn_as(runs) == text]
+            points = [point for runs in of_text if (point := _point(runs, setting, own))]
             if points:
                 x, y, bars = zip(*points, strict=True)
-                label = f'{setting.name}{"" if text == CODE else f", {text}"}'
+                x = [tokens * 1.04 ** (number - 2) for tokens in x]  # side by side
+                style: dict[str, Any] = {'mfc': 'white', 'ls': ''} if own else {'ls': line}
                 for axes in (near, far):
-                    axes.errorbar(x, y, bars, fmt=marker + line, color=color, capsize=3, ms=5, lw=1.2, label=label)
+                    axes.errorbar(x, y, bars, color=color, marker=MARKERS[text], capsize=3, ms=5, lw=1.2, **style)
     for name, tokens, gain in PUBLISHED_POINTS:
-        near.plot(tokens, gain, 'x', color=QUIET, ms=7, label='published' if name == '3B' else None)
+        near.plot(tokens, gain, 'x', color=QUIET, ms=7)
         near.annotate(name, (tokens, gain), xytext=(6, 3), textcoords='offset points', color=QUIET, fontsize=8)
     for axes in (near, far):
         axes.axhline(0, color='#3c3c3c', lw=1)
@@ -236,11 +237,31 @@ def draw_gain(scales: Sequence[Runs], output: Path) -> None:
         axes.xaxis.set_major_formatter('{x:g}')
         finish(axes)
     near.set_ylim(-0.26, 0.16)
-    near.legend(frameon=False, fontsize=7.5, loc='lower right')
+    quiet: dict[str, Any] = {'color': QUIET, 'ls': '', 'ms': 5}
+    near.legend(
+        handles=[
+            *(Line2D([], [], color=color, ls=line, label=setting.name) for setting, (color, line) in DRAWN.items()),
+            *(Line2D([], [], marker=marker, label=text, **quiet) for text, marker in MARKERS.items()),
+            Line2D([], [], marker='o', mfc='white', label='at a learning rate of its own', **quiet),
+            Line2D([], [], marker='x', label='published', **quiet),
+        ],
+        **{'frameon': False, 'fontsize': 7.5, 'loc': 'lower right'},
+    )
     far.set_ylim(-1.4, 0.1)
     far.set_xlabel('tokens of the baseline per parameter')
     figure.supylabel("baseline's final loss minus TST's, at equal steps")
     figure.savefig(output)
+
+
+def _point(runs: Runs, setting: Setting, own: bool) -> tuple[float, float, float] | None:
+    """Tokens per parameter, gain and its deviation, at the baseline's learning rate or at another that is its own."""
+    rates = runs.rates(setting)
+    if own and (setting not in TUNED or not rates or min(rates, key=lambda lr: rates[lr]) == runs.lr):
+        return None
+    changes = runs.at_own_rates(setting, SEEDS) if own else runs.differences(setting, BASELINE, SEEDS)
+    if len(changes) < len(SEEDS) or not all(map(math.isfinite, changes)):
+        return None
+    return runs.scale.tokens_per_parameter or 0, -statistics.fmean(changes), statistics.stdev(changes)
 
 
 def _drawn_as(runs: Runs) -> str:
