@@ -1,5 +1,6 @@
 """Iterations in tokens, as llm-foundry's CurriculumLearning makes them: other data in the middle of an epoch."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,11 +101,10 @@ def test_other_data_in_the_middle_of_an_epoch(
     read = [row for step in whole for row in step]
     assert read[: len(expected)] == expected
     assert len(read) >= 62 * BATCH
-    rows = 0
-    for step, of_step in enumerate(whole[:-1], 1):
-        rows += len(of_step)
-        if rows > 60 and step % 5 == 0:
-            assert run(mixes=1, load_path=str(tmp_path / f'ba{step}.pt')).read == whole[step:], step
+    rows = list(itertools.accumulate(map(len, whole)))
+    second = next(step for step, count in enumerate(rows, 1) if count > 60)
+    for step in (second, second + 8):
+        assert run(mixes=1, load_path=str(tmp_path / f'ba{step}.pt')).read == whole[step:], step
 
 
 @pytest.mark.parametrize(
