@@ -121,7 +121,6 @@ mutants: install ## changes of the core that no test notices
 test-pythons: install ## an environment and a short test for every Python that is found
 	bash tests/pythons.sh $(abspath $(VENV)/bin/uv)
 
-# torch.compile with its own compiler.
 test-slow: install ## torch.compile with its own compiler, a loss of 13 GB, checkpoints on S3
 	$(PYTHON) -m pytest -m slow --device $(DEVICE)
 

@@ -181,7 +181,9 @@ def test_hugging_face(name: str, padded: bool, device: torch.device):
 @pytest.mark.parametrize('name', MPT)
 def test_mpt(name: str, padded: bool, device: torch.device):
     if name == 'dropout' and device.type != 'cpu':
-        pytest.skip('the definition drops on the CPU, and a GPU draws other random numbers: pytest --device cpu')
+        pytest.skip(
+            'dropout on a GPU draws other random numbers than its definition on a CPU: pytest --device cpu has it'
+        )
 
     def make() -> Any:
         return mpt(**MPT[name])

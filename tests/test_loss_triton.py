@@ -25,7 +25,7 @@ KERNELS = {
 
 def test_the_tests_of_the_loss_pass_with_the_kernels():
     if Version(triton.__version__) < Version('3.7') and Version(numpy.__version__) >= Version('2.4'):
-        pytest.skip("Triton 3.6's interpreter does not work with NumPy 2.4: its newer ones or an older NumPy do")
+        pytest.skip(f'the interpreter of Triton {triton.__version__} fails on NumPy 2.4: make test has an older NumPy')
     # A process of its own, as Triton decides on import. What the interpreter allocates says nothing of a GPU, and
     # the kernels do not see the weights.
     tests = [str(Path(__file__).with_name('test_loss.py')), '-k', 'not one_buffer and not weights_count']

@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -17,6 +18,14 @@ def saved(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob('*.pt') if not path.is_symlink()}
 
 
+def train(tst: TokenSuperposition, max_duration: str = '3ba', **settings: Any) -> None:
+    """A whole run with the callback."""
+    callbacks = [PhaseCheckpointer()]
+    trainer, _ = make_trainer(llama(), random_loader(), tst, max_duration, callbacks=callbacks, **settings)
+    trainer.fit()
+    trainer.close()
+
+
 @pytest.mark.parametrize(
     ('phases', 'expected'),
     [
@@ -29,17 +38,7 @@ def saved(folder: Path) -> set[str]:
     ],
 )
 def test_each_change_is_saved_once_after_the_last_step_of_its_phase(phases: list, expected: set, tmp_path: Path):
-    trainer, _ = make_trainer(
-        llama(),
-        random_loader(),
-        TokenSuperposition(phases=phases),
-        '7ba',
-        callbacks=[PhaseCheckpointer()],
-        save_folder=str(tmp_path),
-        save_interval='100ba',
-    )
-    trainer.fit()
-    trainer.close()
+    train(TokenSuperposition(phases=phases), '7ba', save_folder=str(tmp_path), save_interval='100ba')
     assert expected <= saved(tmp_path)
     assert {name for name in saved(tmp_path) if 'bag' in name} == expected
     for name in expected:
@@ -56,18 +55,7 @@ def test_it_leaves_latest_alone_and_writes_over_what_it_wrote_before(tmp_path: P
     """A run that repeats the last step of a phase after a failure writes the same checkpoint again."""
 
     def run() -> None:
-        trainer, _ = make_trainer(
-            llama(),
-            random_loader(),
-            TokenSuperposition(3, '2ba'),
-            '3ba',
-            callbacks=[PhaseCheckpointer()],
-            save_folder=str(tmp_path),
-            save_interval='1ba',
-            save_overwrite=True,
-        )
-        trainer.fit()
-        trainer.close()
+        train(TokenSuperposition(3, '2ba'), save_folder=str(tmp_path), save_interval='1ba', save_overwrite=True)
 
     run()
     assert (tmp_path / 'latest-rank0.pt').resolve().name == 'ep0-ba3-rank0.pt'
@@ -83,18 +71,8 @@ def test_it_leaves_latest_alone_and_writes_over_what_it_wrote_before(tmp_path: P
 def test_a_folder_named_by_a_logger(tmp_path: Path):
     pytest.importorskip('mlflow')  # which llm-foundry brings
     logger = MLFlowLogger(experiment_name='x', tracking_uri=str(tmp_path / 'mlflow'), synchronous=True)
-    trainer, _ = make_trainer(
-        llama(),
-        random_loader(),
-        TokenSuperposition(3, '2ba'),
-        '3ba',
-        callbacks=[PhaseCheckpointer()],
-        loggers=[logger],
-        save_folder=f'{tmp_path}/{{mlflow_experiment_id}}/{{mlflow_run_id}}/{{run_name}}',
-        run_name='named',
-    )
-    trainer.fit()
-    trainer.close()
+    named = f'{tmp_path}/{{mlflow_experiment_id}}/{{mlflow_run_id}}/{{run_name}}'
+    train(TokenSuperposition(3, '2ba'), loggers=[logger], save_folder=named, run_name='named')
     folder = tmp_path / str(logger._experiment_id) / str(logger._run_id) / 'named'
     assert saved(folder) >= {'bag3-to-bag1/ep0-ba2-rank0.pt'}
 
@@ -107,20 +85,8 @@ def test_a_bucket_as_a_whole(
 ):
     """And nothing of a checkpoint of a phase stays on the disk."""
     monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
-    trainer, _ = make_trainer(
-        llama(),
-        random_loader(),
-        TokenSuperposition(3, '2ba'),
-        '3ba',
-        callbacks=[PhaseCheckpointer()],
-        save_folder=f's3://{BUCKET}',
-        save_filename='last.pt',
-        save_interval='3ba',
-        save_num_checkpoints_to_keep=0,
-        save_overwrite=True,
-    )
-    trainer.fit()
-    trainer.close()
+    settings = {'save_interval': '3ba', 'save_num_checkpoints_to_keep': 0, 'save_overwrite': True}
+    train(TokenSuperposition(3, '2ba'), save_folder=f's3://{BUCKET}', save_filename='last.pt', **settings)
     client = boto3.client('s3', endpoint_url=s3_server)
     client.download_file(BUCKET, 'bag3-to-bag1/ep0-ba2-rank0.pt', str(tmp_path / 'saved'))
     assert torch.load(tmp_path / 'saved', weights_only=False)['state']['timestamp']['Timestamp']['batch'] == 2

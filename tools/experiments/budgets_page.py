@@ -156,11 +156,10 @@ def own_rates_table(scales: Sequence[Runs]) -> str:
     for runs in scales:
         cells = [f'{runs.scale.tokens_per_parameter:.2g}', f'{runs.scale.steps:,}', f'`{runs.scale.name}`']
         for setting in TUNED:
-            rates, differences = runs.rates(setting), runs.at_own_rates(setting, SEEDS)
-            if setting not in CHECKED.get(runs.scale.name, ()) or len(rates) < 2:
+            if setting not in CHECKED.get(runs.scale.name, ()) or len(runs.rates(setting)) < 2:
                 cells.append('')
                 continue
-            best = min(rates, key=lambda lr: rates[lr])
+            best, differences = runs.best_rate(setting), runs.at_own_rates(setting, SEEDS)
             fewer = f' ({len(differences)})' if len(differences) < len(SEEDS) else ''
             text = spread(differences, signed=True)
             at = '' if best == runs.lr else f' [{best:g}]'
@@ -255,8 +254,7 @@ def draw_gain(scales: Sequence[Runs], output: Path) -> None:
 
 def _point(runs: Runs, setting: Setting, own: bool) -> tuple[float, float, float] | None:
     """Tokens per parameter, gain and its deviation, at the baseline's learning rate or at another that is its own."""
-    rates = runs.rates(setting)
-    if own and (setting not in TUNED or not rates or min(rates, key=lambda lr: rates[lr]) == runs.lr):
+    if own and (setting not in TUNED or not runs.rates(setting) or runs.best_rate(setting) == runs.lr):
         return None
     changes = runs.at_own_rates(setting, SEEDS) if own else runs.differences(setting, BASELINE, SEEDS)
     if len(changes) < len(SEEDS) or not all(map(math.isfinite, changes)):

@@ -33,7 +33,11 @@ class Runs:
     @property
     def lr(self) -> float:
         """The learning rate at which the baseline is best, which everything else is trained at."""
-        rates = self.rates()
+        return self.best_rate(BASELINE)
+
+    def best_rate(self, setting: Setting) -> float:
+        """The learning rate at which a setting is best, of those that were tried at the first seed."""
+        rates = self.rates(setting)
         return min(rates, key=lambda lr: rates[lr])
 
     def rates(self, setting: Setting = BASELINE) -> dict[float, float]:
@@ -47,8 +51,7 @@ class Runs:
 
     def at_own_rates(self, setting: Setting, seeds: Sequence[int]) -> list[float]:
         """Final losses minus the baseline's, each at the learning rate that is best for it."""
-        rates = self.rates(setting)
-        jobs = [Job(setting, seed, min(rates, key=lambda lr: rates[lr]), self.scale) for seed in seeds if rates]
+        jobs = [Job(setting, seed, self.best_rate(setting), self.scale) for seed in seeds if self.rates(setting)]
         pairs = [(self.results.get(job), self.get(BASELINE, job.seed)) for job in jobs]
         return [a.final_loss - b.final_loss for a, b in pairs if a and b]
 
