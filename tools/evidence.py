@@ -119,13 +119,15 @@ def main(
         if group.measured and ours:
             budgets_page.write_measured(Path(group.measured), shown)
 
-    # The first question at every scale of the first text, then all others.
+    # The first question at every scale of the first text, then all others, then rates of their own.
     first_text = [size for size in of_scale if size.data == group.scales[0].data]
-    for size, questions in [*((size, 1) for size in first_text), *((size, None) for size in of_scale)]:
+    rounds = [(size, 1, False) for size in first_text]
+    rounds += [(size, None, rates) for rates in (False, True) for size in of_scale]
+    for size, questions, rates in rounds:
         trained, folder = of_scale[size], data or Path(size.data)
         if _planned(group, size, trained) <= trained.results.keys() or (folder / 'stats.json').exists():
-            _train(group, size, trained, folder, runs / size.name, write, questions)
-        elif questions is None:
+            _train(group, size, trained, folder, runs / size.name, write, questions, rates)
+        elif rates:
             typer.echo(
                 f'{size.name} is left out, for there are no data in {folder}: docs/{group.page} says how to make them.',
                 err=True,
@@ -141,9 +143,16 @@ def _load(group: Group, size: Scale, trained: Runs, data: Path, folder: Path) ->
 
 
 def _train(
-    group: Group, size: Scale, trained: Runs, data: Path, folder: Path, write: Callable[[], None], questions: int | None
+    group: Group,
+    size: Scale,
+    trained: Runs,
+    data: Path,
+    folder: Path,
+    write: Callable[[], None],
+    questions: int | None,
+    rates: bool,
 ) -> None:
-    """Train what a scale lacks of its first questions, or of all."""
+    """Train what a scale lacks of its first questions, or of all; and with ``rates``, of those that are tuned."""
     bar = progress(len(_planned(group, size, trained)), 'runs', f'evidence {size.name}')
 
     def train(jobs: Iterable[Job]) -> None:
@@ -159,8 +168,6 @@ def _train(
                 write()
 
     train([Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates])
-    while questions is None and (missing := set(_checks(group, size, trained)) - trained.results.keys()):
-        train(sorted(missing, key=lambda job: (job.seed, job.setting.name, job.lr)))
     # Large ones at their first seed, and at the others when all else is done.
     for large_at_all in (False, True):
         done = 0
@@ -169,6 +176,8 @@ def _train(
             seeds = experiment.seeds if large_at_all or not experiment.large else experiment.seeds[:1]
             train(Job(setting, seed, trained.lr, size) for seed in seeds for setting in experiment.settings)
             done += 1
+    while rates and (missing := set(_checks(group, size, trained)) - trained.results.keys()):
+        train(sorted(missing, key=lambda job: (job.seed, job.setting.name, job.lr)))
     bar.close()
 
 

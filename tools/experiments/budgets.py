@@ -29,7 +29,7 @@ SEEDS, FRESH_SEEDS = (17, 18, 19), (20, 21, 22)
 PUBLISHED_BATCH = one_size(6, 0.3, expand='batch')
 RECIPES = (BASELINE, S4, PUBLISHED, S4_BATCH, PUBLISHED_BATCH, PHASES_BATCH)
 FEWER_RECIPES = (BASELINE, S4, PUBLISHED, PHASES_BATCH)  # on prose, and in larger steps
-FINALISTS = 3
+FINALISTS = 2
 GRID_BAGS, GRID_SHARES = (2, 4, 6, 8), (0.1, 0.2, 0.3, 0.4)
 CHEAPER = (one_size(4, 0.3, expand='none'), one_size(6, 0.3, expand='none'))
 BEYOND = """What is level at less cost, or better at equal cost? A share of 0.05 ends with warmup; phases of 6, 4 and
@@ -81,7 +81,7 @@ BUDGETS = (
 )
 PROSE_BUDGETS = (
     _budget('prose-5', PROSE, 1_800),
-    _budget('prose-20', PROSE, 7_100, rates=HIGHER_RATES),
+    _budget('prose-20', PROSE, 7_100, rates=HIGHER_RATES[:3]),
 )
 # Where the learning rate is tuned for superposed settings too.
 CHECKED: dict[str, Sequence[Setting]] = {
