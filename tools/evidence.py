@@ -153,16 +153,16 @@ def _train(
     rates: bool,
 ) -> None:
     """Train what a scale lacks of its first questions, or of all; and with ``rates``, of those that are tuned."""
-    bar = progress(len(_planned(group, size, trained)), 'runs', f'evidence {size.name}')
+    planned = _planned(group, size, trained)
+    done = len(planned & trained.results.keys())
+    bar = progress(len(planned), 'runs', f'evidence {size.name}', initial=done)
 
     def train(jobs: Iterable[Job]) -> None:
-        for at, results in enumerate(train_all(jobs, data, folder, size.workers)):
+        for results in train_all(jobs, data, folder, size.workers):
             new = len(results.keys() - trained.results.keys())
             trained.results.update(results)
             # The best of an experiment are judged again, in runs that are not planned before it has ended.
             bar.total = max(bar.total, len(_planned(group, size, trained)))
-            if at == 0:  # what was trained before says nothing of how long the rest takes
-                bar.initial += new
             bar.update(new)
             if trained.rates():
                 write()
@@ -170,12 +170,12 @@ def _train(
     train([Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates])
     # Large ones at their first seed, and at the others when all else is done.
     for large_at_all in (False, True):
-        done = 0
-        while done < len(planned := group.experiments(size, trained.at_first_seed())[:questions]):
-            experiment = planned[done]
+        asked = 0
+        while asked < len(plan := group.experiments(size, trained.at_first_seed())[:questions]):
+            experiment = plan[asked]
             seeds = experiment.seeds if large_at_all or not experiment.large else experiment.seeds[:1]
             train(Job(setting, seed, trained.lr, size) for seed in seeds for setting in experiment.settings)
-            done += 1
+            asked += 1
     while rates and (missing := set(_checks(group, size, trained)) - trained.results.keys()):
         train(sorted(missing, key=lambda job: (job.seed, job.setting.name, job.lr)))
     bar.close()
