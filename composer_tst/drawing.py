@@ -58,8 +58,6 @@ class Drawing:
             pass  # all of the epoch, though a dataset that counts the samples of steps has some that were left out
         elif by_itself and samples:
             drawn = given // samples
-        elif saved is not None and before and samples:  # the same rows, whatever now is a batch of them
-            drawn = saved * before // samples
         elif by_itself:
             self._is_judged = saved is not None
         progress.drawn = drawn

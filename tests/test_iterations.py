@@ -203,9 +203,7 @@ def test_a_checkpoint_of_before_loader_batches_were_sized(batch_size: int, loade
     for _, algorithm in checkpoint['state']['algorithms']:
         del algorithm['batch_samples']
     torch.save(checkpoint, tmp_path / 'older.pt')
-    read = read_rows(
-        TokenSuperposition(**tst), loader(FIRST, batch_size), '30ba', load_path=str(tmp_path / 'older.pt')
-    )
+    read = read_rows(TokenSuperposition(**tst), loader(FIRST, batch_size), '30ba', load_path=str(tmp_path / 'older.pt'))
     rows = [row for step in read for row in step]
     assert rows[: ROWS - 40] == list(FIRST[40:])
 
@@ -241,9 +239,7 @@ def test_a_larger_batch_ends_an_epoch_that_has_no_further_step(loader: Callable,
     tst = {'bag_size': 3, 'duration': '4ba'}
     made = {'drop_last': True}
     read_rows(TokenSuperposition(**tst), loader(FIRST, 4, **made), '6ba', **saved_in(tmp_path))
-    read = read_rows(
-        TokenSuperposition(**tst), loader(FIRST, 26, **made), '6ba', load_path=str(tmp_path / 'ba1.pt')
-    )
+    read = read_rows(TokenSuperposition(**tst), loader(FIRST, 26, **made), '6ba', load_path=str(tmp_path / 'ba1.pt'))
     assert len(read) == 5
 
 
