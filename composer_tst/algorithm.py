@@ -32,6 +32,7 @@ _OF_A_RUN = (
     Event.AFTER_DATALOADER,
     Event.BATCH_END,
     Event.EPOCH_END,
+    Event.ITERATION_END,
     Event.FIT_END,
     Event.EVAL_BATCH_START,
 )
@@ -185,6 +186,8 @@ class TokenSuperposition(Algorithm):
         elif event == Event.EPOCH_END:
             self._of.has_drawn = True
             run.end_epoch(logger)
+        elif event == Event.ITERATION_END:
+            run.end_iteration()
         elif event == Event.FIT_END:
             if run.superposed:
                 report_no_recovery(run.schedule, state.timestamp)
@@ -210,10 +213,8 @@ class TokenSuperposition(Algorithm):
             _join(self, state)
             self._of.max_duration = state.max_duration
         self._of.close()
-        if int(state.timestamp.batch) == 0:
-            # The clock begins, or begins again; but a dataset may go on where a checkpoint left it.
-            before = self._of.progress
-            self._of.progress = Progress(drawn=before.drawn, batch_samples=before.batch_samples)
+        if int(state.timestamp.batch) == 0:  # the clock begins, or begins again
+            self._of.progress = Progress()
         self._of.run = Run(self.settings, self._of.progress, state)
         self._of.run.start(whole=same(self._of.max_duration, state.max_duration), fresh=not self._of.has_drawn)
 

@@ -104,14 +104,16 @@ class Attachment:
         embedding = self._embedding
         if self._tried_out or not (isinstance(embedding, BagLookup) and embedding.compiled):
             return
-        self._tried_out = True
         row = {key: value if is_plain(value) else value[:1] for key, value in folded.items()}
         buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
         with torch.no_grad(), torch.random.fork_rng(), torch.compiler.set_stance('force_eager'):
-            model(self.begin(row))
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            try:
+                model(self.begin(row))
+            finally:
+                for buffer, before in buffers:
+                    buffer.copy_(before)
         self.check_forward()
+        self._tried_out = True
 
     def begin_loss(self, state: Any) -> None:
         """Have the model's loss of ``state.outputs`` be the multi-hot cross-entropy, until :meth:`end_loss`."""

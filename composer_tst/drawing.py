@@ -35,8 +35,9 @@ class Drawing:
         self._loader: BagLoader | None = None
         self._length: int | None = None
         self._steps = 0
+        self._cut_short = False
+        self._is_judged = True
         self._resumption = self._resume(fresh)
-        self._resumed = self._resumption.drawn > 0
 
     def _resume(self, fresh: bool) -> Resumption:
         """Where in an epoch the data begin.
@@ -44,21 +45,38 @@ class Drawing:
         Either the trainer draws the steps of this epoch again and passes over them; or the dataset goes on by itself
         from its state in a checkpoint, which it takes up once.
         """
-        time, saved, before = self._state.timestamp, self._progress.drawn, self._progress.batch_samples
-        steps, samples = int(time.batch_in_epoch), self._batch_samples()
-        by_itself = 'train' in self._state.dataset_resumption
-        # With no step in the epoch, unless the clock was set back, the next one or another iteration of it begins.
-        under_way = fresh and (steps > 0 or int(time.batch) == 0) if by_itself else steps > 0
-        drawn = (steps if saved is None else saved) if under_way else 0
-        if by_itself and drawn and samples:  # a dataset counts samples, whatever now is a batch of them
-            if saved is None:
-                drawn = int(time.sample_in_epoch) // samples
-            elif before:
-                drawn = drawn * before // samples
-        # How much a dataset has given by itself is not known if superposition is new to the run.
-        self._is_judged = not (by_itself and under_way and steps > 0 and saved is None)
-        self._progress.drawn = drawn
+        state, progress, samples = self._state, self._progress, self._batch_samples()
+        steps, saved, before = int(state.timestamp.batch_in_epoch), progress.drawn, progress.batch_samples
+        by_itself = 'train' in state.dataset_resumption
+        given = self._given() if by_itself and fresh else 0
+        self._resumed = steps > 0 or given > 0
+        length = state.dataloader_len
+        drawn = steps if saved is None else saved
+        if not (given if by_itself else steps):
+            drawn = 0
+        elif saved is not None and before == samples and length is not None and saved >= length:
+            pass  # all of the epoch, though a dataset that counts the samples of steps has some that were left out
+        elif by_itself and samples:
+            drawn = given // samples
+        elif by_itself:
+            self._is_judged = saved is not None
+        progress.drawn = drawn
         return Resumption(drawn, 0 if by_itself else steps)
+
+    def _given(self) -> int:
+        """The samples after which a dataset goes on from its state in a checkpoint.
+
+        The state of one saved at an epoch's end is that epoch at its beginning: it is told to begin the next.
+        """
+        dataset, time = getattr(self._state.dataloader, 'dataset', None), self._state.timestamp
+        if not isinstance(dataset, StreamingDataset):
+            return int(time.sample_in_epoch)
+        saved = dataset.state_dict(0, from_beginning=False)
+        given, epoch = int(saved['sample_in_epoch']), int(saved['epoch'])
+        if given == int(time.batch_in_epoch) == 0 and epoch < int(time.epoch):
+            dist.barrier()  # the ranks of a node have one state
+            dataset.load_state_dict({**saved, 'epoch': epoch + 1})
+        return given
 
     def begin(self, draws: int) -> None:
         """Stand in for the train loader, where a step draws several batches or an epoch is under way."""
@@ -67,18 +85,19 @@ class Drawing:
             self._install(draws)
 
     def begin_epoch(self, draws: int) -> None:
-        """Draw from a loader that was set since the last epoch, as llm-foundry's CurriculumLearning does.
-
-        It may do so in the middle of an epoch, where an iteration ends that is given in tokens.
-        """
-        if self._steps:
-            self._begin_anew()
+        """Draw from a loader that was set since the last epoch, as llm-foundry's CurriculumLearning does."""
         if draws > 1 and not isinstance(self._state.dataloader, BagLoader):
             self.check(draws)
             self._resumption = Resumption()
             self._install(draws)
         elif self._state.dataloader is not self._loader:
             self._loader = None
+
+    def end_iteration(self) -> None:
+        """Take note of an iteration in tokens that ends in the middle of an epoch: what follows begins another."""
+        if self._steps:
+            self._cut_short = True
+            self._begin_anew()
 
     def _begin_anew(self) -> None:
         """Nothing of the coming epoch is drawn."""
@@ -111,7 +130,7 @@ class Drawing:
         and would look for a step in vain for ever.
         """
         state = self._state
-        if int(state.timestamp.iteration) > 0 and state.dataloader_len is not None:
+        if self._cut_short and state.dataloader_len is not None:
             self._length = int(state.dataloader_len)
             state.dataloader_len = int(state.timestamp.batch_in_epoch)
 

@@ -164,10 +164,12 @@ class BagLoader(wrapt.ObjectProxy):
 def same_random_numbers() -> Iterator[None]:
     """Draw without a trace in the random numbers to come."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 def merge_batches(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class PhaseCheckpointer(Callback):
             latest_remote_file_name=None,
             save_interval=lambda state, event: True,
             overwrite=True,
-            num_checkpoints_to_keep=0 if '://' in folder else -1,  # once it is on its way, the local copy goes
+            num_checkpoints_to_keep=0 if parse_uri(folder)[0] else -1,  # once it is on its way, the local copy goes
         )
         self._saver.init(state, logger)  # which fills in what a logger knows, as {mlflow_run_id}
         assert self._saver.remote_file_name is not None

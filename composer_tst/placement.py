@@ -30,14 +30,15 @@ def place_phases(schedule: Schedule, settings: Settings, drawing: Drawing, state
     phases = schedule.phases[len(progress.ended) :]
     draws = [settings.draws(phase.bag_size) for phase in phases]
     drawing.check(max(draws))
-    plan = plan_steps(phases, draws, max_duration, *drawing.data())
+    data, now = drawing.data()
+    plan = plan_steps(phases, draws, max_duration, data, now)
     if not same(progress.max_duration, max_duration):
         before = list(progress.ends)
         schedule.resolve(max_duration, plan)
         report_moved_ends(schedule, before)
     schedule.check(state.timestamp, plan, whole)
     report_shares(schedule, plan, draws_more=settings.expand != 'none')
-    report_course(schedule, settings, plan, drawing.data()[0], state)
+    report_course(schedule, settings, plan, data, state)
     bag_size = schedule.bag_size
     if schedule.advance(state.timestamp):
         report_change(bag_size, schedule.bag_size, state.timestamp)

@@ -152,6 +152,10 @@ class Run:
         logger.log_metrics({'superposition/samples_left_out': self._progress.left_out})
         self._advance()
 
+    def end_iteration(self) -> None:
+        """Begin another epoch, where an iteration ends in the middle of one."""
+        self._drawing.end_iteration()
+
     def _advance(self) -> None:
         if not self.superposed:
             return

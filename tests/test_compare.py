@@ -332,6 +332,18 @@ def test_runs_that_are_superposed_still_are_drawn(tmp_path: Path, command: Comma
     assert '(!) second was last evaluated while superposed: it has had no recovery.' in table
 
 
+def test_padding_is_not_taken_for_work_where_no_recovery_tells_of_it(tmp_path: Path, command: Command):
+    """Superposed still, or last evaluated then."""
+    write(tmp_path / 'base', BASELINE, attended=5)
+    write(tmp_path / 'still', {100: 5.0}, phases={0: 4}, attended=5)
+    early = write(tmp_path / 'early', {25: 5.0, 50: 5.0}, phases={0: 4, 60: 1}, attended=5)
+    runs = (tmp_path / name for name in ('base', 'still', 'early'))
+    code, table, _ = command(*runs, '--output', tmp_path / 'x.png')
+    assert code == 0
+    assert 'positions a step' not in table
+    assert read_run(early).phases == [(4, 0, 60), (1, 60, 100)]
+
+
 def test_a_file_cut_before_its_evaluations_is_named(tmp_path: Path, command: Command):
     write(tmp_path / 'base', BASELINE)
     (path,) = write(tmp_path / 'cut', BASELINE).rglob('*tfevents*')

@@ -37,9 +37,8 @@ def remarks(baseline: Run, run: Run) -> list[str]:
     if not run.superposed:
         found.append(f'{run.name} has no bags: it is a plain run, and says nothing of superposition.')
     pace, plain = _positions_a_step(run), _positions_a_step(baseline)
-    if not baseline.superposed:
-        plain *= _padding(run)
-    if abs(pace - plain) > SAME * plain:
+    padding = 1.0 if baseline.superposed or not run.superposed else _padding(run)
+    if padding is not None and abs(pace - (plain := plain * padding)) > SAME * plain:
         found.append(
             f'{run.name} works on {pace:,.0f} positions a step and {baseline.name} on {plain:,.0f}: equal steps are '
             'not equal compute.'
@@ -71,14 +70,14 @@ def _positions_a_step(run: Run) -> float:
     return float((values[-1] - values[0]) / max(1, steps[-1] - steps[0]))
 
 
-def _padding(run: Run) -> float:
+def _padding(run: Run) -> float | None:
     """Positions of a run's plain steps for each token that Composer counts in them: more than 1 where rows are padded.
 
-    Of a baseline there are these tokens alone.
+    Of a baseline there are these tokens alone. None where a run has had no recovery to tell.
     """
-    if not run.superposed or run.phases[-1][0] > 1:
-        return 1.0
+    if run.phases[-1][0] > 1:
+        return None
     _, *recovery = run.phases[-1]
     positions = np.interp(recovery, run.positions.steps, run.positions.values)
     tokens = run.tokens_at(recovery)
-    return float((positions[1] - positions[0]) / (tokens[1] - tokens[0])) if tokens[1] > tokens[0] else 1.0
+    return float((positions[1] - positions[0]) / (tokens[1] - tokens[0])) if tokens[1] > tokens[0] else None

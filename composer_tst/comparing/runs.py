@@ -77,7 +77,7 @@ class Run:
         if not self.superposed:
             return []
         starts = [int(self.bag_size.steps[0]), *self.switches]
-        ends = [*self.switches, self.final_step]
+        ends = [*self.switches, max(self.final_step, self.trained_steps)]
         return [(self.bag_size_at(start), start, end) for start, end in zip(starts, ends, strict=True)]
 
     def bag_size_at(self, step: int) -> int:

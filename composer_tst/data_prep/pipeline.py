@@ -103,8 +103,9 @@ def prepare(
 
 def _warn_of_small_splits(parts: Sequence[Part], settings: Settings) -> None:
     """Say, before the hours that it takes, which splits will lose most of their text."""
-    if len(parts) < 2:
-        return
+    sources = [piece.source for part in parts for piece in part]
+    if len(parts) < 2 or any(source.compression for source in sources):
+        return  # of compressed bytes it cannot be told
     tokens = sum(map(size_of, parts)) / len(parts) / BYTES_A_TOKEN
     for name, share in settings.splits:
         if tokens * share < settings.seq_len:
