@@ -3,7 +3,6 @@
 A scale for each budget; the widest questions are asked at the largest.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,10 +27,10 @@ RATES, HIGHER_RATES = (1e-3, 2e-3, 4e-3, 8e-3), (2e-3, 4e-3, 8e-3, 16e-3)
 SEEDS, FRESH_SEEDS = (17, 18, 19), (20, 21, 22)
 PUBLISHED_BATCH = one_size(6, 0.3, expand='batch')
 RECIPES = (BASELINE, S4, PUBLISHED, S4_BATCH, PUBLISHED_BATCH, PHASES_BATCH)
-FEWER_RECIPES = (BASELINE, S4, PUBLISHED, PHASES_BATCH)  # on prose, and in larger steps
+FEWER_RECIPES = (BASELINE, S4, PUBLISHED, PHASES_BATCH)
+FEWEST_RECIPES = (BASELINE, S4, PUBLISHED)
 FINALISTS = 2
 GRID_BAGS, GRID_SHARES = (2, 4, 6, 8), (0.1, 0.2, 0.3, 0.4)
-CHEAPER = (one_size(4, 0.3, expand='none'), one_size(6, 0.3, expand='none'))
 BEYOND = """What is level at less cost, or better at equal cost? A share of 0.05 ends with warmup; phases of 6, 4 and
 2 are bags of 6 with a short ramp at the end; `none` reads no more data than the baseline, in fewer
 operations."""
@@ -83,6 +82,12 @@ PROSE_BUDGETS = (
     _budget('prose-5', PROSE, 1_800),
     _budget('prose-20', PROSE, 7_100, rates=HIGHER_RATES[:3]),
 )
+# Where the first question is of fewer than all recipes.
+SHORTENED = {
+    LARGE_STEPS.name: FEWER_RECIPES,
+    PROSE_BUDGETS[0].name: FEWER_RECIPES,
+    PROSE_BUDGETS[1].name: FEWEST_RECIPES,
+}
 # Where the learning rate is tuned for superposed settings too.
 CHECKED: dict[str, Sequence[Setting]] = {
     **{scale.name: (S4, PUBLISHED, PHASES_BATCH) for scale in (*BUDGETS, PROSE_BUDGETS[0])},
@@ -98,20 +103,18 @@ def of_budget(scale: Scale, losses: Mapping[Setting, float] | None = None) -> li
         losses: Final losses at its first seed, from which the best of a map are chosen.
     """
     first, losses = scale.seeds[:1], losses or {}
-    recipes = FEWER_RECIPES if scale in (LARGE_STEPS, *PROSE_BUDGETS) else RECIPES
+    recipes = SHORTENED.get(scale.name, RECIPES)
     gain = Experiment('The gain', 'How much lower does TST end after as many steps?', recipes, scale.seeds)
     if not scale.fresh_seeds:
         return [gain]
     grid = [one_size(bag_size, share) for share in GRID_SHARES for bag_size in GRID_BAGS]
     maps = [*grid, *others()]
-    beside = [BASELINE, S4, PUBLISHED]
-    cheapest = sorted(CHEAPER, key=lambda setting: losses.get(setting, math.inf))[:1]
     return [
         gain,
         Experiment('Share and bag size', 'Which share of steps, which bag size?', [BASELINE, *grid], first, 'grid'),
-        Experiment('Cheaper, or better', BEYOND, [*beside, *others()], first),
-        Experiment('Limited data', LIMITED, [limited(setting) for setting in FEWER_RECIPES], scale.seeds, 'limited'),
-        *finals('The best of both maps, again', maps, losses, [*beside, *cheapest], scale.fresh_seeds, FINALISTS),
+        Experiment('Cheaper, or better', BEYOND, [*FEWEST_RECIPES, *others()], first),
+        Experiment('Limited data', LIMITED, [limited(setting) for setting in FEWEST_RECIPES], scale.seeds, 'limited'),
+        *finals('The best of both maps, again', maps, losses, FEWEST_RECIPES, scale.fresh_seeds, FINALISTS),
     ]
 
 
@@ -121,7 +124,8 @@ def others() -> Sequence[Setting]:
         S4_BATCH,
         PUBLISHED_BATCH,
         PHASES_BATCH,
-        *CHEAPER,
+        one_size(4, 0.3, expand='none'),
+        one_size(6, 0.3, expand='none'),
         one_size(6, 0.05),
         phases((6, 0.25), (4, 0.275), (2, 0.3)),
         phases((8, 0.1), (4, 0.2), (2, 0.3)),
