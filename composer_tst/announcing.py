@@ -121,10 +121,10 @@ def warnings_of(course: Course) -> list[str]:
     if course.epochs is not None and course.epochs > 1:
         assert course.batches_an_epoch is not None
         plain = course.total / course.batches_an_epoch
-        smaller = ', or a smaller bag_size or duration, or expand: none' if course.batches > course.total else ''
+        smaller = ', or a smaller bag_size or duration' if course.batches > course.total else ''
         found.append(
             f'The run reads its data {_round(course.epochs)} times (a plain run of these steps: {_round(plain)}), and '
-            f'superposition gains from fresh data: give it more{smaller}.'
+            f'superposition gains most from fresh data: give it more{smaller}.'
         )
     if course.decay_begins is not None and course.decay_begins < end:
         found.append(
