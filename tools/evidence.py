@@ -137,8 +137,9 @@ def main(
 def _load(group: Group, size: Scale, trained: Runs, data: Path, folder: Path) -> None:
     """Take up what has been trained of all that may ever be asked: what was once chosen by a map stays."""
     settings = dict.fromkeys(setting for experiment in group.experiments(size) for setting in experiment.settings)
-    seeds = dict.fromkeys((*size.seeds, *size.fresh_seeds))
-    jobs = [Job(setting, seed, lr, size) for setting in settings for seed in seeds for lr in size.learning_rates]
+    jobs = [
+        Job(setting, seed, lr, size) for setting in settings for seed in size.all_seeds for lr in size.learning_rates
+    ]
     trained.results.update(finished(jobs, data, folder))
 
 

@@ -82,9 +82,9 @@ for package in *.deb; do dpkg-deb -x "$package" .; done && cd ../..
 `python tools/evidence.py --scale tokens --data FOLDER --docs ELSEWHERE` asks the same of any folder that
 `prepare-data` wrote in rows of 128 with a vocabulary of at most 2,048, and a split `limited` for its
 last question."""
-OTHER_MODELS = """Bars: one standard deviation of the difference over three seeds. Hollow points are at a rate of their
-own, where the baseline's is not the best for them (second table). Published points are of other models,
-data and schedules, and of the bag sizes of their runs."""
+OTHER_MODELS = """Bars: one standard deviation of the difference over seeds: three, or as many as stand in brackets below.
+Hollow points are at a rate of their own, where the baseline's is not the best for them (second table).
+Published points are of other models, data and schedules, and of the bag sizes of their runs."""
 OWN_RATES = """The same, each at the learning rate that is best for it at seed 17, which is in square brackets where it
 is not the baseline's:"""
 RATES = """The first table is of runs at the rate that is best for the baseline, the second at each setting's own. Final
@@ -141,10 +141,10 @@ def gain_table(scales: Sequence[Runs]) -> str:
     for runs in scales:
         cells = [f'{runs.scale.tokens_per_parameter:.2g}', f'{runs.scale.steps:,}', f'`{runs.scale.name}`']
         for setting in RECIPES:
-            differences = runs.differences(setting, BASELINE, SEEDS)
-            text = spread(differences, signed=True) if setting != BASELINE else spread(runs.losses(setting, SEEDS))
-            fewer = f' ({len(differences)})' if 0 < len(differences) < len(SEEDS) else ''
-            cells.append(f'**{text}**' if setting != BASELINE and sure(differences) else f'{text}{fewer}')
+            differences = runs.differences(setting, BASELINE, runs.scale.all_seeds)
+            losses = runs.losses(setting, runs.scale.all_seeds)
+            text = spread(losses) if setting == BASELINE else spread(differences, signed=True)
+            cells.append((f'**{text}**' if sure(differences) else text) + _number(differences))
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
@@ -159,13 +159,16 @@ def own_rates_table(scales: Sequence[Runs]) -> str:
             if setting not in CHECKED.get(runs.scale.name, ()) or len(runs.rates(setting)) < 2:
                 cells.append('')
                 continue
-            best, differences = runs.best_rate(setting), runs.at_own_rates(setting, SEEDS)
-            fewer = f' ({len(differences)})' if len(differences) < len(SEEDS) else ''
+            best, differences = runs.best_rate(setting), runs.at_own_rates(setting, runs.scale.all_seeds)
             text = spread(differences, signed=True)
             at = '' if best == runs.lr else f' [{best:g}]'
-            cells.append((f'**{text}**' if sure(differences) else f'{text}{fewer}') + at)
+            cells.append((f'**{text}**' if sure(differences) else text) + _number(differences) + at)
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
+
+
+def _number(differences: Sequence[float]) -> str:
+    return f' ({len(differences)})' if len(differences) not in (0, len(SEEDS)) else ''
 
 
 def every_run(runs: Runs) -> str:
@@ -191,8 +194,8 @@ def write_measured(output: Path, scales: Sequence[Runs]) -> None:
         for runs in scales:
             text = PROSE if runs.scale.data == DATA[PROSE] else CODE
             for setting, (bags, ends, expand) in MEASURED.items():
-                changes = runs.differences(setting, BASELINE, SEEDS)
-                if len(changes) == len(SEEDS) and all(map(math.isfinite, changes)):
+                changes = runs.differences(setting, BASELINE, runs.scale.all_seeds)
+                if len(changes) >= len(SEEDS) and all(map(math.isfinite, changes)):
                     budget = [text, PARAMETERS, f'{runs.scale.tokens_per_parameter:.2f}', runs.scale.steps]
                     change = [len(changes), f'{statistics.fmean(changes):.4f}', f'{statistics.stdev(changes):.4f}']
                     lines.writerow([*budget, bags, ends, expand, *change])
@@ -256,7 +259,8 @@ def _point(runs: Runs, setting: Setting, own: bool) -> tuple[float, float, float
     """Tokens per parameter, gain and its deviation, at the baseline's learning rate or at another that is its own."""
     if own and (setting not in TUNED or not runs.rates(setting) or runs.best_rate(setting) == runs.lr):
         return None
-    changes = runs.at_own_rates(setting, SEEDS) if own else runs.differences(setting, BASELINE, SEEDS)
+    seeds = runs.scale.all_seeds
+    changes = runs.at_own_rates(setting, seeds) if own else runs.differences(setting, BASELINE, seeds)
     if len(changes) < len(SEEDS) or not all(map(math.isfinite, changes)):
         return None
     return runs.scale.tokens_per_parameter or 0, -statistics.fmean(changes), statistics.stdev(changes)

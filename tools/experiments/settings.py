@@ -42,6 +42,11 @@ class Scale:
     tokens_per_parameter: float | None = None
     autocast: bool = False
 
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """The seeds at which something is trained, each once."""
+        return tuple(dict.fromkeys((*self.seeds, *self.fresh_seeds)))
+
 
 CPU = Scale(
     name='cpu',
