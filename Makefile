@@ -67,7 +67,7 @@ data/tokens/stats.json: | data/corpus/python.jsonl
 		--split train=0.962,val=0.005,limited=0.0288,rest=0.0042
 
 # Everything the pages of evidence report. What is finished is kept, here and in their records: run it again to go on.
-evidence: $(EVIDENCE_DATA_$(SCALE))/stats.json ## train what docs/evidence.md reports (SCALE=tokens), nine hours
+evidence: $(EVIDENCE_DATA_$(SCALE))/stats.json ## train what docs/evidence.md reports (SCALE=tokens), eight hours
 	$(PYTHON) tools/evidence.py --scale $(SCALE)
 
 # What superposition costs, on every core: leave the machine idle for its twelve minutes.

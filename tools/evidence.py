@@ -165,7 +165,7 @@ def _train(
             # The best of an experiment are judged again, in runs that are not planned before it has ended.
             bar.total = max(bar.total, len(_planned(group, size, trained)))
             bar.update(new)
-            if trained.rates():
+            if set(size.learning_rates) <= trained.rates().keys():  # else the best of them is not known
                 write()
 
     train([Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates])

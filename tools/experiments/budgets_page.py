@@ -67,7 +67,10 @@ ABOUT_DATA = """The Python source is that of every package that `make install` b
 file once (`make data/tokens/stats.json`; versions in [evidence_versions.txt](evidence_versions.txt)):
 43,089 files, 220.9M tokens, of which 209.0M to train on (1,632,923 rows). No run but those on limited
 data reads a row twice: the longest reads 215,840. Another set of packages gives other text of the kind:
-`tokens-1`, but for its runs at 0.008, was trained on a text without execnet and pytest-xdist. The prose
+`tokens-1` is of two such texts: without execnet and pytest-xdist but for the baseline at 0.008, the phases at
+0.001, 0.004 and 0.008, s = 4 at 0.001 at seeds 18 and 19, and s = 6 at 0.008, so that pairs of its own-rate row
+are of both texts. The standard library's folder held packages of the interpreter's own too, 3,042 of the files,
+whose versions are not recorded. The prose
 is dictionaries and manuals that Debian 12 packages (dict-gcide 0.48.5+nmu2, dict-wn 3.0-37, dict-foldoc
 20230119-1, dict-jargon 4.4.7-3.1, linux-doc-6.1 6.1.192-3): 13,896 documents, 41.6M tokens of a tokenizer
 of their own, of which 40.7M to train on (318,120 rows):
@@ -88,7 +91,7 @@ OTHER_MODELS = """Bars: one standard deviation of the difference over seeds, of 
 table has in brackets. Hollow points are at a rate of their own, where the baseline's is not the best for them
 (second table). Published points are of other models, data and schedules, and of the bag sizes of their runs."""
 OWN_RATES = """The same, each at the learning rate that is best for it at seed 17, which is in square brackets where it
-is not the baseline's:"""
+is not the baseline's. Seed 17 is among the seeds, so that a rate that chance made best there flatters a little:"""
 RATES = """The first table is of runs at the rate that is best for the baseline, the second at each setting's own. Final
 losses at one seed:"""
 
