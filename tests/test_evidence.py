@@ -229,7 +229,7 @@ def test_every_run_has_a_name_of_its_own(dataset: Path):
 
 
 def test_what_is_finished_is_kept_and_what_changed_is_trained_again(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     tiny = replace(
         CPU,
@@ -260,6 +260,11 @@ def test_what_is_finished_is_kept_and_what_changed_is_trained_again(
     assert len(list(results.glob('*.json'))) == 12
     assert [file.stat().st_mtime_ns for file in files] == times
     assert '| s = 4, r = 0.3 | 17-18 |' in page.read_text()
+
+    capsys.readouterr()
+    monkeypatch.setitem(evidence.GROUPS, 'cpu', replace(evidence.GROUPS['cpu'], scales=(tiny,)))
+    evidence.main('cpu', dataset, tmp_path / 'runs', page.parent)
+    assert 'evidence_cpu.json loses 6 runs, ' in capsys.readouterr().err
     assert (page.parent / 'evidence_mpt_settings.png').stat().st_size > 1000
 
     baseline = Job(BASELINE, 17, 0.001, tiny)

@@ -251,20 +251,26 @@ def test_what_was_measured_is_that_of_the_same_bags_at_every_budget(monkeypatch:
     assert same_bags(two, [0.2, 0.3]) == []
 
 
-def test_a_run_within_what_was_measured_is_warned_where_nothing_was_gained():
+def test_a_run_of_few_steps_is_warned_where_nothing_was_gained(monkeypatch: pytest.MonkeyPatch):
     worse, unsure, better = (
         Measured(change, 0.02, 3, 'prose', 10, budget, steps)
         for change, budget, steps in ((0.05, 1, 350), (-0.03, 5, 1_800), (-0.05, 20, 7_100))
     )
     found = [worse, unsure, better]
+    monkeypatch.setattr('composer_tst.planning.measured.read_measured', lambda: [([], [], '', each) for each in found])
     assert warning(found, 2, 500) == (
-        'At the nearest of these budgets, 1 tokens per parameter in 350 steps, it ended worse: compare with a plain '
+        'At the nearest measured budget, 1 tokens per parameter in 350 steps, it ended worse: compare with a plain '
         'run first.'
     )
-    assert '5 tokens per parameter in 1,800 steps, no gain was sure' in warning(found, 5, 2_000)
-    assert warning(found, 20, 7_000) == ''
-    # Of a run of more steps than any of these they say nothing.
-    assert warning([worse], 1, 20_000) == warning([], 1, 10) == ''
+    assert '5 tokens per parameter in 1,800 steps, no gain of it was sure' in warning(found, 5, 2_000)
+    assert '5 tokens per parameter in 1,800 steps, no gain of it was sure' in warning(found, 2.5, 7_101)
+    assert warning(found, 20, 7_000) == warning(found, 20, 12_000) == ''
+    # Bags that were run at other budgets alone, or nowhere, are judged by what was run at this one.
+    assert 'in 350 steps, all that was tried ended worse:' in warning([better], 1, 300)
+    assert 'in 350 steps, all that was tried ended worse:' in warning([], 1, 300)
+    assert warning([], 20, 7_000) == ''
+    # As many steps are published.
+    assert warning([worse], 1, 20_000) == ''
 
 
 def test_what_was_measured_comes_with_its_budgets():

@@ -95,13 +95,23 @@ def main(
     of_scale = {size: Runs({}, size) for size in group.scales}
     for size in of_scale:
         (runs / size.name).mkdir(parents=True, exist_ok=True)
-    for record in (known, _record(docs, scale)):
-        for run in json.loads(record.read_text()) if record and record.exists() else ():
+    for source in (known, _record(docs, scale)):
+        for run in json.loads(source.read_text()) if source and source.exists() else ():
             result = runs / run.get('scale', scale) / f'{run["name"]}.json'
             if result.parent.exists() and not result.exists():
                 result.write_text(json.dumps(run['result'], indent=1) + '\n')
     for size, trained in of_scale.items():
         _load(group, size, trained, data or Path(size.data), runs / size.name)
+    planned = {job.name(data or Path(size.data)) for size, trained in of_scale.items() for job in trained.results}
+    record = _record(docs, scale)
+    gone = (
+        [run['name'] for run in json.loads(record.read_text()) if run['name'] not in planned] if record.exists() else []
+    )
+    if gone:
+        typer.echo(
+            f'{record} loses {len(gone)} runs, {gone[0]} first, for they are of no plan and config that is now.',
+            err=True,
+        )
 
     def write() -> None:
         entries = [
@@ -110,7 +120,6 @@ def main(
             for size, trained in of_scale.items()
             for job, result in sorted(trained.results.items(), key=lambda run: run[0].name(data or Path(size.data)))
         ]
-        record = _record(docs, scale)
         record.with_suffix('.part').write_text(json.dumps(entries, indent=1) + '\n')
         record.with_suffix('.part').rename(record)
         others = [_read(docs, name) for name in group.beside if name != scale and _record(docs, name).exists()]

@@ -12,6 +12,7 @@ from .config import Run
 
 # Shares of steps are rounded to whole steps: nearer than this they are the same.
 SAME_SHARE = 0.01
+PUBLISHED_STEPS = 20_000  # runs of as many are published
 
 
 @dataclass(frozen=True)
@@ -65,25 +66,30 @@ def same_bags(run: Run, shares: Sequence[float]) -> list[Measured]:
 
 
 def warning(found: Sequence[Measured], tokens_per_parameter: float, steps: int) -> str:
-    """Why a run within the measured budgets may gain nothing, by the nearest of them; else empty.
+    """Why a run of few steps may gain nothing, by the nearest budget that was measured; else empty.
 
     Args:
-        found: What was measured of the same bags.
+        found: What was measured of the same bags; where they were not run at that budget, all others stand for them.
         tokens_per_parameter: Of the plain run of equal cost.
         steps: Of the run.
     """
-    if not found or steps > max(each.steps for each in found):
+    if steps >= PUBLISHED_STEPS:
         return ''
-    near = min(
-        found,
-        key=lambda each: math.hypot(
-            math.log(each.tokens_per_parameter / tokens_per_parameter), math.log(each.steps / steps)
-        ),
-    )
-    if near.change < -2 * near.deviation:
+
+    def distance(each: Measured) -> float:
+        tokens = math.log(each.tokens_per_parameter / tokens_per_parameter)
+        return math.hypot(tokens, math.log(each.steps / steps))
+
+    every = [each for *_, each in read_measured()]
+    nearest = min(map(distance, every))
+    near = [each for each in every if distance(each) == nearest]
+    same = [each for each in found if distance(each) == nearest]
+    if any(each.change < -2 * each.deviation for each in same or near):
         return ''
-    ended = 'it ended worse' if near.change > 2 * near.deviation else 'no gain was sure'
+    worse = all(each.change > 2 * each.deviation for each in same or near)
+    who = 'it' if same else 'all that was tried'
+    budget = f'{near[0].tokens_per_parameter:.2g} tokens per parameter in {near[0].steps:,} steps'
     return (
-        f'At the nearest of these budgets, {near.tokens_per_parameter:.2g} tokens per parameter in {near.steps:,} '
-        f'steps, {ended}: compare with a plain run first.'
+        f'At the nearest measured budget, {budget}, {f"{who} ended worse" if worse else f"no gain of {who} was sure"}: '
+        'compare with a plain run first.'
     )

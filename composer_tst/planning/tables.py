@@ -55,8 +55,7 @@ def table(plan: dict[str, Any], gpu: str) -> str:
         lines.append('expected loss       not stated: no published grid has this bag size, share and weighting')
     else:
         lines += ['', f'This YAML has no superposition: {ADD_IT}.']
-    if plan['measured']:
-        lines += measured_lines(plan)
+    lines += measured_lines(plan)
     if plan['remarks']:
         lines += ['', *plan['remarks']]
     return '\n'.join(lines)
@@ -64,18 +63,20 @@ def table(plan: dict[str, Any], gpu: str) -> str:
 
 def measured_lines(plan: dict[str, Any]) -> list[str]:
     """What the same bags changed in small runs of several budgets, and a warning where that is no gain."""
-    found = plan['measured']
-    lines = [
-        f'measured            in nats, on a Llama of {si(found[0]["parameters"])} parameters (docs/evidence.md), where '
-        f'this run has {si(plan["parameters"])}:'
-    ]
+    found, lines = plan['measured'], []
+    if found:
+        lines.append(
+            f'measured            in nats, on a Llama of {si(found[0]["parameters"])} parameters (docs/evidence.md), '
+            f'where this run has {si(plan["parameters"])}:'
+        )
     for of in found:
         lines.append(
             f'{of["change"]:>+26.3f} ± {of["deviation"]:.3f} at {of["tokens_per_parameter"]:.2g} tokens per parameter, '
             f'{of["steps"]:,} steps of {of["text"]}, {of["seeds"]} seeds'
         )
     if plan['measured_warning']:
-        lines.append(f'                    {plan["measured_warning"]}')
+        name = '' if found else 'measured'
+        lines.append(f'{name:<20}{plan["measured_warning"]}')
     return lines
 
 

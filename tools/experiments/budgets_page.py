@@ -69,8 +69,8 @@ file once (`make data/tokens/stats.json`; versions in [evidence_versions.txt](ev
 data reads a row twice: the longest reads 215,840. Another set of packages gives other text of the kind:
 `tokens-1` is of two such texts: without execnet and pytest-xdist but for the baseline at 0.008, the phases at
 0.001, 0.004 and 0.008, s = 4 at 0.001 at seeds 18 and 19, and s = 6 at 0.008, so that pairs of its own-rate row
-are of both texts. The standard library's folder held packages of the interpreter's own too, 3,042 of the files,
-whose versions are not recorded. The prose
+are of both texts. 3,042 of the files are of packages that the interpreter itself had, whose versions are not
+recorded; they are left out where the text is made anew. The prose
 is dictionaries and manuals that Debian 12 packages (dict-gcide 0.48.5+nmu2, dict-wn 3.0-37, dict-foldoc
 20230119-1, dict-jargon 4.4.7-3.1, linux-doc-6.1 6.1.192-3): 13,896 documents, 41.6M tokens of a tokenizer
 of their own, of which 40.7M to train on (318,120 rows):

@@ -22,9 +22,10 @@ ENTRY_BYTES = 8192  # a dictionary is cut between entries into documents of abou
 
 def source() -> Iterator[bytes]:
     """The Python files of every installed package and of the standard library."""
-    folders = [sysconfig.get_paths()[name] for name in ('purelib', 'stdlib')]
-    paths = [path for folder in folders for path in sorted(Path(folder).rglob('*.py'))]
-    return (path.read_bytes() for path in dict.fromkeys(paths))
+    packages, library = (Path(sysconfig.get_paths()[name]) for name in ('purelib', 'stdlib'))
+    # The interpreter that the environment is made of may have packages of its own, below its library.
+    own = [path for path in library.rglob('*.py') if not {'site-packages', 'dist-packages'} & set(path.parts)]
+    return (path.read_bytes() for path in [*sorted(packages.rglob('*.py')), *sorted(own)])
 
 
 def prose(folder: Path) -> Iterator[bytes]:
