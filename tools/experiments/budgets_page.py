@@ -66,11 +66,9 @@ on from [the record](evidence_tokens.json)."""
 ABOUT_DATA = """The Python source is that of every package that `make install` brings and of the standard library, each
 file once (`make data/tokens/stats.json`; versions in [evidence_versions.txt](evidence_versions.txt)):
 43,089 files, 220.9M tokens, of which 209.0M to train on (1,632,923 rows). No run but those on limited
-data reads a row twice: the longest reads 215,840. Another set of packages gives other text of the kind:
-`tokens-1` is of two such texts: without execnet and pytest-xdist but for the baseline at 0.008, the phases at
-0.001, 0.004 and 0.008, s = 4 at 0.001 at seeds 18 and 19, and s = 6 at 0.008, so that pairs of its own-rate row
-are of both texts. 3,042 of the files are of packages that the interpreter itself had, whose versions are not
-recorded; they are left out where the text is made anew. The prose
+data reads a row twice: the longest reads 215,840. Another set of packages gives other text of the kind.
+3,042 of the files are of packages that the interpreter itself had, whose versions are not recorded; they are
+left out where the text is made anew. The prose
 is dictionaries and manuals that Debian 12 packages (dict-gcide 0.48.5+nmu2, dict-wn 3.0-37, dict-foldoc
 20230119-1, dict-jargon 4.4.7-3.1, linux-doc-6.1 6.1.192-3): 13,896 documents, 41.6M tokens of a tokenizer
 of their own, of which 40.7M to train on (318,120 rows):
