@@ -51,15 +51,15 @@ class Drawing:
         given = self._given() if by_itself and fresh else 0
         self._resumed = steps > 0 or given > 0
         length = state.dataloader_len
-        drawn = steps if saved is None else saved
+        # Then it has ended, though a dataset, which counts the samples of steps, has some that were left out.
+        all_drawn = saved is not None and before == samples and length is not None and saved >= length
         if not (given if by_itself else steps):
             drawn = 0
-        elif saved is not None and before == samples and length is not None and saved >= length:
-            pass  # all of the epoch, though a dataset that counts the samples of steps has some that were left out
-        elif by_itself and samples:
+        elif by_itself and samples and not all_drawn:
             drawn = given // samples
-        elif by_itself:
-            self._is_judged = saved is not None
+        else:
+            drawn = steps if saved is None else saved
+            self._is_judged = not by_itself or saved is not None
         progress.drawn = drawn
         return Resumption(drawn, 0 if by_itself else steps)
 
