@@ -203,7 +203,7 @@ BATCH = Run(1024, 2048, Time.from_batch(20000), (), 'both', 'sequence', 'uniform
 
 
 def test_expected_loss_is_read_off_the_published_grid_of_the_nearest_scale():
-    found = expect(BATCH, MODEL, 42e9, 0.3, 6)
+    found = expect(BATCH, MODEL, 42e9, 20_000, 0.3, 6)
     assert found is not None
     # 270M, 20k steps: 3.1423 against 3.2124; the other grids with uniform weights span the range.
     assert found.change == pytest.approx(3.1423 - 3.2124)
@@ -212,22 +212,47 @@ def test_expected_loss_is_read_off_the_published_grid_of_the_nearest_scale():
     assert found.low == pytest.approx(2.9439 - 3.0186, abs=1e-4)
     assert found.high == pytest.approx(-0.0441, abs=1e-4)
     assert found.extrapolation == ''
-    between = expect(BATCH, MODEL, 42e9, 0.3, 6.5)
+    between = expect(BATCH, MODEL, 42e9, 20_000, 0.3, 6.5)
     assert between is not None
     assert between.change == pytest.approx((3.1423 + 3.1392) / 2 - 3.2124)
     # At no superposed step at all there is no change, and half way to the first share half of its change.
-    half = expect(BATCH, MODEL, 42e9, 0.05, 2)
+    half = expect(BATCH, MODEL, 42e9, 20_000, 0.05, 2)
     assert half is not None
     assert half.change == pytest.approx((3.1847 - 3.2124) / 2)
 
 
 def test_expected_loss_elsewhere_is_called_an_extrapolation():
     large = Model(3_000_000_000, 3_000_000_000, 2_700_000_000, 36 * 2048)
-    found = expect(BATCH, large, 42e9, 0.3, 6)
+    found = expect(BATCH, large, 42e9, 20_000, 0.3, 6)
     assert found is not None
     assert found.source == 'final_loss_600m_20k'
     assert 'the nearest published model has 600M' in found.extrapolation
-    assert expect(BATCH, MODEL, 42e9, 0.3, 40) is None
+    assert expect(BATCH, MODEL, 42e9, 20_000, 0.3, 40) is None
+    shorter = expect(BATCH, MODEL, 42e9, 10_000, 0.3, 6)
+    assert shorter is not None
+    assert shorter.extrapolation == 'the nearest published run has 20,000 steps'
+
+
+def test_expected_loss_is_a_measured_one_where_that_is_nearer():
+    few = Measured(0.2, 0.05, 3, 'prose', 400_000, 1, 400)
+    more = Measured(-0.05, 0.02, 4, 'prose', 400_000, 20, 8_000)
+    small = replace(MODEL, parameters=400_000)
+    found = expect(BATCH, small, 20 * 400_000, 8_000, 0.3, 6, [few, more])
+    assert found is not None
+    assert (found.change, found.low, found.high) == pytest.approx((-0.05, -0.07, -0.03))
+    assert found.range == 'a standard deviation over 4 seeds'
+    assert (found.source, found.tokens_per_parameter) == ('a Llama of 400k parameters on prose', 20)
+    assert (found.steps, found.extrapolation) == (8_000, '')
+    beyond = expect(BATCH, replace(small, parameters=4_000_000), 400_000, 1_000, 0.3, 40, [few, more])
+    assert beyond is not None
+    assert beyond.change == 0.2
+    assert beyond.extrapolation == (
+        'the nearest measured model has 400k parameters; the nearest measured run has 400 steps'
+    )
+    # A run of a published size is told by the grids.
+    grids = expect(BATCH, MODEL, 42e9, 20_000, 0.3, 6, [few, more])
+    assert grids is not None
+    assert grids.source == 'final_loss_270m_20k'
 
 
 def test_what_was_measured_is_that_of_the_same_bags_at_every_budget(monkeypatch: pytest.MonkeyPatch):
@@ -295,6 +320,8 @@ def test_the_sweep_has_every_point():
     # All of it is one, and the lowest of the published losses at the nearest scale is marked.
     assert '*' not in shown
     assert 'All of it is an extrapolation: the nearest published model' in shown
+    assert all(point['measured_warning'] in shown for point in points)
+    assert 'At the nearest measured budget, ' in point['measured_warning']
     best = min((point for point in points if point['expected']), key=lambda point: point['expected']['change'])
     row = next(line for line in shown.splitlines() if line.startswith(f's = {best["bag_size"]} '))
     assert row.count('>') == shown.count('>') - 1 == 1

@@ -113,6 +113,10 @@ def main(
             err=True,
         )
 
+    for folder in dict.fromkeys(data or Path(size.data) for size in group.scales):
+        if other := budgets.other_text(folder):
+            typer.echo(other, err=True)
+
     def write() -> None:
         entries = [
             {'name': job.name(data or Path(size.data)), 'scale': size.name, 'setting': job.setting.name}

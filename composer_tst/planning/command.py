@@ -1,4 +1,4 @@
-"""``composer-tst plan``: what a run will take before it is run, and the gain that the published grids suggest."""
+"""``composer-tst plan``: what a run will take before it is run, and the gain to expect of it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def main(
         model = build(config)
         if sweeping:
             points = sweep(run, model, data)
-            print(json.dumps(points, indent=2) if as_json else sweep_table(points))
+            print(json.dumps(points, indent=2) if as_json else sweep_table(points, points[0]['measured_warning']))
         else:
             plan = make_plan(config, run, model, data, gpus * GPUS[gpu] * mfu)
             print(json.dumps(plan, indent=2) if as_json else table(plan, f'{gpus} {gpu.upper()} at MFU {mfu:g}'))

@@ -64,10 +64,10 @@ def make_plan(config: DictConfig, run: Run, model: Model, data: Data | None, spe
     }
     if superposed:
         bag = sum(cost.steps * cost.bag_size for cost in superposed) / sum(cost.steps for cost in superposed)
-        expected = expect(run, model, equivalent, share, bag)
-        plan['expected'] = expected and asdict(expected)
         shares = [end / steps for end in itertools.accumulate(cost.steps for cost in superposed)]
         measured = same_bags(run, shares)
+        expected = expect(run, model, equivalent, steps, share, bag, measured)
+        plan['expected'] = expected and asdict(expected)
         plan['measured'] = [asdict(each) for each in measured]
         plan['measured_warning'] = warning(measured, plan['tokens_per_parameter'], steps)
     return plan
@@ -83,16 +83,17 @@ def _share_of_tokens(run: Run) -> str | None:
 
 
 def sweep(run: Run, model: Model, data: Data | None) -> list[dict[str, Any]]:
-    """The plain run's steps with every bag size and share of them: data tokens and the expected change."""
+    """The plain run's steps with every bag size and share of them: data tokens and the change that grids suggest."""
     plain = replace(run, max_duration=equal_steps(run), phases=())
     steps = int(plain.max_duration.value)
+    positions = steps * run.rows * run.length
     found = []
     for bag in SWEEP_BAGS:
         for share in SWEEP_SHARES:
             superposed = int(share * steps)
             drawn = bag if run.expand != 'none' else 1
             tokens = (superposed * drawn + steps - superposed) * run.rows * run.length
-            expected = expect(plain, model, steps * run.rows * run.length, share, bag) if superposed else None
+            expected = expect(plain, model, positions, steps, share, bag) if superposed else None
             found.append(
                 {
                     'bag_size': bag,
@@ -101,6 +102,7 @@ def sweep(run: Run, model: Model, data: Data | None) -> list[dict[str, Any]]:
                     'data_tokens': tokens,
                     'passes_over_data': tokens / data.tokens if data else None,
                     'expected': expected and asdict(expected),
+                    'measured_warning': warning([], positions / model.parameters, steps),
                 }
             )
     return found

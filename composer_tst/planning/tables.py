@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .units import si, size, span
+
 ADD_IT = 'add algorithms.token_superposition with bag_size and duration, or give --bag-size 6 --duration 0.3dur'
 
 
@@ -46,8 +48,8 @@ def table(plan: dict[str, Any], gpu: str) -> str:
     if expected:
         lines.append(
             f'expected loss       {expected["change"]:+.3f} nats against plain training at this cost, by '
-            f'{expected["source"]}, {expected["tokens_per_parameter"]:.0f} tokens per parameter '
-            f'({over_scales(expected)})'
+            f'{expected["source"]}, {expected["tokens_per_parameter"]:.3g} tokens per parameter in '
+            f'{expected["steps"]:,} steps ({span_of(expected)})'
         )
         if expected['extrapolation']:
             lines.append(f'                    This is an extrapolation: {expected["extrapolation"]}.')
@@ -80,38 +82,15 @@ def measured_lines(plan: dict[str, Any]) -> list[str]:
     return lines
 
 
-def over_scales(expected: dict[str, Any]) -> str:
-    """How much the published grids differ."""
+def span_of(expected: dict[str, Any]) -> str:
+    """How much the expected loss differs over what it was read of."""
     if expected['low'] == expected['high']:
         return 'the only published grid of these settings'
-    return f'{expected["low"]:+.3f} to {expected["high"]:+.3f} over published scales'
+    return f'{expected["low"]:+.3f} to {expected["high"]:+.3f}, {expected["range"]}'
 
 
-def si(number: float) -> str:
-    """A number with three digits and a suffix."""
-    for magnitude, suffix in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
-        if number >= magnitude:
-            return f'{number / magnitude:.3g}{suffix}'
-    return f'{number:.3g}'
-
-
-def size(number: float) -> str:
-    """Bytes as people say them."""
-    for magnitude, unit in ((1e12, 'TB'), (1e9, 'GB')):
-        if number >= magnitude:
-            return f'{number / magnitude:,.1f} {unit}'
-    return f'{number / 1e6:,.1f} MB'
-
-
-def span(hours: float) -> str:
-    """Hours as people say them."""
-    if hours >= 1:
-        return f'{hours:,.1f} hours'
-    return f'{60 * hours:.1f} minutes' if hours >= 1 / 60 else f'{3600 * hours:.2g} seconds'
-
-
-def sweep_table(points: list[dict[str, Any]]) -> str:
-    """The sweep as a grid: change of the final loss, and data tokens."""
+def sweep_table(points: list[dict[str, Any]], warning: str) -> str:
+    """The sweep as a grid: change of the final loss, and data tokens; and what the nearest measured runs warn of."""
     shares = dict.fromkeys(point['share'] for point in points)
     known = [point for point in points if point['expected']]
     best = min((point['expected']['change'] for point in known), default=None)
@@ -146,4 +125,5 @@ def sweep_table(points: list[dict[str, Any]]) -> str:
     if len(whys) == 1 and whys[0]:
         lines.append(f'All of it is an extrapolation: {whys[0]}.')
     lines += [f'{mark} This is an extrapolation: {why}.' for why, mark in marks.items()]
+    lines += [warning] * bool(warning)
     return '\n'.join(lines)

@@ -3,6 +3,7 @@
 A scale for each budget; the widest questions are asked at the largest.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ LIMITED = """The baseline reads its data once; superposed runs read the same aga
 holds no more than some 1.5 % that the baseline leaves."""
 CODE, PROSE = 'Python source', 'prose'
 DATA = {CODE: 'data/tokens', PROSE: 'data/prose'}
+RECORDED = {DATA[CODE]: 209_014_144, DATA[PROSE]: 40_719_360}  # tokens to train on, of the record's runs
 
 
 def _budget(
@@ -74,7 +76,7 @@ LARGE_STEPS = _budget(
     'tokens-20-large', CODE, 1_775, batch=32, rates=HIGHER_RATES
 )  # the same tokens in steps four times as large
 BUDGETS = (
-    _budget('tokens-1', CODE, 350),
+    _budget('tokens-1', CODE, 350, rates=(5e-4, *RATES, 16e-3, 32e-3)),
     _budget('tokens-5', CODE, 1_800),
     LARGEST,
     LARGE_STEPS,
@@ -91,8 +93,7 @@ SHORTENED = {
 }
 # Where the learning rate is tuned for superposed settings too.
 CHECKED: dict[str, Sequence[Setting]] = {
-    **{scale.name: (S4, PUBLISHED, PHASES_BATCH) for scale in (*BUDGETS, PROSE_BUDGETS[0])},
-    LARGEST.name: (S4, PUBLISHED),
+    scale.name: (S4, PUBLISHED, PHASES_BATCH) for scale in (*BUDGETS, PROSE_BUDGETS[0])
 }
 
 
@@ -105,7 +106,7 @@ def of_budget(scale: Scale, losses: Mapping[Setting, float] | None = None) -> li
     """
     first, losses = scale.seeds[:1], losses or {}
     recipes = SHORTENED.get(scale.name, RECIPES)
-    gain = Experiment('The gain', 'How much lower does TST end after as many steps?', recipes, scale.seeds)
+    gain = Experiment('The gain', 'How much lower does TST end after as many steps?', recipes, scale.all_seeds)
     if not scale.fresh_seeds:
         return [gain]
     grid = [one_size(bag_size, share) for share in GRID_SHARES for bag_size in GRID_BAGS]
@@ -137,3 +138,14 @@ def others() -> Sequence[Setting]:
 def on(data: Path) -> tuple[Scale, ...]:
     """The budgets on other data than those that `make` prepares."""
     return tuple(replace(scale, about=scale.about.replace(CODE, f'`{data.name}`'), data=str(data)) for scale in BUDGETS)
+
+
+def other_text(data: Path) -> str:
+    """That prepared data are not those of the record, in a sentence; empty if they are, or are none of ours."""
+    there, recorded = data / 'stats.json', RECORDED.get(str(data))
+    if not recorded or not there.exists():
+        return ''
+    found = json.loads(there.read_text())['splits']['train']['tokens']
+    if found == recorded:
+        return ''
+    return f'{data} has {found:,} tokens to train on, that of the record {recorded:,}: new runs are of another text.'

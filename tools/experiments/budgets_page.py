@@ -27,7 +27,7 @@ from .budgets import (
 )
 from .page import BOLD, FRESH, TERMS, about
 from .pictures import QUIET, finish
-from .report import OTHERS, Runs, grid, spread, sure, table, tokens_per_parameter, verdict
+from .report import OTHERS, Runs, grid, shown, spread, table, tokens_per_parameter, verdict
 from .settings import BASELINE, PHASES_BATCH, PUBLISHED, S4, S4_BATCH, Experiment, Setting, limited, one_size
 
 # Tokens per parameter and gain of the published pairs (paper, tables of its sections 4 and 5).
@@ -66,12 +66,12 @@ on from [the record](evidence_tokens.json)."""
 ABOUT_DATA = """The Python source is that of every package that `make install` brings and of the standard library, each
 file once (`make data/tokens/stats.json`; versions in [evidence_versions.txt](evidence_versions.txt)):
 43,089 files, 220.9M tokens, of which 209.0M to train on (1,632,923 rows). No run but those on limited
-data reads a row twice: the longest reads 215,840. Another set of packages gives other text of the kind.
-3,042 of the files are of packages that the interpreter itself had, whose versions are not recorded; they are
-left out where the text is made anew. The prose
-is dictionaries and manuals that Debian 12 packages (dict-gcide 0.48.5+nmu2, dict-wn 3.0-37, dict-foldoc
-20230119-1, dict-jargon 4.4.7-3.1, linux-doc-6.1 6.1.192-3): 13,896 documents, 41.6M tokens of a tokenizer
-of their own, of which 40.7M to train on (318,120 rows):
+data reads a row twice: the longest reads 215,840. Losses are of the first 4,096 of 9,550 rows that no run
+trains on. Another set of packages gives other text of the kind; 3,042 of the files are of packages that
+the interpreter itself had, whose versions are not recorded: they are left out where the text is made anew.
+The prose is dictionaries and manuals that Debian 12 packages (dict-gcide 0.48.5+nmu2, dict-wn 3.0-37,
+dict-foldoc 20230119-1, dict-jargon 4.4.7-3.1, linux-doc-6.1 6.1.192-3): 13,896 documents, 41.6M tokens of
+a tokenizer of their own, of which 40.7M to train on (318,120 rows):
 
 ```bash
 mkdir -p data/debian && cd data/debian
@@ -103,17 +103,25 @@ def write(output: Path, scales: Sequence[Runs]) -> None:
     missing: list[str] = []
     for runs in scales:
         planned = of_budget(runs.scale, runs.at_first_seed())
-        shown = [part for experiment in planned for part in _experiment(runs, experiment)]
-        parts += [*shown, verdict(runs, planned), FRESH] if shown else []
+        found = [part for experiment in planned for part in _experiment(runs, experiment)]
+        parts += [*found, verdict(runs, planned), FRESH] if found else []
         for experiment in planned:
             if not all(runs.get(setting, seed) for setting in experiment.settings for seed in experiment.seeds):
                 missing.append(f'{experiment.title} (`{runs.scale.name}`)')
+        if any(len(runs.rates(setting)) < 2 for setting in CHECKED.get(runs.scale.name, ())):
+            missing.append(f'Learning rates (`{runs.scale.name}`)')
     if missing:
         parts += [f'Not run yet, or not at every seed: {"; ".join(missing)}.']
     parts += ['## Learning rates', RATES, *map(rates, scales)]
-    parts += ['## Data', ABOUT_DATA, '## Scales', *map(about, scales)]
+    parts += ['## Data', about_data(scales), '## Scales', *map(about, scales)]
     parts += ['## Every run', *map(every_run, scales)]
     output.write_text('\n\n'.join(part for part in parts if part) + '\n')
+
+
+def about_data(scales: Sequence[Runs]) -> str:
+    """What was trained on."""
+    others = sorted({runs.scale.data for runs in scales} - {*DATA.values()})
+    return f'What `prepare-data` wrote to {" and ".join(f"`{data}`" for data in others)}.' if others else ABOUT_DATA
 
 
 def rates(runs: Runs) -> str:
@@ -146,8 +154,7 @@ def gain_table(scales: Sequence[Runs]) -> str:
         for setting in RECIPES:
             differences = runs.differences(setting, BASELINE, runs.scale.all_seeds)
             losses = runs.losses(setting, runs.scale.all_seeds)
-            text = spread(losses) if setting == BASELINE else spread(differences, signed=True)
-            cells.append((f'**{text}**' if sure(differences) else text) + _number(differences))
+            cells.append((spread(losses) if setting == BASELINE else shown(differences)) + _number(differences))
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
@@ -163,9 +170,8 @@ def own_rates_table(scales: Sequence[Runs]) -> str:
                 cells.append('')
                 continue
             best, differences = runs.best_rate(setting), runs.at_own_rates(setting, runs.scale.all_seeds)
-            text = spread(differences, signed=True)
             at = '' if best == runs.lr else f' [{best:g}]'
-            cells.append((f'**{text}**' if sure(differences) else text) + _number(differences) + at)
+            cells.append(shown(differences) + _number(differences) + at)
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
@@ -185,7 +191,7 @@ def every_run(runs: Runs) -> str:
         losses = found[name, lr]
         cells = (f'{losses[seed]:.3f}' if seed in losses else '' for seed in seeds)
         lines.append(f'| {name} | {lr:g} | {" | ".join(cells)} |')
-    return '\n'.join(lines)
+    return '\n'.join([f'At {tokens_per_parameter(runs.scale)}:', '', *lines])
 
 
 def write_measured(output: Path, scales: Sequence[Runs]) -> None:

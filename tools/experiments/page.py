@@ -8,8 +8,8 @@ from .report import Runs, grid, iso_loss, table, verdict
 from .settings import GRID_BAGS, GRID_SHARES, Experiment, experiments
 
 BOLD = """Bold: by more than two standard deviations of the difference. Of settings that are no better or worse, one in
-13 is bold at three seeds, one in 90 at five (Student's t). In brackets, the number of seeds where it is not that of the
-row."""
+13 is bold at three seeds, one in 36 at four, one in 90 at five (Student's t). In brackets, the number of seeds where it
+is not that of the row."""
 TERMS = """Losses are next-token validation losses in nats per token. A difference is between runs of the same seed, ±
 is the sample standard deviation over seeds."""
 ISO_LOSS = """How many times the steps the baseline needs for the same final loss; its interval is one standard

@@ -104,7 +104,7 @@ def table(
         if not results:
             continue
         cells = [setting.name, _seeds(runs, setting, seeds), spread(runs.losses(setting, seeds))]
-        cells += [_difference(runs, setting, than, seeds)[0] for than in against.values()]
+        cells += [_difference(runs, setting, than, seeds) for than in against.values()]
         cells += [f'{results[0].data_tokens / 1e6:.2f}M', *[f'{setting.cost:.3g}'] * costs]
         for other in others:
             loss = spread(other.losses(setting, other.scale.seeds))
@@ -208,10 +208,9 @@ def verdict(runs: Runs, done: Sequence[Experiment]) -> str:
     for setting in seeds:
         cells = [setting.name, _seeds(runs, setting, seeds[setting])]
         for name, than in others.items():
-            text, mean = _difference(runs, setting, than, seeds[setting])
-            cells.append(f'**{text}**' if mean else text)
-            if name in better and mean < 0:
-                better[name].append(f'{setting.name}, {text}')
+            cells.append(text := _difference(runs, setting, than, seeds[setting]))
+            if name in better and sure(runs.differences(setting, than, seeds[setting])) < 0:
+                better[name].append(f'{setting.name}, {text.replace("**", "")}')
         lines.append(_row(cells))
     says = [
         f'Below {name} with r = 0.3, by more than two standard deviations: {"; ".join(found) or "nothing"}.'
@@ -220,13 +219,19 @@ def verdict(runs: Runs, done: Sequence[Experiment]) -> str:
     return '\n'.join(['\n\n'.join(says), '', *lines])
 
 
-def _difference(runs: Runs, setting: Setting, than: Setting, seeds: Sequence[int]) -> tuple[str, float]:
-    """A difference as tables show it, with the number of seeds where the other was run at fewer; and if it is sure."""
+def _difference(runs: Runs, setting: Setting, than: Setting, seeds: Sequence[int]) -> str:
+    """A difference as tables show it, with the number of seeds where the other was run at fewer."""
     if setting == than:
-        return '', 0.0
+        return ''
     differences = runs.differences(setting, than, seeds)
     fewer = f' ({len(differences)})' if 0 < len(differences) < len(runs.all(setting, seeds)) else ''
-    return spread(differences, signed=True) + fewer, sure(differences)
+    return shown(differences) + fewer
+
+
+def shown(differences: Sequence[float]) -> str:
+    """Mean and deviation, bold where that is sure."""
+    text = spread(differences, signed=True)
+    return f'**{text}**' if sure(differences) else text
 
 
 def tokens_per_parameter(scale: Scale) -> str:
