@@ -100,8 +100,8 @@ def expect(
     """
     weighting = 'power_law' if run.weighting == 'power_law' else 'uniform'
     read = [
-        _Known('published', name.removesuffix('.csv'), change, *of)
-        for name, *of, weighted in GRIDS
+        _Known('published', name.removesuffix('.csv'), change, parameters, budget, its_steps)
+        for name, parameters, budget, its_steps, weighted in GRIDS
         if weighted == weighting and (change := interpolate(read_grid(name), share, bag)) is not None
     ]
     ran = {_known(each): each for each in measured}
