@@ -14,10 +14,10 @@ from typer.testing import CliRunner, Result
 
 from composer_tst.planning.command import app
 from composer_tst.planning.config import Run
+from composer_tst.planning.expected import expect
 from composer_tst.planning.measured import Measured, same_bags, warning
 from composer_tst.planning.model import Model
 from composer_tst.planning.plan import SWEEP_BAGS, SWEEP_SHARES
-from composer_tst.planning.published import expect
 from composer_tst.planning.tables import measured_lines
 from composer_tst.settings import Phase
 

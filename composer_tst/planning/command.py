@@ -52,7 +52,7 @@ def main(
         model = build(config)
         if sweeping:
             points = sweep(run, model, data)
-            print(json.dumps(points, indent=2) if as_json else sweep_table(points, points[0]['measured_warning']))
+            print(json.dumps(points, indent=2) if as_json else sweep_table(points))
         else:
             plan = make_plan(config, run, model, data, gpus * GPUS[gpu] * mfu)
             print(json.dumps(plan, indent=2) if as_json else table(plan, f'{gpus} {gpu.upper()} at MFU {mfu:g}'))

@@ -15,9 +15,9 @@ from omegaconf import DictConfig
 
 from .config import Run, equal_steps
 from .cost import cost_phases
+from .expected import expect
 from .measured import same_bags, warning
 from .model import Model
-from .published import expect
 from .remarks import remarks
 from .stats import Data
 

@@ -89,7 +89,7 @@ def span_of(expected: dict[str, Any]) -> str:
     return f'{expected["low"]:+.3f} to {expected["high"]:+.3f}, {expected["range"]}'
 
 
-def sweep_table(points: list[dict[str, Any]], warning: str) -> str:
+def sweep_table(points: list[dict[str, Any]]) -> str:
     """The sweep as a grid: change of the final loss, and data tokens; and what the nearest measured runs warn of."""
     shares = dict.fromkeys(point['share'] for point in points)
     known = [point for point in points if point['expected']]
@@ -125,5 +125,5 @@ def sweep_table(points: list[dict[str, Any]], warning: str) -> str:
     if len(whys) == 1 and whys[0]:
         lines.append(f'All of it is an extrapolation: {whys[0]}.')
     lines += [f'{mark} This is an extrapolation: {why}.' for why, mark in marks.items()]
-    lines += [warning] * bool(warning)
+    lines += filter(None, dict.fromkeys(point['measured_warning'] for point in points))
     return '\n'.join(lines)

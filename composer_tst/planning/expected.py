@@ -1,0 +1,127 @@
+"""Which change of the final loss to expect: that of the nearest run that is known, published or measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .config import Run
+from .measured import Measured
+from .model import Model
+from .published import GRIDS, interpolate, read_grid
+from .units import si
+
+# Within this factor of a known size or budget, that counts as the same scale.
+SAME_SCALE = 1.5
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A change of the final loss in nats, at the nearest known scale; ``range`` is what ``low`` and ``high`` span."""
+
+    change: float
+    low: float
+    high: float
+    range: str
+    source: str
+    tokens_per_parameter: float  # of the baseline there
+    steps: int
+    extrapolation: str  # why it is one, or empty
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A change of the final loss, and the run that it is of."""
+
+    who: str
+    source: str
+    change: float
+    parameters: float
+    tokens: float
+    steps: int
+    low: float
+    high: float
+    range: str
+
+
+def expect(
+    run: Run, model: Model, tokens: float, steps: int, share: float, bag: float, measured: Sequence[Measured] = ()
+) -> Expected | None:
+    """Take the change of the final loss from what is known nearest in size, tokens and steps; None if nothing is.
+
+    Args:
+        run: The run.
+        model: Its model.
+        tokens: Of the plain run of equal cost.
+        steps: Of the run.
+        share: Of steps that are superposed.
+        bag: The bag size, or over several phases its mean.
+        measured: What the same bags changed in runs that were measured.
+    """
+
+    def distance(known: _Known) -> float:
+        pairs = ((model.parameters, known.parameters), (tokens, known.tokens), (steps, known.steps))
+        return math.hypot(*(math.log(a / b) for a, b in pairs))
+
+    if not (known := [*_published(run, share, bag), *map(_measured, measured)]):
+        return None
+    nearest = min(known, key=distance)
+    why = []
+    if _differ(model.parameters, nearest.parameters):
+        why.append(f'the nearest {nearest.who} model has {si(nearest.parameters)} parameters')
+    if _differ(tokens, nearest.tokens):
+        why.append(f'the nearest {nearest.who} budget is {si(nearest.tokens)} tokens')
+    if _differ(steps, nearest.steps):
+        why.append(f'the nearest {nearest.who} run has {nearest.steps:,} steps')
+    if nearest.who == 'published':
+        why += _other_than_grids(run, bag)
+    span = nearest.low, nearest.high, nearest.range
+    there = nearest.tokens / nearest.parameters, nearest.steps
+    return Expected(nearest.change, *span, nearest.source, *there, '; '.join(why))
+
+
+def _published(run: Run, share: float, bag: float) -> list[_Known]:
+    weighting = 'power_law' if run.weighting == 'power_law' else 'uniform'
+    read = [
+        (change, name.removesuffix('.csv'), parameters, tokens, steps)
+        for name, parameters, tokens, steps, weighted in GRIDS
+        if weighted == weighting and (change := interpolate(read_grid(name), share, bag)) is not None
+    ]
+    changes = [change for change, *_ in read]
+    return [
+        _Known(
+            *('published', source, change, parameters, tokens, steps),
+            *(min(changes), max(changes), 'over published scales'),
+        )
+        for change, source, parameters, tokens, steps in read
+    ]
+
+
+def _measured(found: Measured) -> _Known:
+    return _Known(
+        who='measured',
+        source=f'a Llama of {si(found.parameters)} parameters on {found.text}',
+        change=found.change,
+        parameters=found.parameters,
+        tokens=found.tokens_per_parameter * found.parameters,
+        steps=found.steps,
+        low=found.change - found.deviation,
+        high=found.change + found.deviation,
+        range=f'a standard deviation over {found.seeds} seeds',
+    )
+
+
+def _differ(here: float, there: float) -> bool:
+    return max(here / there, there / here) > SAME_SCALE
+
+
+def _other_than_grids(run: Run, bag: float) -> list[str]:
+    why = []
+    if (run.superpose, run.expand) != ('both', 'sequence'):
+        why.append('the grids are for superpose: both and expand: sequence')
+    if len(run.phases) > 1:
+        why.append(f'the grids have one phase, and this is read at the mean bag size, {bag:.1f}')
+    if run.weighting not in ('uniform', 'power_law'):
+        why.append('the grids have uniform and power-law weights')
+    return why
