@@ -22,6 +22,7 @@ from composer_tst.planning.tables import measured_lines
 from composer_tst.settings import Phase
 
 QUICKSTART = REPO / 'yamls' / 'quickstart'
+PRETRAIN = REPO / 'yamls' / 'pretrain'
 # The quickstart's model: width 128, 2 layers, vocabulary 2048, untied, no biases, RMS norms; rows of 64, 16 a step.
 EMBEDDING = 2048 * 128
 LAYER = 128 * 3 * 128 + 128 * 128 + 2 * 128 * 512 + 2 * 128
@@ -63,7 +64,11 @@ def test_a_run_of_several_phases():
     assert made['equivalent_tokens'] == pytest.approx(3000 * 16 * 64)
     assert made['shard_bytes'] == 4 * made['data_tokens']
     assert made['hours'] == pytest.approx(3000 * flops(16 * 64, 64) / (2 * 989e12 * 0.5) / 3600)
-    assert 'one phase' in made['expected']['extrapolation']
+    # Nothing is published or measured of these bags near so small a run; of a large one the grids tell.
+    assert made['expected'] is None
+    phases = '[{bag_size: 8, until: 0.1dur}, {bag_size: 4, until: 0.3dur}]'
+    large = planned(PRETRAIN / '270m_baseline.yaml', f'algorithms.token_superposition.phases={phases}')
+    assert 'one phase' in large['expected']['extrapolation']
 
 
 def test_a_share_of_tokens_is_a_smaller_share_of_steps():
@@ -208,8 +213,8 @@ def test_expected_loss_is_read_off_the_published_grid_of_the_nearest_scale():
     # 270M, 20k steps: 3.1423 against 3.2124; the other grids with uniform weights span the range.
     assert found.change == pytest.approx(3.1423 - 3.2124)
     assert found.source == 'final_loss_270m_20k'
-    # 600M, 20k steps, gains most, 270M, 100k steps, least.
-    assert found.low == pytest.approx(2.9439 - 3.0186, abs=1e-4)
+    # 3B gains most, 270M in 100k steps least.
+    assert found.low == pytest.approx(2.676 - 2.808, abs=1e-4)
     assert found.high == pytest.approx(-0.0441, abs=1e-4)
     assert found.extrapolation == ''
     between = expect(BATCH, MODEL, 42e9, 20_000, 0.3, 6.5)
@@ -223,7 +228,10 @@ def test_expected_loss_is_read_off_the_published_grid_of_the_nearest_scale():
 
 def test_expected_loss_elsewhere_is_called_an_extrapolation():
     large = Model(3_000_000_000, 3_000_000_000, 2_700_000_000, 36 * 2048)
-    found = expect(BATCH, large, 42e9, 20_000, 0.3, 6)
+    pair = expect(BATCH, large, 42e9, 20_000, 0.3, 6)
+    assert pair is not None
+    assert (pair.source, pair.extrapolation) == ('the published pair of 3B', '')
+    found = expect(BATCH, large, 42e9, 20_000, 0.3, 8)
     assert found is not None
     assert found.source == 'final_loss_600m_20k'
     assert 'the nearest published model has 600M' in found.extrapolation
@@ -233,9 +241,11 @@ def test_expected_loss_elsewhere_is_called_an_extrapolation():
     assert shorter.extrapolation == 'the nearest published run has 20,000 steps'
 
 
-def test_expected_loss_is_a_measured_one_where_that_is_nearer():
+def test_expected_loss_is_a_measured_one_where_that_is_nearer(monkeypatch: pytest.MonkeyPatch):
     few = Measured(0.2, 0.05, 3, 'prose', 400_000, 1, 400)
     more = Measured(-0.05, 0.02, 4, 'prose', 400_000, 20, 8_000)
+    every = [([6], [0.3], 'sequence', each) for each in (few, more)]
+    monkeypatch.setattr('composer_tst.planning.expected.read_measured', lambda: every)
     small = replace(MODEL, parameters=400_000)
     found = expect(BATCH, small, 20 * 400_000, 8_000, 0.3, 6, [few, more])
     assert found is not None
@@ -249,6 +259,9 @@ def test_expected_loss_is_a_measured_one_where_that_is_nearer():
     assert beyond.extrapolation == (
         'the nearest measured model has 400k parameters; the nearest measured run has 400 steps'
     )
+    # What is known of these bags is farther than what was measured of others.
+    assert expect(BATCH, small, 20 * 400_000, 8_000, 0.3, 8) is None
+    assert expect(BATCH, small, 20 * 400_000, 8_000, 0.3, 8, [few]) is None
     # A run of a published size is told by the grids.
     grids = expect(BATCH, MODEL, 42e9, 20_000, 0.3, 6, [few, more])
     assert grids is not None
@@ -290,6 +303,8 @@ def test_a_run_of_few_steps_is_warned_where_nothing_was_gained(monkeypatch: pyte
     assert '5 tokens per parameter in 1,800 steps, no gain of it was sure' in warning(found, 5, 2_000)
     assert '5 tokens per parameter in 1,800 steps, no gain of it was sure' in warning(found, 2.5, 7_101)
     assert warning(found, 20, 7_000) == warning(found, 20, 12_000) == ''
+    # Between budgets that differ, the one of fewer steps tells too, though the other is nearer.
+    assert warning(found, 20, 4_000).startswith('At the nearest measured budget of fewer steps, 5 tokens per parameter')
     # Bags that were run at other budgets alone, or nowhere, are judged by what was run at this one.
     assert 'in 350 steps, all that was tried ended worse:' in warning([better], 1, 300)
     assert 'in 350 steps, all that was tried ended worse:' in warning([], 1, 300)
@@ -311,17 +326,27 @@ def test_what_was_measured_comes_with_its_budgets():
     ]
 
 
-def test_the_sweep_has_every_point():
+def test_a_sweep_of_a_small_run_has_what_was_measured_there():
     points: Any = planned(QUICKSTART / 'baseline.yaml', '--sweep')
+    stated = {(point['bag_size'], point['share']) for point in points if point['expected']}
+    assert stated == {(4, 0.3), (6, 0.3)}
+    assert {point['expected']['steps'] for point in points if point['expected']} == {1_800}
+    shown = run(QUICKSTART / 'baseline.yaml', '--sweep').stdout
+    assert 'By a Llama of 363k parameters on Python source.' in shown
+    assert all(point['measured_warning'] in shown for point in points)
+    assert 'At the nearest measured budget, ' in points[0]['measured_warning']
+
+
+def test_the_sweep_has_every_point():
+    points: Any = planned(PRETRAIN / '270m_baseline.yaml', 'max_duration=12000ba', '--sweep')
     assert len(points) == len(SWEEP_BAGS) * len(SWEEP_SHARES)
     point = next(point for point in points if (point['bag_size'], point['share']) == (6, 0.2))
-    assert point['data_tokens'] == (600 * 6 + 2400) * 16 * 64
-    shown = run(QUICKSTART / 'baseline.yaml', '--sweep').stdout
+    assert point['data_tokens'] == (2400 * 6 + 9600) * 1024 * 2048
+    shown = run(PRETRAIN / '270m_baseline.yaml', 'max_duration=12000ba', '--sweep').stdout
     # All of it is one, and the lowest of the published losses at the nearest scale is marked.
     assert '*' not in shown
-    assert 'All of it is an extrapolation: the nearest published model' in shown
-    assert all(point['measured_warning'] in shown for point in points)
-    assert 'At the nearest measured budget, ' in point['measured_warning']
+    assert 'All of it is an extrapolation: the nearest published budget' in shown
+    assert 'By final_loss_270m_20k.' in shown
     best = min((point for point in points if point['expected']), key=lambda point: point['expected']['change'])
     row = next(line for line in shown.splitlines() if line.startswith(f's = {best["bag_size"]} '))
     assert row.count('>') == shown.count('>') - 1 == 1
@@ -331,7 +356,8 @@ def test_the_sweep_has_every_point():
         'algorithms.token_superposition.expand=none',
     )  # fmt: skip
     assert {point['data_tokens'] for point in none} == {3000 * 16 * 64}
-    assert all('expand: sequence' in point['expected']['extrapolation'] for point in none if point['expected'])
+    # Which reads less than a plain run of equal cost: nothing that is known tells of it.
+    assert all(point['expected'] is None for point in none)
 
 
 def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path):

@@ -22,6 +22,7 @@ from experiments.settings import (
     BASELINE,
     CPU,
     GPU,
+    LIMITED_SPLIT,
     ROWS,
     Experiment,
     Scale,
@@ -81,6 +82,12 @@ def main(
     if scale not in GROUPS:
         raise typer.BadParameter(f'{scale} is no scale: choose {" or ".join(GROUPS)}.', param_hint='--scale')
     group = GROUPS[scale]
+    if known and not known.exists():
+        raise typer.BadParameter(f'{known} is no file.', param_hint='--known')
+    if data and not (data / 'stats.json').exists():
+        raise typer.BadParameter(
+            f'{data} is nothing that prepare-data wrote: stats.json is missing.', param_hint='--data'
+        )
     ours = docs.resolve() == DOCS.resolve()
     if data and ours:
         raise typer.BadParameter(
@@ -116,6 +123,11 @@ def main(
     for folder in dict.fromkeys(data or Path(size.data) for size in group.scales):
         if other := budgets.other_text(folder):
             typer.echo(other, err=True)
+    for size, trained in of_scale.items():
+        folder, missing = data or Path(size.data), _planned(group, size, trained) - trained.results.keys()
+        asked = any(LIMITED_SPLIT in job.setting.algorithm for job in missing) and (folder / 'stats.json').exists()
+        if asked and (short := budgets.too_short(folder, size)):
+            raise typer.BadParameter(short, param_hint='--data')
 
     def write() -> None:
         entries = [

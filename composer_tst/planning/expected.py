@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import Run
-from .measured import Measured
+from .measured import SAME_SHARE, Measured, read_measured
 from .model import Model
-from .published import GRIDS, interpolate, read_grid
+from .published import GRIDS, PAIRS, interpolate, read_grid
 from .units import si
 
 # Within this factor of a known size or budget, that counts as the same scale.
@@ -48,7 +48,9 @@ class _Known:
 def expect(
     run: Run, model: Model, tokens: float, steps: int, share: float, bag: float, measured: Sequence[Measured] = ()
 ) -> Expected | None:
-    """Take the change of the final loss from what is known nearest in size, tokens and steps; None if nothing is.
+    """Take the change of the final loss from what is known nearest in size, tokens and steps.
+
+    None if nothing is known of these bags, or other bags were measured nearer than whatever is.
 
     Args:
         run: The run.
@@ -67,6 +69,8 @@ def expect(
     if not (known := [*_published(run, share, bag), *map(_measured, measured)]):
         return None
     nearest = min(known, key=distance)
+    if any(distance(_measured(each)) < distance(nearest) for *_, each in read_measured()):
+        return None
     why = []
     if _differ(model.parameters, nearest.parameters):
         why.append(f'the nearest {nearest.who} model has {si(nearest.parameters)} parameters')
@@ -82,11 +86,18 @@ def expect(
 
 
 def _published(run: Run, share: float, bag: float) -> list[_Known]:
+    if run.expand == 'none':
+        return []  # which reads less than a plain run of equal cost would: nothing like the published runs
     weighting = 'power_law' if run.weighting == 'power_law' else 'uniform'
     read = [
         (change, name.removesuffix('.csv'), parameters, tokens, steps)
         for name, parameters, tokens, steps, weighted in GRIDS
         if weighted == weighting and (change := interpolate(read_grid(name), share, bag)) is not None
+    ]
+    read += [
+        (change, name, parameters, tokens, steps)
+        for name, parameters, tokens, steps, bag_size, until, change in PAIRS
+        if (weighting, bag_size) == ('uniform', bag) and abs(until - share) < SAME_SHARE
     ]
     changes = [change for change, *_ in read]
     return [

@@ -13,6 +13,7 @@ from .config import Run
 # Shares of steps are rounded to whole steps: nearer than this they are the same.
 SAME_SHARE = 0.01
 PUBLISHED_STEPS = 20_000  # runs of as many are published
+SAME_STEPS = 1.5  # within this factor, the nearest budget tells alone
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def same_bags(run: Run, shares: Sequence[float]) -> list[Measured]:
 
 
 def warning(found: Sequence[Measured], tokens_per_parameter: float, steps: int) -> str:
-    """Why a run of few steps may gain nothing, by the nearest budget that was measured; else empty.
+    """Why a run of few steps may gain nothing, by the nearest budgets that were measured; else empty.
 
     Args:
         found: What was measured of the same bags; where they were not run at that budget, all others stand for them.
@@ -80,16 +81,23 @@ def warning(found: Sequence[Measured], tokens_per_parameter: float, steps: int) 
         tokens = math.log(each.tokens_per_parameter / tokens_per_parameter)
         return math.hypot(tokens, math.log(each.steps / steps))
 
-    every = [each for *_, each in read_measured()]
-    nearest = min(map(distance, every))
-    near = [each for each in every if distance(each) == nearest]
-    same = [each for each in found if distance(each) == nearest]
-    if any(each.change < -2 * each.deviation for each in same or near):
-        return ''
-    worse = all(each.change > 2 * each.deviation for each in same or near)
-    who = 'it' if same else 'all that was tried'
-    budget = f'{near[0].tokens_per_parameter:.2g} tokens per parameter in {near[0].steps:,} steps'
-    return (
-        f'At the nearest measured budget, {budget}, {f"{who} ended worse" if worse else f"no gain of {who} was sure"}: '
-        'compare with a plain run first.'
-    )
+    every = sorted((each for *_, each in read_measured()), key=distance)
+    budgets = [every[0]]
+    if not steps / SAME_STEPS < every[0].steps < steps * SAME_STEPS:
+        # Between budgets of fewer and of more steps, both tell.
+        sides = ([each for each in every if (each.steps < steps) == fewer] for fewer in (True, False))
+        budgets = sorted((side[0] for side in sides if side), key=distance)
+    for budget in budgets:
+        near = [each for each in every if distance(each) == distance(budget)]
+        same = [each for each in found if each in near]
+        if any(each.change < -2 * each.deviation for each in same or near):
+            continue
+        worse = all(each.change > 2 * each.deviation for each in same or near)
+        who = 'it' if same else 'all that was tried'
+        found_there = f'{who} ended worse' if worse else f'no gain of {who} was sure'
+        side = '' if budget == every[0] else f' of {"fewer" if budget.steps < steps else "more"} steps'
+        return (
+            f'At the nearest measured budget{side}, {budget.tokens_per_parameter:.2g} tokens per parameter in '
+            f'{budget.steps:,} steps, {found_there}: compare with a plain run first.'
+        )
+    return ''

@@ -10,8 +10,10 @@ import itertools
 from dataclasses import asdict, replace
 from typing import Any
 
-from composer.core import TimeUnit
+from composer.core import Time, TimeUnit
 from omegaconf import DictConfig
+
+from composer_tst.settings import Phase
 
 from .config import Run, equal_steps
 from .cost import cost_phases
@@ -83,7 +85,7 @@ def _share_of_tokens(run: Run) -> str | None:
 
 
 def sweep(run: Run, model: Model, data: Data | None) -> list[dict[str, Any]]:
-    """The plain run's steps with every bag size and share of them: data tokens and the change that grids suggest."""
+    """The plain run's steps with every bag size and share of them: data tokens and the expected change."""
     plain = replace(run, max_duration=equal_steps(run), phases=())
     steps = int(plain.max_duration.value)
     positions = steps * run.rows * run.length
@@ -93,7 +95,10 @@ def sweep(run: Run, model: Model, data: Data | None) -> list[dict[str, Any]]:
             superposed = int(share * steps)
             drawn = bag if run.expand != 'none' else 1
             tokens = (superposed * drawn + steps - superposed) * run.rows * run.length
-            expected = expect(plain, model, positions, steps, share, bag) if superposed else None
+            this = replace(plain, phases=(Phase(bag, Time(share, TimeUnit.DURATION)),))
+            expected = (
+                expect(this, model, positions, steps, share, bag, same_bags(this, [share])) if superposed else None
+            )
             found.append(
                 {
                     'bag_size': bag,

@@ -14,6 +14,9 @@ GRIDS = (
     ('final_loss_600m_20k_power_law.csv', 600e6, 42e9, 20_000, 'power_law'),
 )
 
+# A pair without a grid: name, parameters, tokens and steps of the baseline, bag size, share of steps, change.
+PAIRS = (('the published pair of 3B', 3e9, 42e9, 20_000, 6, 0.3, 2.676 - 2.808),)
+
 
 def read_grid(name: str) -> dict[tuple[float, int], float]:
     """Change of the final loss against the baseline of the same grid, by share of steps and bag size."""

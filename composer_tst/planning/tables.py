@@ -54,7 +54,7 @@ def table(plan: dict[str, Any], gpu: str) -> str:
         if expected['extrapolation']:
             lines.append(f'                    This is an extrapolation: {expected["extrapolation"]}.')
     elif share:
-        lines.append('expected loss       not stated: no published grid has this bag size, share and weighting')
+        lines.append('expected loss       not stated: nothing is known of these settings near this size and budget')
     else:
         lines += ['', f'This YAML has no superposition: {ADD_IT}.']
     lines += measured_lines(plan)
@@ -119,6 +119,7 @@ def sweep_table(points: list[dict[str, Any]]) -> str:
         'final loss in nats against plain training of as many steps, and the data tokens that are read.',
     ]
     if best is not None:
+        lines.append(f'By {"; ".join(dict.fromkeys(point["expected"]["source"] for point in known))}.')
         lines.append('> marks the lowest expected loss.')
     if repeats:
         lines.append('! There is less data than that: some of it would be read more than once.')

@@ -140,6 +140,16 @@ def on(data: Path) -> tuple[Scale, ...]:
     return tuple(replace(scale, about=scale.about.replace(CODE, f'`{data.name}`'), data=str(data)) for scale in BUDGETS)
 
 
+def too_short(data: Path, scale: Scale) -> str:
+    """Why a scale's last question cannot be asked of prepared data, in a sentence; empty if it can."""
+    needed = scale.steps * int(scale.overrides[0].split('=')[1])
+    splits = json.loads((data / 'stats.json').read_text())['splits']
+    rows = splits.get('limited', {}).get('rows', 0)
+    if rows >= needed:
+        return ''
+    return f'{data} has a split `limited` of {rows:,} rows, and a baseline reads {needed:,}: prepare it larger.'
+
+
 def other_text(data: Path) -> str:
     """That prepared data are not those of the record, in a sentence; empty if they are, or are none of ours."""
     there, recorded = data / 'stats.json', RECORDED.get(str(data))
