@@ -379,6 +379,34 @@ def test_other_data_need_a_page_of_their_own(dataset: Path):
     assert all(scale.data == 'some/folder' and '`folder`' in scale.about for scale in budgets.on(Path('some/folder')))
 
 
+def test_other_text_than_the_records_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stats = {'splits': {'train': {'tokens': 100}, 'limited': {'rows': 56_799}}}
+    (tmp_path / 'stats.json').write_text(json.dumps(stats))
+    monkeypatch.setitem(budgets.RECORDED, str(tmp_path), 90)
+    assert f'{tmp_path} has 100 tokens to train on, that of the record 90' in budgets.other_text(tmp_path)
+    monkeypatch.setitem(budgets.RECORDED, str(tmp_path), 100)
+    assert budgets.other_text(tmp_path) == budgets.other_text(tmp_path / 'nowhere') == ''
+    # 7,100 steps of 8 rows.
+    assert 'of 56,799 rows, and a baseline reads 56,800' in budgets.too_short(tmp_path, budgets.LARGEST)
+    stats['splits']['limited']['rows'] += 1
+    (tmp_path / 'stats.json').write_text(json.dumps(stats))
+    assert budgets.too_short(tmp_path, budgets.LARGEST) == ''
+    # On the page, of which runs it is.
+    scale = budgets.BUDGETS[0]
+    runs = runs_of({BASELINE: [3.0, 3.1]}, scale)
+    assert 'Of text that was made anew' not in budgets_page.about_data([runs])
+    job = Job(BASELINE, 18, runs.lr, scale)
+    runs.results[job] = replace(runs.results[job], text=100)
+    assert f'baseline, {job.lr:g}, seed 18 (`tokens-1`, 100 tokens)' in budgets_page.about_data([runs])
+
+
+def test_options_that_name_nothing_are_refused(tmp_path: Path):
+    with pytest.raises(typer.BadParameter, match='is no file'):
+        evidence.main('tokens', known=tmp_path / 'typo.json')
+    with pytest.raises(typer.BadParameter, match='stats.json is missing'):
+        evidence.main('tokens', tmp_path / 'nowhere', docs=tmp_path)
+
+
 def test_a_budget_is_what_it_says():
     assert [round(scale.tokens_per_parameter or 0, 2) for scale in budgets.BUDGETS] == [0.99, 5.08, 20.04, 20.04]
     config = json.loads((REPO / 'yamls' / 'evidence' / 'llama' / 'config.json').read_text())

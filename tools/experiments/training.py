@@ -36,6 +36,7 @@ class Result:
         parameters: Parameters of the model.
         seconds: Seconds of training steps, start-up and evaluation left out.
         machine: What it was trained on, in a line.
+        text: Tokens that its data had to train on; 0 of runs of before this was kept.
     """
 
     final_loss: float
@@ -44,6 +45,7 @@ class Result:
     parameters: int
     seconds: float
     machine: str
+    text: int = 0
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ def _train_and_write(job: Job, data: Path, folder: Path) -> None:
         parameters=sum(weight.numel() for weight in trainer.state.model.parameters()),
         seconds=trainer.state.timestamp.total_wct.total_seconds(),
         machine=machine(torch.device(job.scale.device)),
+        text=json.loads((data / 'stats.json').read_text())['splits']['train']['tokens'],
     )
     trainer.close()
     shutil.rmtree(checkpoints)
