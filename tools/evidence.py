@@ -16,13 +16,12 @@ from typing import Annotated
 import torch
 import typer
 from experiments import budgets, budgets_page, page
-from experiments.budgets import BUDGETS, CHECKED, PROSE_BUDGETS, of_budget
+from experiments.budgets import BUDGETS, CHECKED, PROSE_BUDGETS, of_budget, too_short
 from experiments.report import Runs
 from experiments.settings import (
     BASELINE,
     CPU,
     GPU,
-    LIMITED_SPLIT,
     ROWS,
     Experiment,
     Scale,
@@ -123,11 +122,6 @@ def main(
     for folder in dict.fromkeys(data or Path(size.data) for size in group.scales):
         if other := budgets.other_text(folder):
             typer.echo(other, err=True)
-    for size, trained in of_scale.items():
-        folder, missing = data or Path(size.data), _planned(group, size, trained) - trained.results.keys()
-        asked = any(LIMITED_SPLIT in job.setting.algorithm for job in missing) and (folder / 'stats.json').exists()
-        if asked and (short := budgets.too_short(folder, size)):
-            raise typer.BadParameter(short, param_hint='--data')
 
     def write() -> None:
         entries = [
@@ -200,7 +194,11 @@ def _train(
         while asked < len(plan := group.experiments(size, trained.at_first_seed())[:questions]):
             experiment = plan[asked]
             seeds = experiment.seeds if large_at_all or not experiment.large else experiment.seeds[:1]
-            train(Job(setting, seed, trained.lr, size) for seed in seeds for setting in experiment.settings)
+            jobs = {Job(setting, seed, trained.lr, size) for seed in seeds for setting in experiment.settings}
+            if experiment.form == 'limited' and not jobs <= trained.results.keys() and (short := too_short(data, size)):
+                typer.echo(f'{experiment.title} is left out: {short}', err=True)
+            else:
+                train(sorted(jobs, key=lambda job: (job.seed, experiment.settings.index(job.setting))))
             asked += 1
     while rates and (missing := set(_checks(group, size, trained)) - trained.results.keys()):
         train(sorted(missing, key=lambda job: (job.seed, job.setting.name, job.lr)))

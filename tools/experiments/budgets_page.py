@@ -87,8 +87,8 @@ for package in *.deb; do dpkg-deb -x "$package" .; done && cd ../..
 ```
 
 `python tools/evidence.py --scale tokens --data FOLDER --docs ELSEWHERE` asks the same of any folder that
-`prepare-data` wrote in rows of 128 with a vocabulary of at most 2,048, and a split `limited` for its
-last question."""
+`prepare-data` wrote in rows of 128 with a vocabulary of at most 2,048; without a split `limited` of as
+many rows as a baseline reads, that question is left out, and the command says so."""
 OTHER_MODELS = """Bars: one standard deviation of the difference over seeds, of which there are three, or as many as the
 table has in brackets. Hollow points are at a rate of their own, where the baseline's is not the best for them
 (second table). Published points are of other models, data and schedules, and of the bag sizes of their runs."""

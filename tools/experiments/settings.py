@@ -141,7 +141,7 @@ def one_size(bag_size: int, share: float, **others: str) -> Setting:
 
 def limited(setting: Setting) -> Setting:
     """The same on a split that holds little more than a baseline reads."""
-    return Setting(f'{setting.name}, limited data', (*setting.algorithm, LIMITED_SPLIT))
+    return Setting(f'{setting.name}, limited data', (*setting.algorithm, 'train_loader.dataset.split=limited'))
 
 
 def rated(name: str, **scheduler: float) -> Setting:
@@ -159,7 +159,6 @@ def phases(*steps: tuple[int, float], **others: object) -> Setting:
     return superposed(name + extra, algorithm, phases=listed, **others)
 
 
-LIMITED_SPLIT = 'train_loader.dataset.split=limited'
 BASELINE = Setting('baseline')
 BASELINES = (BASELINE, *(Setting(f'baseline, {length:g} times the steps', length=length) for length in (1.5, 2)))
 PUBLISHED = one_size(6, 0.3)  # every published run of a dense model outside the grids
