@@ -48,7 +48,6 @@ DRAWN = {
     PHASES_BATCH: ('#009e73', '-'),
 }
 MARKERS = {CODE: 'o', 'larger steps': 'D', PROSE: 's'}
-TUNED = (S4, PUBLISHED, PHASES_BATCH)
 # What of a setting `composer-tst plan` compares: bag sizes, where they end, expand.
 MEASURED = {
     S4: ('4', '0.3', 'sequence'),
@@ -117,7 +116,7 @@ def write(output: Path, scales: Sequence[Runs]) -> None:
         for experiment in planned:
             if not all(runs.get(setting, seed) for setting in experiment.settings for seed in experiment.seeds):
                 missing.append(f'{experiment.title} (`{runs.scale.name}`)')
-        if any(len(runs.rates(setting)) < 2 for setting in CHECKED.get(runs.scale.name, ())):
+        if any(len(runs.rates(setting)) < 2 for setting in CHECKED):
             missing.append(f'Learning rates (`{runs.scale.name}`)')
     if missing:
         parts += [f'Not run yet, or not at every seed: {"; ".join(missing)}.']
@@ -178,12 +177,12 @@ def gain_table(scales: Sequence[Runs]) -> str:
 
 def own_rates_table(scales: Sequence[Runs]) -> str:
     """Final loss minus the baseline's, each at its own best learning rate, where both were tuned."""
-    lines = [f'| {" | ".join(["tokens per parameter", "steps", "scale", *(s.name for s in TUNED)])} |']
-    lines.append('|---' * (3 + len(TUNED)) + '|')
+    lines = [f'| {" | ".join(["tokens per parameter", "steps", "scale", *(s.name for s in CHECKED)])} |']
+    lines.append('|---' * (3 + len(CHECKED)) + '|')
     for runs in scales:
         cells = [f'{runs.scale.tokens_per_parameter:.2g}', f'{runs.scale.steps:,}', f'`{runs.scale.name}`']
-        for setting in TUNED:
-            if setting not in CHECKED.get(runs.scale.name, ()) or len(runs.rates(setting)) < 2:
+        for setting in CHECKED:
+            if len(runs.rates(setting)) < 2:
                 cells.append('')
                 continue
             best, differences = runs.best_rate(setting), runs.at_own_rates(setting, runs.scale.all_seeds)
@@ -290,7 +289,7 @@ def draw_gain(scales: Sequence[Runs], output: Path) -> None:
 
 def _point(runs: Runs, setting: Setting, own: bool) -> tuple[float, float, float] | None:
     """Tokens per parameter, gain and its deviation, at the baseline's learning rate or at another that is its own."""
-    if own and (setting not in TUNED or not runs.rates(setting) or runs.best_rate(setting) == runs.lr):
+    if own and (setting not in CHECKED or not runs.rates(setting) or runs.best_rate(setting) == runs.lr):
         return None
     seeds = runs.scale.all_seeds
     changes = runs.at_own_rates(setting, seeds) if own else runs.differences(setting, BASELINE, seeds)
