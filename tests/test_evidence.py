@@ -338,7 +338,7 @@ def test_rates_say_what_differs_at_the_best_of_each():
 
 
 def test_a_rate_is_tuned_until_its_lowest_loss_is_not_at_an_edge():
-    scale, group = budgets.BUDGETS[1], replace(evidence.GROUPS['tokens'], checked=(S4,))
+    scale, group = budgets.BUDGETS[1], replace(evidence.GROUPS['tokens'], checked={budgets.BUDGETS[1].name: (S4,)})
 
     def asked(rates: dict[float, float]) -> set[tuple[int, float]]:
         """Seeds and rates that are still to be run of s = 4, given its losses at seed 17."""

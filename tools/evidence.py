@@ -8,8 +8,8 @@ run came to, as ``evidence_SCALE.json``: another machine goes on from there.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -43,7 +43,7 @@ class Group:
         write: Writes it.
         experiments: What is trained at a scale, given it and the final losses at its first seed.
         beside: Groups that are reported on the same page, in their order.
-        checked: Settings whose learning rate is tuned too.
+        checked: Settings whose learning rate is tuned too, by scale.
         measured: Where `composer-tst plan` finds what was gained, from the root of the repository.
     """
 
@@ -52,7 +52,7 @@ class Group:
     write: Callable[[Path, Sequence[Runs]], None]
     experiments: Callable[..., list[Experiment]]
     beside: tuple[str, ...] = ()
-    checked: Sequence[Setting] = ()
+    checked: Mapping[str, Sequence[Setting]] = field(default_factory=dict)
     measured: str = ''
 
 
@@ -212,7 +212,7 @@ def _checks(group: Group, size: Scale, trained: Runs) -> list[Job]:
     """
     rates, at = size.learning_rates, size.learning_rates.index(trained.lr)
     found: list[Job] = []
-    for setting in group.checked:
+    for setting in group.checked.get(size.name, ()):
         low, high = max(at - 1, 0), min(at + 2, len(rates))
         losses = trained.rates(setting)
         while set(rates[low:high]) <= losses.keys():

@@ -24,7 +24,10 @@ from .budgets import (
     RECIPES,
     RECORDED,
     SEEDS,
+    SMALL_BAGS,
+    TUNED,
     of_budget,
+    seeds_of,
 )
 from .page import BOLD, FRESH, TERMS, about
 from .pictures import QUIET, finish
@@ -46,6 +49,7 @@ DRAWN = {
     PUBLISHED: ('#d55e00', '-'),
     PUBLISHED_BATCH: ('#d55e00', ':'),
     PHASES_BATCH: ('#009e73', '-'),
+    SMALL_BAGS: ('#7b3294', '-'),
 }
 MARKERS = {CODE: 'o', 'larger steps': 'D', PROSE: 's'}
 # What of a setting `composer-tst plan` compares: bag sizes, where they end, expand.
@@ -55,7 +59,7 @@ MEASURED = {
     S4_BATCH: ('4', '0.3', 'batch'),
     PUBLISHED_BATCH: ('6', '0.3', 'batch'),
     PHASES_BATCH: ('8 4 2', '0.1 0.2 0.3', 'batch'),
-    one_size(2, 0.4): ('2', '0.4', 'sequence'),
+    SMALL_BAGS: ('2', '0.4', 'sequence'),
     one_size(4, 0.2): ('4', '0.2', 'sequence'),
 }
 INTRODUCTION = """How much lower superposition ends than plain training of as many steps, by budget: a Llama of 362,816
@@ -116,7 +120,7 @@ def write(output: Path, scales: Sequence[Runs]) -> None:
         for experiment in planned:
             if not all(runs.get(setting, seed) for setting in experiment.settings for seed in experiment.seeds):
                 missing.append(f'{experiment.title} (`{runs.scale.name}`)')
-        if any(len(runs.rates(setting)) < 2 for setting in CHECKED):
+        if any(len(runs.rates(setting)) < 2 for setting in CHECKED.get(runs.scale.name, ())):
             missing.append(f'Learning rates (`{runs.scale.name}`)')
     if missing:
         parts += [f'Not run yet, or not at every seed: {"; ".join(missing)}.']
@@ -162,13 +166,14 @@ def rates(runs: Runs) -> str:
 
 def gain_table(scales: Sequence[Runs]) -> str:
     """Final loss minus the baseline's, a row a budget and a column a setting; first the baseline's own."""
-    names = [setting.name for setting in RECIPES if setting != BASELINE]
+    settings = (*RECIPES, SMALL_BAGS)
+    names = [setting.name for setting in settings if setting != BASELINE]
     columns = ['tokens per parameter', 'steps', 'scale', 'baseline', *(f'{name}, minus baseline' for name in names)]
     lines = [f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
     for runs in scales:
         cells = [f'{runs.scale.tokens_per_parameter:.2g}', f'{runs.scale.steps:,}', f'`{runs.scale.name}`']
-        for setting in RECIPES:
-            differences = runs.differences(setting, BASELINE, runs.scale.all_seeds)
+        for setting in settings:
+            differences = runs.differences(setting, BASELINE, seeds_of(setting, runs.scale))
             losses = runs.losses(setting, runs.scale.all_seeds)
             cells.append((spread(losses) if setting == BASELINE else shown(differences)) + _number(differences))
         lines.append(f'| {" | ".join(cells)} |')
@@ -177,12 +182,12 @@ def gain_table(scales: Sequence[Runs]) -> str:
 
 def own_rates_table(scales: Sequence[Runs]) -> str:
     """Final loss minus the baseline's, each at its own best learning rate, where both were tuned."""
-    lines = [f'| {" | ".join(["tokens per parameter", "steps", "scale", *(s.name for s in CHECKED)])} |']
-    lines.append('|---' * (3 + len(CHECKED)) + '|')
+    lines = [f'| {" | ".join(["tokens per parameter", "steps", "scale", *(s.name for s in TUNED)])} |']
+    lines.append('|---' * (3 + len(TUNED)) + '|')
     for runs in scales:
         cells = [f'{runs.scale.tokens_per_parameter:.2g}', f'{runs.scale.steps:,}', f'`{runs.scale.name}`']
-        for setting in CHECKED:
-            if len(runs.rates(setting)) < 2:
+        for setting in TUNED:
+            if setting not in CHECKED.get(runs.scale.name, ()) or len(runs.rates(setting)) < 2:
                 cells.append('')
                 continue
             best, differences = runs.best_rate(setting), runs.at_own_rates(setting, runs.scale.all_seeds)
@@ -219,9 +224,7 @@ def write_measured(output: Path, scales: Sequence[Runs]) -> None:
         for runs in scales:
             text = PROSE if runs.scale.data == DATA[PROSE] else CODE
             for setting, (bags, ends, expand) in MEASURED.items():
-                # One that a map chose is judged at the seeds that did not choose it.
-                seeds = runs.scale.all_seeds if setting in RECIPES else runs.scale.fresh_seeds
-                changes = runs.differences(setting, BASELINE, seeds)
+                changes = runs.differences(setting, BASELINE, seeds_of(setting, runs.scale))
                 if len(changes) >= len(SEEDS) and all(map(math.isfinite, changes)):
                     budget = [text, PARAMETERS, f'{runs.scale.tokens_per_parameter:.2f}', runs.scale.steps]
                     change = [len(changes), f'{statistics.fmean(changes):.4f}', f'{statistics.stdev(changes):.4f}']
@@ -289,9 +292,9 @@ def draw_gain(scales: Sequence[Runs], output: Path) -> None:
 
 def _point(runs: Runs, setting: Setting, own: bool) -> tuple[float, float, float] | None:
     """Tokens per parameter, gain and its deviation, at the baseline's learning rate or at another that is its own."""
-    if own and (setting not in CHECKED or not runs.rates(setting) or runs.best_rate(setting) == runs.lr):
+    if own and (setting not in TUNED or not runs.rates(setting) or runs.best_rate(setting) == runs.lr):
         return None
-    seeds = runs.scale.all_seeds
+    seeds = seeds_of(setting, runs.scale)
     changes = runs.at_own_rates(setting, seeds) if own else runs.differences(setting, BASELINE, seeds)
     if len(changes) < len(SEEDS) or not all(map(math.isfinite, changes)):
         return None
