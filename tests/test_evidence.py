@@ -300,11 +300,24 @@ def test_the_page_over_budgets(tmp_path: Path):
     # More than on the data that the baseline reads once; and a share of its operations.
     assert f'| {limited(S4).name} | 17-18 | 3.200 ± 0.000 | +0.150 ± 0.071 |' in text
     assert f'| {none.name} | 17 | 3.000 | +0.000 | +0.020 | +0.010 | 0.00M | 0.775 |' in text
-    missing = ['Learning rates (`tokens-1`)', 'The gain (`tokens-20`)', 'Cheaper (`tokens-20`)', 'Better (`tokens-20`)']
+    missing = ['The gain (`tokens-1`)', 'Learning rates (`tokens-1`)']
+    missing += ['The gain (`tokens-20`)', 'Cheaper (`tokens-20`)', 'Better (`tokens-20`)']
     missing += ['Limited data (`tokens-20`)', 'Learning rates (`tokens-20`)']
     assert f'Not run yet, or not at every seed: {"; ".join(missing)}.' in text
     assert f'| {S4.name} | 0.001 | 2.990 | 3.080 | 3.200 |' in text
     assert (tmp_path / 'evidence_budgets.png').stat().st_size > 1000
+
+
+def test_larger_steps_are_compared_at_the_seeds_of_both():
+    small = runs_of({BASELINE: [3.0, 3.1, 3.2], S4: [2.9, 3.0, 3.1]}, budgets.LARGEST)
+    large = runs_of({BASELINE: [2.8, 2.9, 3.1], S4: [2.9, 2.9]}, budgets.LARGE_STEPS)
+    *_, lines = budgets_page.size_of_steps([small, large])
+    # The baseline by -0.2, -0.2 and -0.1; s = 4 by 0 and -0.1; against s = 4 in smaller steps -0.1, -0.1 and 0.
+    assert lines.splitlines()[2:4] == [
+        '| baseline | 3.100 ± 0.100 | 2.933 ± 0.153 | **-0.167 ± 0.058** | **-0.167 ± 0.058** |',
+        f'| {S4.name} | 3.000 ± 0.100 | 2.900 ± 0.000 | -0.050 ± 0.071 (2) | -0.067 ± 0.058 |',
+    ]
+    assert budgets_page.size_of_steps([small]) == []
 
 
 def test_the_best_of_both_maps_are_judged_at_fresh_seeds():
@@ -338,7 +351,7 @@ def test_rates_say_what_differs_at_the_best_of_each():
 
 
 def test_a_rate_is_tuned_until_its_lowest_loss_is_not_at_an_edge():
-    scale, group = budgets.BUDGETS[1], replace(evidence.GROUPS['tokens'], checked={budgets.BUDGETS[1].name: (S4,)})
+    scale = budgets.BUDGETS[1]
 
     def asked(rates: dict[float, float]) -> set[tuple[int, float]]:
         """Seeds and rates that are still to be run of s = 4, given its losses at seed 17."""
@@ -346,7 +359,7 @@ def test_a_rate_is_tuned_until_its_lowest_loss_is_not_at_an_edge():
         for setting, losses in ((BASELINE, {0.001: 2.9, 0.002: 2.8, 0.004: 2.6, 0.008: 2.7}), (S4, rates)):
             for lr, loss in losses.items():
                 runs.results[Job(setting, 17, lr, scale)] = Result(loss, 100, 1000, 10, 1.0, 'a machine')
-        return {(job.seed, job.lr) for job in set(evidence._checks(group, scale, runs)) - runs.results.keys()}
+        return {(job.seed, job.lr) for job in set(budgets.checks(runs, (S4,))) - runs.results.keys()}
 
     beside = {0.002: 2.9, 0.004: 2.8, 0.008: 2.85}
     assert asked({}) == {(17, 0.002), (17, 0.004), (17, 0.008)}
@@ -391,6 +404,16 @@ def test_other_text_than_the_records_is_told(tmp_path: Path, monkeypatch: pytest
     stats['splits']['limited']['rows'] += 1
     (tmp_path / 'stats.json').write_text(json.dumps(stats))
     assert budgets.too_short(tmp_path, budgets.LARGEST) == ''
+    del stats['splits']['limited']
+    (tmp_path / 'stats.json').write_text(json.dumps(stats))
+    assert 'has no split `limited`, and a baseline reads 56,800 rows' in budgets.too_short(tmp_path, budgets.LARGEST)
+    # Bags of 8 for 0.4 read 3.8 times as many.
+    stats['splits']['train']['rows'] = 215_839
+    (tmp_path / 'stats.json').write_text(json.dumps(stats))
+    assert 'has 215,839 rows to train on, and the longest run reads 215,840' in budgets.read_twice(tmp_path)
+    stats['splits']['train']['rows'] += 1
+    (tmp_path / 'stats.json').write_text(json.dumps(stats))
+    assert budgets.read_twice(tmp_path) == ''
     # On the page, of which runs it is.
     scale = budgets.BUDGETS[0]
     runs = runs_of({BASELINE: [3.0, 3.1]}, scale)
@@ -416,18 +439,22 @@ def test_a_budget_is_what_it_says():
 
 def test_what_was_measured_is_written_for_the_planner(tmp_path: Path):
     losses = {BASELINE: [3.0, 3.1, 3.2], S4: [2.98, 3.09, 3.2], PUBLISHED: [3.0, 3.0]}
+    others = [limited(S4), one_size(4, 0.3, expand='none'), one_size(4, 0.3, weighting='first')]
+    losses |= {setting: [3.0, 3.0, 3.0] for setting in others} | {budgets.PHASES_BATCH: [2.9, 3.0, 3.1]}
     budgets_page.write_measured(tmp_path / 'measured.csv', [runs_of(losses, budgets.BUDGETS[1])])
-    # Not the one that has not been run at every seed.
+    # Not the one that was not run at every seed, nor what more than bags, shares and `expand` tells, or costs less.
     assert (tmp_path / 'measured.csv').read_text().splitlines() == [
         'text,parameters,tokens_per_parameter,steps,bag_sizes,ends,expand,seeds,change,deviation',
         'Python source,362816,5.08,1800,4,0.3,sequence,3,-0.0100,0.0100',
+        'Python source,362816,5.08,1800,8 4 2,0.1 0.2 0.3,batch,3,-0.1000,0.0000',
     ]
 
 
 def test_the_planner_reads_what_the_record_says(tmp_path: Path):
     """The file in the wheel is written with the record, and so must be committed with it."""
     trained = {scale.name: Runs({}, scale) for scale in evidence.GROUPS['tokens'].scales}
-    settings = {setting.name: setting for setting in (BASELINE, *budgets_page.MEASURED)}
+    asked = [e for scale in trained for e in budgets.of_budget(trained[scale].scale)]
+    settings = {setting.name: setting for e in asked for setting in e.settings}
     for run in json.loads((REPO / 'docs' / 'evidence_tokens.json').read_text()):
         if run['setting'] in settings:
             of = trained[run['scale']]

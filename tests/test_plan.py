@@ -297,8 +297,8 @@ def test_a_run_of_few_steps_is_warned_where_nothing_was_gained(monkeypatch: pyte
     found = [worse, unsure, better]
     monkeypatch.setattr('composer_tst.planning.measured.read_measured', lambda: [([], [], '', each) for each in found])
     assert warning(found, 2, 500) == (
-        'At the nearest measured budget, 1 tokens per parameter in 350 steps, it ended worse: compare with a plain '
-        'run first.'
+        'At the nearest measured budget, 1 tokens per parameter in 350 steps, it ended worse, though a small MPT '
+        'gained in 2,000 (docs/evidence_mpt.md): compare with a plain run first.'
     )
     assert '5 tokens per parameter in 1,800 steps, no gain of it was sure' in warning(found, 5, 2_000)
     assert '5 tokens per parameter in 1,800 steps, no gain of it was sure' in warning(found, 2.5, 7_101)
@@ -306,11 +306,12 @@ def test_a_run_of_few_steps_is_warned_where_nothing_was_gained(monkeypatch: pyte
     # Between budgets that differ, the one of fewer steps tells too, though the other is nearer.
     assert warning(found, 20, 4_000).startswith('At the nearest measured budget of fewer steps, 5 tokens per parameter')
     # Bags that were run at other budgets alone, or nowhere, are judged by what was run at this one.
-    assert 'in 350 steps, all that was tried ended worse:' in warning([better], 1, 300)
-    assert 'in 350 steps, all that was tried ended worse:' in warning([], 1, 300)
+    assert 'in 350 steps, all that was tried ended worse,' in warning([better], 1, 300)
+    assert 'in 350 steps, all that was tried ended worse,' in warning([], 1, 300)
     assert warning([], 20, 7_000) == ''
-    # As many steps are published.
-    assert warning([worse], 1, 20_000) == ''
+    # As many steps are published, of as many tokens.
+    assert warning([worse], 14, 20_000) == ''
+    assert 'no gain' in warning([worse], 1, 20_000)
 
 
 def test_what_was_measured_comes_with_its_budgets():

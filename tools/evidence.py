@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 import typer
 from experiments import budgets, budgets_page, page
-from experiments.budgets import BUDGETS, CHECKED, PROSE_BUDGETS, of_budget, too_short
+from experiments.budgets import BUDGETS, CHECKED, PROSE_BUDGETS, checks, of_budget, too_short
 from experiments.report import Runs
 from experiments.settings import (
     BASELINE,
@@ -122,6 +122,8 @@ def main(
     for folder in dict.fromkeys(data or Path(size.data) for size in group.scales):
         if other := budgets.other_text(folder):
             typer.echo(other, err=True)
+        if data and group.measured and (again := budgets.read_twice(data)):
+            typer.echo(again, err=True)
 
     def write() -> None:
         entries = [
@@ -196,36 +198,14 @@ def _train(
             seeds = experiment.seeds if large_at_all or not experiment.large else experiment.seeds[:1]
             jobs = {Job(setting, seed, trained.lr, size) for seed in seeds for setting in experiment.settings}
             if experiment.form == 'limited' and not jobs <= trained.results.keys() and (short := too_short(data, size)):
-                typer.echo(f'{experiment.title} is left out: {short}', err=True)
+                if rates and large_at_all:  # at the end, and once
+                    typer.echo(f'{experiment.title} is left out: {short}', err=True)
             else:
                 train(sorted(jobs, key=lambda job: (job.seed, experiment.settings.index(job.setting))))
             asked += 1
-    while rates and (missing := set(_checks(group, size, trained)) - trained.results.keys()):
+    while rates and (missing := set(checks(trained, group.checked.get(size.name, ()))) - trained.results.keys()):
         train(sorted(missing, key=lambda job: (job.seed, job.setting.name, job.lr)))
     bar.close()
-
-
-def _checks(group: Group, size: Scale, trained: Runs) -> list[Job]:
-    """Settings at the learning rate that the baseline chose and those beside it.
-
-    And at the next ones, as long as the lowest loss is at an edge; then at every seed where it is lowest.
-    """
-    rates, at = size.learning_rates, size.learning_rates.index(trained.lr)
-    found: list[Job] = []
-    for setting in group.checked.get(size.name, ()):
-        low, high = max(at - 1, 0), min(at + 2, len(rates))
-        losses = trained.rates(setting)
-        while set(rates[low:high]) <= losses.keys():
-            best = rates.index(min(rates[low:high], key=lambda lr: losses[lr]))
-            if best == low > 0:
-                low -= 1
-            elif best == high - 1 < len(rates) - 1:
-                high += 1
-            else:
-                found += [Job(setting, seed, rates[best], size) for seed in size.seeds if best != at]
-                break
-        found += [Job(setting, size.seeds[0], lr, size) for lr in rates[low:high]]
-    return found
 
 
 def _planned(group: Group, size: Scale, trained: Runs) -> set[Job]:
@@ -233,7 +213,7 @@ def _planned(group: Group, size: Scale, trained: Runs) -> set[Job]:
     planned = group.experiments(size, trained.at_first_seed() if trained.rates() else None)
     jobs = {Job(BASELINE, size.seeds[0], lr, size) for lr in size.learning_rates}
     best = trained.lr if trained.rates() else size.learning_rates[0]
-    jobs |= set(_checks(group, size, trained)) if trained.rates() else set()
+    jobs |= set(checks(trained, group.checked.get(size.name, ()))) if trained.rates() else set()
     return jobs | {Job(setting, seed, best, size) for e in planned for setting in e.settings for seed in e.seeds}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from .report import Runs
 from .settings import (
     BASELINE,
     PHASES_BATCH,
@@ -22,6 +23,7 @@ from .settings import (
     one_size,
     phases,
 )
+from .training import Job
 
 PARAMETERS = 362_816
 RATES, HIGHER_RATES = (1e-3, 2e-3, 4e-3, 8e-3), (2e-3, 4e-3, 8e-3, 16e-3)
@@ -100,6 +102,26 @@ def seeds_of(setting: Setting, scale: Scale) -> tuple[int, ...]:
     return scale.all_seeds if setting in RECIPES or not scale.fresh_seeds else scale.fresh_seeds
 
 
+def checks(runs: Runs, settings: Sequence[Setting]) -> list[Job]:
+    """Settings at the learning rate that the baseline chose and those beside it, then at those beside the best.
+
+    And at every seed where another is best, once that is at no edge of what was tried.
+    """
+    scale = runs.scale
+    rates, at = scale.learning_rates, scale.learning_rates.index(runs.lr)
+    found: list[Job] = []
+    for setting in settings:
+        tried = runs.rates(setting).keys()
+        asked = set(rates[max(at - 1, 0) : at + 2])
+        if asked <= tried:
+            best = rates.index(runs.best_rate(setting))
+            asked |= set(rates[max(best - 1, 0) : best + 2])
+            if asked <= tried and best != at:
+                found += [Job(setting, seed, rates[best], scale) for seed in scale.seeds]
+        found += [Job(setting, scale.seeds[0], lr, scale) for lr in sorted(asked)]
+    return found
+
+
 def of_budget(scale: Scale, losses: Mapping[Setting, float] | None = None) -> list[Experiment]:
     """All experiments at a budget, in the order of the questions.
 
@@ -141,12 +163,28 @@ def on(data: Path) -> tuple[Scale, ...]:
 
 def too_short(data: Path, scale: Scale) -> str:
     """Why a scale's last question cannot be asked of prepared data, in a sentence; empty if it can."""
-    needed = scale.steps * int(scale.overrides[0].split('=')[1])
-    splits = json.loads((data / 'stats.json').read_text())['splits']
-    rows = splits.get('limited', {}).get('rows', 0)
+    rows, needed = _rows(data, 'limited'), _read(scale)
     if rows >= needed:
         return ''
-    return f'{data} has a split `limited` of {rows:,} rows, and a baseline reads {needed:,}: prepare it larger.'
+    has = f'a split `limited` of {rows:,} rows' if rows else 'no split `limited`'
+    return f'{data} has {has}, and a baseline reads {needed:,} rows: prepare one as large.'
+
+
+def read_twice(data: Path) -> str:
+    """That the longest run on prepared data reads rows again, in a sentence; empty if none does."""
+    rows, needed = _rows(data, 'train'), round(_read(LARGEST) * (1 + max(GRID_SHARES) * (max(GRID_BAGS) - 1)))
+    if rows >= needed:
+        return ''
+    return f'{data} has {rows:,} rows to train on, and the longest run reads {needed:,}, some of them again.'
+
+
+def _rows(data: Path, split: str) -> int:
+    return json.loads((data / 'stats.json').read_text())['splits'].get(split, {}).get('rows', 0)
+
+
+def _read(scale: Scale) -> int:
+    """Rows that a baseline reads."""
+    return scale.steps * int(scale.overrides[0].split('=')[1])
 
 
 def other_text(data: Path) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from .budgets import (
     GRID_BAGS,
     GRID_SHARES,
     LARGE_STEPS,
+    LARGEST,
     PARAMETERS,
     PROSE,
     PUBLISHED_BATCH,
@@ -26,13 +28,15 @@ from .budgets import (
     SEEDS,
     SMALL_BAGS,
     TUNED,
+    checks,
     of_budget,
+    read_twice,
     seeds_of,
 )
 from .page import BOLD, FRESH, TERMS, about
 from .pictures import QUIET, finish
 from .report import OTHERS, Runs, grid, shown, spread, table, tokens_per_parameter, verdict
-from .settings import BASELINE, PHASES_BATCH, PUBLISHED, S4, S4_BATCH, Experiment, Setting, limited, one_size
+from .settings import BASELINE, PHASES_BATCH, PUBLISHED, S4, S4_BATCH, Experiment, Setting, limited
 
 # Tokens per parameter and gain of the published pairs (paper, tables of its sections 4 and 5).
 PUBLISHED_POINTS = (
@@ -52,21 +56,12 @@ DRAWN = {
     SMALL_BAGS: ('#7b3294', '-'),
 }
 MARKERS = {CODE: 'o', 'larger steps': 'D', PROSE: 's'}
-# What of a setting `composer-tst plan` compares: bag sizes, where they end, expand.
-MEASURED = {
-    S4: ('4', '0.3', 'sequence'),
-    PUBLISHED: ('6', '0.3', 'sequence'),
-    S4_BATCH: ('4', '0.3', 'batch'),
-    PUBLISHED_BATCH: ('6', '0.3', 'batch'),
-    PHASES_BATCH: ('8 4 2', '0.1 0.2 0.3', 'batch'),
-    SMALL_BAGS: ('2', '0.4', 'sequence'),
-    one_size(4, 0.2): ('4', '0.2', 'sequence'),
-}
 INTRODUCTION = """How much lower superposition ends than plain training of as many steps, by budget: a Llama of 362,816
-parameters (262,144 of them embedding and head) through `hf_causal_lm`, AdamW with betas 0.9 and 0.95,
-gradients clipped at 1.0, warmup-stable-decay, the learning rate that is best for the baseline. Tokens
-per parameter are positions of the baseline by all parameters. `make evidence` trains all of it, and goes
-on from [the record](evidence_tokens.json)."""
+parameters (262,144 of them embedding and head) through `hf_causal_lm`, AdamW with betas 0.9 and 0.95 and a
+decoupled weight decay of 2e-4 a step (torch's of 0.1 at a rate of 2e-3), gradients clipped at 1.0,
+warmup-stable-decay, the learning rate that is best for the baseline. Tokens per parameter are positions of
+the baseline by all parameters; by those that are neither embedding nor head they are 3.6 times as many.
+`make evidence` trains all of it, and goes on from [the record](evidence_tokens.json)."""
 ABOUT_DATA = """The Python source is that of every package that `make install` brings and of the standard library, each
 file once (`make data/tokens/stats.json`; versions in [evidence_versions.txt](evidence_versions.txt)):
 43,089 files, 220.9M tokens, of which 209.0M to train on (1,632,923 rows). No run but those on limited
@@ -78,7 +73,8 @@ parameter the baseline's of seed 18, s = 4 of 17 and s = 6 of 19 ended at 3.989,
 s = 4 of 18 and s = 6 of 19 at 2.797 and 2.773, which is up to two deviations from those below.
 The prose is dictionaries and manuals that Debian 12 packages (dict-gcide 0.48.5+nmu2, dict-wn 3.0-37,
 dict-foldoc 20230119-1, dict-jargon 4.4.7-3.1, linux-doc-6.1 6.1.192-3): 13,896 documents, 41.6M tokens of
-a tokenizer of their own, of which 40.7M to train on (318,120 rows):
+a tokenizer of their own, of which 40.7M to train on (318,120 rows); losses are of the first 4,096 of 6,875
+others. Every seed is judged on the same rows: a deviation is that of training alone. The commands:
 
 ```bash
 mkdir -p data/debian && cd data/debian
@@ -95,6 +91,11 @@ many rows as a baseline reads, that question is left out, and the command says s
 OTHER_MODELS = """Bars: one standard deviation of the difference over seeds, of which there are three, or as many as the
 table has in brackets. Hollow points are at a rate of their own, where the baseline's is not the best for them
 (second table). Published points are of other models, data and schedules, and of the bag sizes of their runs."""
+SMALL = """s = 2 with r = 0.4 was chosen by the grid at 20 tokens per parameter in 7,100 steps of Python: there it is of
+seeds that did not choose it."""
+STEPS = """The same 7.27M tokens in steps of 1,024 and of 4,096, each at the learning rate that is best for its
+baseline. What size is best was not searched. The last column says what a gain in the smaller steps is worth beside
+plain training in larger ones, at as many operations:"""
 OWN_RATES = """The same, each at the learning rate that is best for it at seed 17, which is in square brackets where it
 is not the baseline's. Seed 17 is among the seeds, so that a rate that chance made best there flatters a little:"""
 RATES = """The first table is of runs at the rate that is best for the baseline, the second at each setting's own. Final
@@ -111,7 +112,8 @@ def write(output: Path, scales: Sequence[Runs]) -> None:
     draw_gain(scales, output.with_name(f'{output.stem}_budgets.png'))
     parts = ['# Evidence over budgets, on a small Llama', INTRODUCTION, TERMS]
     parts += ['## The gain over the budget', f'![Gain over tokens per parameter]({output.stem}_budgets.png)']
-    parts += [OTHER_MODELS, gain_table(scales), BOLD, OWN_RATES, own_rates_table(scales)]
+    parts += [OTHER_MODELS, gain_table(scales), BOLD, SMALL, OWN_RATES, own_rates_table(scales)]
+    parts += size_of_steps(scales)
     missing: list[str] = []
     for runs in scales:
         planned = of_budget(runs.scale, runs.at_first_seed())
@@ -120,7 +122,7 @@ def write(output: Path, scales: Sequence[Runs]) -> None:
         for experiment in planned:
             if not all(runs.get(setting, seed) for setting in experiment.settings for seed in experiment.seeds):
                 missing.append(f'{experiment.title} (`{runs.scale.name}`)')
-        if any(len(runs.rates(setting)) < 2 for setting in CHECKED.get(runs.scale.name, ())):
+        if not set(checks(runs, CHECKED.get(runs.scale.name, ()))) <= runs.results.keys():
             missing.append(f'Learning rates (`{runs.scale.name}`)')
     if missing:
         parts += [f'Not run yet, or not at every seed: {"; ".join(missing)}.']
@@ -130,11 +132,35 @@ def write(output: Path, scales: Sequence[Runs]) -> None:
     output.write_text('\n\n'.join(part for part in parts if part) + '\n')
 
 
+def size_of_steps(scales: Sequence[Runs]) -> list[str]:
+    """The same tokens in steps of two sizes: what larger ones change, and plain training in them against all else."""
+    of = {runs.scale.name: runs for runs in scales}
+    if not {LARGEST.name, LARGE_STEPS.name} <= of.keys():
+        return []
+    small, large = of[LARGEST.name], of[LARGE_STEPS.name]
+
+    def change(setting: Setting, than: Setting) -> str:
+        """One in larger steps minus another in smaller ones, at the seeds of both."""
+        pairs = [(large.get(setting, seed), small.get(than, seed)) for seed in SEEDS]
+        differences = [a.final_loss - b.final_loss for a, b in pairs if a and b]
+        return shown(differences) + _number(differences)
+
+    columns = ['setting', *(f'{each.scale.steps:,} steps' for each in (small, large)), 'larger minus smaller']
+    lines = [f'| {" | ".join([*columns, "plain in larger minus it in smaller"])} |', '|---' * 5 + '|']
+    for setting in (*RECIPES, SMALL_BAGS):
+        losses = [spread(each.losses(setting, SEEDS)) for each in (small, large)]
+        changes = [change(setting, setting), change(BASELINE, setting)]
+        lines.append(f'| {" | ".join([setting.name, *losses, *changes])} |')
+    return ['## The size of a step, 20 tokens per parameter', STEPS, '\n'.join(lines)]
+
+
 def about_data(scales: Sequence[Runs]) -> str:
     """What was trained on."""
     others = sorted({runs.scale.data for runs in scales} - {*DATA.values()})
     if others:
-        return f'What `prepare-data` wrote to {" and ".join(f"`{data}`" for data in others)}.'
+        again = [read_twice(data) for data in map(Path, others) if (data / 'stats.json').exists()]
+        named = ' and '.join(f'`{data}`' for data in others)
+        return ' '.join([f'What `prepare-data` wrote to {named}.', *filter(None, again)])
     anew = [
         f'{job.setting.name}, {job.lr:g}, seed {job.seed} (`{runs.scale.name}`, {result.text:,} tokens)'
         for runs in scales
@@ -222,13 +248,27 @@ def write_measured(output: Path, scales: Sequence[Runs]) -> None:
         names = ['text', 'parameters', 'tokens_per_parameter', 'steps', 'bag_sizes', 'ends', 'expand']
         lines.writerow([*names, 'seeds', 'change', 'deviation'])
         for runs in scales:
-            text = PROSE if runs.scale.data == DATA[PROSE] else CODE
-            for setting, (bags, ends, expand) in MEASURED.items():
+            text = _text(runs)
+            settings = sorted({job.setting for job in runs.results} - {*RECIPES}, key=lambda setting: setting.name)
+            for setting in (*RECIPES, *settings):
                 changes = runs.differences(setting, BASELINE, seeds_of(setting, runs.scale))
-                if len(changes) >= len(SEEDS) and all(map(math.isfinite, changes)):
+                if (bags := _bags(setting)) and len(changes) >= len(SEEDS) and all(map(math.isfinite, changes)):
                     budget = [text, PARAMETERS, f'{runs.scale.tokens_per_parameter:.2f}', runs.scale.steps]
                     change = [len(changes), f'{statistics.fmean(changes):.4f}', f'{statistics.stdev(changes):.4f}']
-                    lines.writerow([*budget, bags, ends, expand, *change])
+                    lines.writerow([*budget, *bags, *change])
+
+
+def _bags(setting: Setting) -> tuple[str, str, str] | None:
+    """Bag sizes, where they end and `expand`; None where a setting is not told by these and costs as much as plain."""
+    start = 'algorithms.token_superposition.'
+    named = (part.removeprefix(start).split('=', 1) for part in setting.algorithm if part.startswith(start))
+    given = {name: json.loads(value) for name, value in named}
+    told = given.keys() <= {'bag_size', 'duration', 'phases', 'expand'} and len(given) == len(setting.algorithm)
+    if not given or not told or setting.cost != 1:
+        return None
+    phases = given.get('phases') or [{'bag_size': given['bag_size'], 'until': given['duration']}]
+    bags, ends = zip(*((str(each['bag_size']), each['until'].removesuffix('dur')) for each in phases), strict=True)
+    return ' '.join(bags), ' '.join(ends), given.get('expand', 'sequence')
 
 
 def _experiment(runs: Runs, experiment: Experiment) -> list[str]:
@@ -253,9 +293,10 @@ def _experiment(runs: Runs, experiment: Experiment) -> list[str]:
 def draw_gain(scales: Sequence[Runs], output: Path) -> None:
     """How much lower TST ends, over tokens per parameter, with its deviation; and the published pairs."""
     figure = Figure(figsize=(8, 5.2), dpi=140, layout='constrained')
+    markers = {text: MARKERS.get(text, 'o') for text in dict.fromkeys(map(_drawn_as, scales))}
     near, far = figure.subplots(2, sharex=True, height_ratios=(2, 1))  # the runs of few steps lose ten times as much
     for number, (setting, (color, line)) in enumerate(DRAWN.items()):
-        for own, text in itertools.product((False, True), MARKERS):
+        for own, text in itertools.product((False, True), markers):
             of_text = [runs for runs in scales if _drawn_as(runs) == text]
             points = [point for runs in of_text if (point := _point(runs, setting, own))]
             if points:
@@ -263,7 +304,7 @@ def draw_gain(scales: Sequence[Runs], output: Path) -> None:
                 x = [tokens * 1.04 ** (number - 2) for tokens in x]  # side by side
                 style: dict[str, Any] = {'mfc': 'white', 'ls': ''} if own else {'ls': line}
                 for axes in (near, far):
-                    axes.errorbar(x, y, bars, color=color, marker=MARKERS[text], capsize=3, ms=5, lw=1.2, **style)
+                    axes.errorbar(x, y, bars, color=color, marker=markers[text], capsize=3, ms=5, lw=1.2, **style)
     for name, tokens, gain in PUBLISHED_POINTS:
         near.plot(tokens, gain, 'x', color=QUIET, ms=7)
         near.annotate(name, (tokens, gain), xytext=(6, 3), textcoords='offset points', color=QUIET, fontsize=8)
@@ -278,7 +319,7 @@ def draw_gain(scales: Sequence[Runs], output: Path) -> None:
     near.legend(
         handles=[
             *(Line2D([], [], color=color, ls=line, label=setting.name) for setting, (color, line) in DRAWN.items()),
-            *(Line2D([], [], marker=marker, label=text, **quiet) for text, marker in MARKERS.items()),
+            *(Line2D([], [], marker=marker, label=text, **quiet) for text, marker in markers.items()),
             Line2D([], [], marker='o', mfc='white', label='at a learning rate of its own', **quiet),
             Line2D([], [], marker='x', label='published', **quiet),
         ],
@@ -304,4 +345,8 @@ def _point(runs: Runs, setting: Setting, own: bool) -> tuple[float, float, float
 def _drawn_as(runs: Runs) -> str:
     if runs.scale.name == LARGE_STEPS.name:
         return 'larger steps'
-    return PROSE if runs.scale.data == DATA[PROSE] else CODE
+    return _text(runs)
+
+
+def _text(runs: Runs) -> str:
+    return next((text for text, data in DATA.items() if data == runs.scale.data), Path(runs.scale.data).name)
