@@ -9,7 +9,7 @@ from .settings import GRID_BAGS, GRID_SHARES, Experiment, experiments
 
 BOLD = """Bold: by more than two standard deviations of the difference. Of settings that are no better or worse, one in
 13 is bold at three seeds, one in 36 at four, one in 90 at five (Student's t). In brackets, the number of seeds where it
-is not that of the row."""
+is not three, or not that of a row that says it."""
 TERMS = """Losses are next-token validation losses in nats per token. A difference is between runs of the same seed, ±
 is the sample standard deviation over seeds."""
 ISO_LOSS = """How many times the steps the baseline needs for the same final loss; its interval is one standard
