@@ -67,7 +67,7 @@ data/tokens/stats.json: | data/corpus/python.jsonl
 		--split train=0.962,val=0.005,limited=0.031,rest=0.002
 
 # Everything the pages of evidence report. What is finished is kept, here and in their records: run it again to go on.
-evidence: $(EVIDENCE_DATA_$(SCALE))/stats.json ## train what docs/evidence.md reports (SCALE=tokens), some nine hours
+evidence: $(EVIDENCE_DATA_$(SCALE))/stats.json ## train what docs/evidence.md reports (SCALE=tokens), some ten hours
 	$(PYTHON) tools/evidence.py --scale $(SCALE)
 
 # What superposition costs, on every core: leave the machine idle for its twelve minutes.
