@@ -330,7 +330,7 @@ def test_what_was_measured_comes_with_its_budgets():
 def test_a_sweep_of_a_small_run_has_what_was_measured_there():
     points: Any = planned(QUICKSTART / 'baseline.yaml', '--sweep')
     stated = {(point['bag_size'], point['share']) for point in points if point['expected']}
-    assert stated == {(4, 0.3), (6, 0.3)}
+    assert stated == {(2, 0.4), (4, 0.3), (6, 0.3)}
     assert {point['expected']['steps'] for point in points if point['expected']} == {1_800}
     shown = run(QUICKSTART / 'baseline.yaml', '--sweep').stdout
     assert 'By a Llama of 363k parameters on Python source.' in shown
