@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import Run
-from .measured import SAME_SHARE, Measured, read_measured
+from .measured import SAME_SCALE, SAME_SHARE, Measured, read_measured
 from .model import Model
 from .published import GRIDS, PAIRS, interpolate, read_grid
 from .units import si
-
-# Within this factor of a known size or budget, that counts as the same scale.
-SAME_SCALE = 1.5
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from .config import Run
 # Shares of steps are rounded to whole steps: nearer than this they are the same.
 SAME_SHARE = 0.01
 PUBLISHED_STEPS, PUBLISHED_TOKENS = 20_000, 14  # the fewest of published runs, the latter per parameter
-SAME_STEPS = 1.5  # within this factor, the nearest budget tells alone
+SAME_SCALE = 1.5  # within this factor of a known size, budget or number of steps, that tells alone
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def warning(found: Sequence[Measured], tokens_per_parameter: float, steps: int) 
         tokens_per_parameter: Of the plain run of equal cost.
         steps: Of the run.
     """
-    if steps >= PUBLISHED_STEPS and tokens_per_parameter * SAME_STEPS > PUBLISHED_TOKENS:
+    if steps >= PUBLISHED_STEPS and tokens_per_parameter * SAME_SCALE > PUBLISHED_TOKENS:
         return ''
 
     def distance(each: Measured) -> float:
@@ -83,7 +83,7 @@ def warning(found: Sequence[Measured], tokens_per_parameter: float, steps: int) 
 
     every = sorted((each for *_, each in read_measured()), key=distance)
     budgets = [every[0]]
-    if not steps / SAME_STEPS < every[0].steps < steps * SAME_STEPS:
+    if not steps / SAME_SCALE < every[0].steps < steps * SAME_SCALE:
         # Between budgets of fewer and of more steps, both tell.
         sides = ([each for each in every if (each.steps < steps) == fewer] for fewer in (True, False))
         budgets = sorted((side[0] for side in sides if side), key=distance)

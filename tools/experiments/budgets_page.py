@@ -35,7 +35,7 @@ from .budgets import (
 )
 from .page import BOLD, FRESH, TERMS, about
 from .pictures import QUIET, finish
-from .report import OTHERS, Runs, grid, shown, spread, table, tokens_per_parameter, verdict
+from .report import OTHERS, Runs, grid, head, row, shown, spread, table, tokens_per_parameter, verdict
 from .settings import BASELINE, PHASES_BATCH, PUBLISHED, S4, S4_BATCH, Experiment, Setting, limited
 
 # Tokens per parameter and gain of the published pairs (paper, tables of its sections 4 and 5).
@@ -149,11 +149,11 @@ def size_of_steps(scales: Sequence[Runs]) -> list[str]:
         return shown(differences) + _number(differences)
 
     columns = ['setting', *(f'{each.scale.steps:,} steps' for each in (small, large)), 'larger minus smaller']
-    lines = [f'| {" | ".join([*columns, "plain in larger minus it in smaller"])} |', '|---' * 5 + '|']
+    lines = head([*columns, 'plain in larger minus it in smaller'])
     for setting in (*RECIPES, SMALL_BAGS):
         losses = [spread(each.losses(setting, SEEDS)) for each in (small, large)]
         changes = [change(setting, setting), change(BASELINE, setting)]
-        lines.append(f'| {" | ".join([setting.name, *losses, *changes])} |')
+        lines.append(row([setting.name, *losses, *changes]))
     return ['## The size of a step, 20 tokens per parameter', STEPS, '\n'.join(lines)]
 
 
@@ -198,21 +198,20 @@ def gain_table(scales: Sequence[Runs]) -> str:
     settings = (*RECIPES, SMALL_BAGS)
     names = [setting.name for setting in settings if setting != BASELINE]
     columns = ['tokens per parameter', 'steps', 'scale', 'baseline', *(f'{name}, minus baseline' for name in names)]
-    lines = [f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
+    lines = head(columns)
     for runs in scales:
         cells = [f'{runs.scale.tokens_per_parameter:.2g}', f'{runs.scale.steps:,}', f'`{runs.scale.name}`']
         for setting in settings:
             differences = runs.differences(setting, BASELINE, seeds_of(setting, runs.scale))
             losses = runs.losses(setting, runs.scale.all_seeds)
             cells.append((spread(losses) if setting == BASELINE else shown(differences)) + _number(differences))
-        lines.append(f'| {" | ".join(cells)} |')
+        lines.append(row(cells))
     return '\n'.join(lines)
 
 
 def own_rates_table(scales: Sequence[Runs]) -> str:
     """Final loss minus the baseline's, each at its own best learning rate, where both were tuned."""
-    lines = [f'| {" | ".join(["tokens per parameter", "steps", "scale", *(s.name for s in TUNED)])} |']
-    lines.append('|---' * (3 + len(TUNED)) + '|')
+    lines = head(['tokens per parameter', 'steps', 'scale', *(setting.name for setting in TUNED)])
     for runs in (runs for runs in scales if runs.scale.name in CHECKED):
         cells = [f'{runs.scale.tokens_per_parameter:.2g}', f'{runs.scale.steps:,}', f'`{runs.scale.name}`']
         for setting in TUNED:
@@ -222,7 +221,7 @@ def own_rates_table(scales: Sequence[Runs]) -> str:
             best, differences = runs.best_rate(setting), runs.at_own_rates(setting, runs.scale.all_seeds)
             at = '' if best == runs.lr else f' [{best:g}]'
             cells.append(shown(differences) + _number(differences) + at)
-        lines.append(f'| {" | ".join(cells)} |')
+        lines.append(row(cells))
     return '\n'.join(lines)
 
 
@@ -233,14 +232,14 @@ def _number(differences: Sequence[float]) -> str:
 def every_run(runs: Runs) -> str:
     """Final losses by setting, learning rate and seed."""
     seeds = sorted({job.seed for job in runs.results})
-    lines = [f'| `{runs.scale.name}` | rate | {" | ".join(map(str, seeds))} |', '|---' * (2 + len(seeds)) + '|']
+    lines = head([f'`{runs.scale.name}`', 'rate', *map(str, seeds)])
     found: dict[tuple[str, float], dict[int, float]] = {}
     for job, result in runs.results.items():
         found.setdefault((job.setting.name, job.lr), {})[job.seed] = result.final_loss
     for name, lr in sorted(found, key=lambda key: (key[0] != BASELINE.name, key)):
         losses = found[name, lr]
         cells = (f'{losses[seed]:.3f}' if seed in losses else '' for seed in seeds)
-        lines.append(f'| {name} | {lr:g} | {" | ".join(cells)} |')
+        lines.append(row([name, f'{lr:g}', *cells]))
     return '\n'.join([f'At {tokens_per_parameter(runs.scale)}:', '', *lines])
 
 

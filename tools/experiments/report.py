@@ -3,7 +3,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .settings import (
@@ -98,7 +98,7 @@ def table(
     columns = ['setting', 'seeds', 'final validation loss', *(f'minus {other}' for other in against), 'data tokens']
     costs = any(setting.cost != 1 for setting in settings)
     columns += ['cost'] * costs + [f'{other.scale.name}: final loss, minus baseline' for other in others]
-    lines = [_row(columns), '|---' * len(columns) + '|']
+    lines = head(columns)
     for setting in settings:
         results = runs.all(setting, seeds)
         if not results:
@@ -110,11 +110,17 @@ def table(
             loss = spread(other.losses(setting, other.scale.seeds))
             difference = spread(other.differences(setting, BASELINE, other.scale.seeds), signed=True)
             cells += [f'{loss}, {difference}' if loss else '']
-        lines.append(_row(cells))
+        lines.append(row(cells))
     return '\n'.join(lines)
 
 
-def _row(cells: Sequence[str]) -> str:
+def head(columns: Sequence[str]) -> list[str]:
+    """The first two lines of a table."""
+    return [row(columns), '|---' * len(columns) + '|']
+
+
+def row(cells: Iterable[str]) -> str:
+    """A line of a table."""
     return f'| {" | ".join(cells)} |'
 
 
@@ -132,19 +138,19 @@ def _seeds(runs: Runs, setting: Setting, seeds: Sequence[int]) -> str:
 
 def grid(runs: Runs, bags: Sequence[int], shares: Sequence[float], seeds: Sequence[int]) -> str:
     """The loss over s and r, minus the baseline's at the same seeds, its means over s and r, and where it is lowest."""
-    lines = [_row(['r', *(f's = {s}' for s in bags), 'mean']), '|---' * (len(bags) + 2) + '|']
+    lines = head(['r', *(f's = {s}' for s in bags), 'mean'])
     means: dict[str, float] = {}
     for share in shares:
-        row = [f'{share:g}']
+        found = [f'{share:g}']
         for bag_size in bags:
             cell = one_size(bag_size, share)
             differences = runs.differences(cell, BASELINE, seeds)
-            row += [f'{spread(differences, signed=True)} ({len(differences)})' if differences else 'not run']
+            found += [f'{spread(differences, signed=True)} ({len(differences)})' if differences else 'not run']
             if differences:
                 means[cell.name] = statistics.fmean(differences)
-        lines.append(_row([*row, _mean(runs, [one_size(bag_size, share) for bag_size in bags], seeds)]))
+        lines.append(row([*found, _mean(runs, [one_size(bag_size, share) for bag_size in bags], seeds)]))
     columns = ([one_size(bag_size, share) for share in shares] for bag_size in bags)
-    lines.append(_row(['mean', *(_mean(runs, cells, seeds) for cells in columns), '']))
+    lines.append(row(['mean', *(_mean(runs, cells, seeds) for cells in columns), '']))
     lowest = min(means, key=lambda name: means[name])
     lines += ['', f'In brackets, the number of seeds. Lowest: {lowest}, at {means[lowest]:+.3f}.']
     return '\n'.join(lines)
@@ -204,14 +210,14 @@ def verdict(runs: Runs, done: Sequence[Experiment]) -> str:
                 seeds[setting] = here
     better: dict[str, list[str]] = {name: [] for name, other in OTHERS.items() if other.algorithm}
     others = OTHERS | {'phases, batch': PHASES_BATCH}
-    lines = [_row(['setting', 'seeds', *(f'minus {other}' for other in others)]), '|---' * (2 + len(others)) + '|']
+    lines = head(['setting', 'seeds', *(f'minus {other}' for other in others)])
     for setting in seeds:
         cells = [setting.name, _seeds(runs, setting, seeds[setting])]
         for name, than in others.items():
             cells.append(text := _difference(runs, setting, than, seeds[setting]))
             if name in better and sure(runs.differences(setting, than, seeds[setting])) < 0:
                 better[name].append(f'{setting.name}, {text.replace("**", "")}')
-        lines.append(_row(cells))
+        lines.append(row(cells))
     says = [
         f'Below {name} with r = 0.3, by more than two standard deviations: {"; ".join(found) or "nothing"}.'
         for name, found in better.items()
