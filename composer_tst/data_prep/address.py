@@ -5,7 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from .errors import PrepareError
+from composer_tst.data_prep.errors import PrepareError
 
 SCHEME = re.compile(r'[A-Za-z][A-Za-z0-9+.-]+:/')
 MAGIC = re.compile(r'[*?[]')

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from .errors import PrepareError, shown
-from .parts import Settings
-from .pipeline import prepare
-from .shards import ShardOptions
-from .split import parse_splits
+from composer_tst.data_prep.errors import PrepareError, shown
+from composer_tst.data_prep.parts import Settings
+from composer_tst.data_prep.pipeline import prepare
+from composer_tst.data_prep.shards import ShardOptions
+from composer_tst.data_prep.split import parse_splits
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -6,15 +6,14 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from composer_tst.data_prep.errors import PrepareError
+from composer_tst.data_prep.lock import DiskLock, S3Lock
+from composer_tst.data_prep.output import Output, part_name
+from composer_tst.data_prep.parts import BAD_ADVICE, Done, Part, PartCount, Report, Settings, pack_part, size_of
+from composer_tst.data_prep.shards import ShardOptions, digest_of, stored
+from composer_tst.data_prep.tokenizer import TextTokenizer
+from composer_tst.data_prep.workers import parallel
 from composer_tst.progress import progress
-
-from .errors import PrepareError
-from .lock import DiskLock, S3Lock
-from .output import Output, part_name
-from .parts import BAD_ADVICE, Done, Part, PartCount, Report, Settings, pack_part, size_of
-from .shards import ShardOptions, digest_of, stored
-from .tokenizer import TextTokenizer
-from .workers import parallel
 
 Item = tuple[int, Part]
 

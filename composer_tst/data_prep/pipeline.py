@@ -8,18 +8,24 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from .address import Address, parse_address
-from .convert import Engine, Job, convert, convert_locally, merged
-from .errors import PrepareError, explained
-from .lock import locked
-from .output import BEGUN, Output, check_output
-from .parts import Part, PartCount, Settings, plan_parts, size_of
-from .sample import sample_texts
-from .shards import LONGEST_ROW, ShardOptions
-from .sources import check_bucket, list_sources
-from .tokenizer import TextTokenizer, check_vocabulary, load_tokenizer, save_tokenizer, train_tokenizer
-from .verify import describe, summarize, verify
-from .workers import in_worker, preload
+from composer_tst.data_prep.address import Address, parse_address
+from composer_tst.data_prep.convert import Engine, Job, convert, convert_locally, merged
+from composer_tst.data_prep.errors import PrepareError, explained
+from composer_tst.data_prep.lock import locked
+from composer_tst.data_prep.output import BEGUN, Output, check_output
+from composer_tst.data_prep.parts import Part, PartCount, Settings, plan_parts, size_of
+from composer_tst.data_prep.sample import sample_texts
+from composer_tst.data_prep.shards import LONGEST_ROW, ShardOptions
+from composer_tst.data_prep.sources import check_bucket, list_sources
+from composer_tst.data_prep.tokenizer import (
+    TextTokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
+from composer_tst.data_prep.verify import describe, summarize, verify
+from composer_tst.data_prep.workers import in_worker, preload
 
 # Changes whenever the same arguments would make other rows than before.
 FORMAT = 2
@@ -138,7 +144,7 @@ def _engine(name: str) -> Engine:
     if name == 'local':
         return convert_locally
     try:
-        from .spark import convert_with_spark
+        from composer_tst.data_prep.spark import convert_with_spark
     except ImportError as error:
         raise PrepareError('--engine spark needs pyspark: pip install "composer-tst[spark]"') from error
     return convert_with_spark

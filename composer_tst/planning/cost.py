@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from composer_tst.plan import Data, Moment, Plan, plan_steps
-
-from .config import PlanError, Run
-from .model import Model
+from composer_tst.planning.config import PlanError, Run
+from composer_tst.planning.model import Model
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .config import Run
-from .measured import SAME_SCALE, SAME_SHARE, Measured, read_measured
-from .model import Model
-from .published import GRIDS, PAIRS, interpolate, read_grid
-from .units import si
+from composer_tst.planning.config import Run
+from composer_tst.planning.measured import SAME_SCALE, SAME_SHARE, Measured, read_measured
+from composer_tst.planning.model import Model
+from composer_tst.planning.published import GRIDS, PAIRS, interpolate, read_grid
+from composer_tst.planning.units import si
 
 
 @dataclass(frozen=True)

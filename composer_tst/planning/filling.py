@@ -8,8 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import PlanError, Run, equal_steps
-from .cost import steps_of
+from composer_tst.planning.config import PlanError, Run, equal_steps
+from composer_tst.planning.cost import steps_of
 
 PUBLISHED_WARMUP = 2000
 

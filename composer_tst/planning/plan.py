@@ -13,15 +13,14 @@ from typing import Any
 from composer.core import Time, TimeUnit
 from omegaconf import DictConfig
 
+from composer_tst.planning.config import Run, equal_steps
+from composer_tst.planning.cost import cost_phases
+from composer_tst.planning.expected import expect
+from composer_tst.planning.measured import same_bags, warning
+from composer_tst.planning.model import Model
+from composer_tst.planning.remarks import remarks
+from composer_tst.planning.stats import Data
 from composer_tst.settings import Phase
-
-from .config import Run, equal_steps
-from .cost import cost_phases
-from .expected import expect
-from .measured import same_bags, warning
-from .model import Model
-from .remarks import remarks
-from .stats import Data
 
 SWEEP_BAGS = (2, 3, 4, 6, 8, 12, 16)
 SWEEP_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)

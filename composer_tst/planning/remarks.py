@@ -11,11 +11,10 @@ from composer.core import Time, Timestamp
 from omegaconf import DictConfig, OmegaConf
 
 from composer_tst.announcing import Course, warnings_of
+from composer_tst.planning.config import PlanError, Run
+from composer_tst.planning.cost import PhaseCost
+from composer_tst.planning.stats import Data
 from composer_tst.turns import turns
-
-from .config import PlanError, Run
-from .cost import PhaseCost
-from .stats import Data
 
 
 def remarks(config: DictConfig, run: Run, costs: list[PhaseCost], data: Data | None) -> list[str]:

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.measure import Call, Case, Other
 from composer_tst.embedding import bag_embedding
 from composer_tst.loss import multi_hot_cross_entropy
-
-from .measure import Call, Case, Other
 
 BAG_SIZES = (2, 6, 16)
 

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .budgets import (
+from experiments.budgets import (
     CHECKED,
     CODE,
     DATA,
@@ -33,10 +33,10 @@ from .budgets import (
     read_twice,
     seeds_of,
 )
-from .page import BOLD, FRESH, TERMS, about
-from .pictures import QUIET, finish
-from .report import OTHERS, Runs, grid, head, row, shown, spread, table, tokens_per_parameter, verdict
-from .settings import BASELINE, PHASES_BATCH, PUBLISHED, S4, S4_BATCH, Experiment, Setting, limited
+from experiments.page import BOLD, FRESH, TERMS, about
+from experiments.pictures import QUIET, finish
+from experiments.report import OTHERS, Runs, grid, head, row, shown, spread, table, tokens_per_parameter, verdict
+from experiments.settings import BASELINE, PHASES_BATCH, PUBLISHED, S4, S4_BATCH, Experiment, Setting, limited
 
 # Tokens per parameter and gain of the published pairs (paper, tables of its sections 4 and 5).
 PUBLISHED_POINTS = (

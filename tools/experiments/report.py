@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .settings import (
+from experiments.settings import (
     BASELINE,
     BASELINES,
     PHASES_BATCH,
@@ -17,7 +17,7 @@ from .settings import (
     Setting,
     one_size,
 )
-from .training import Job, Result
+from experiments.training import Job, Result
 
 # What settings are compared with, as tables call it.
 OTHERS = {'baseline': BASELINE, 'the published s = 6': PUBLISHED, 's = 4': S4}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from bench.machine import machine
 
-from .settings import Scale, Setting
+from experiments.settings import Scale, Setting
 
 if TYPE_CHECKING:
     from composer import Trainer
@@ -171,7 +171,7 @@ def _train_and_write(job: Job, data: Path, folder: Path) -> None:
 def _run(yaml: str, overrides: list[str], attempts: int = 3) -> 'Trainer':
     from llmfoundry.command_utils import train_from_yaml
 
-    from .variants import register
+    from experiments.variants import register
 
     register()
     try:
