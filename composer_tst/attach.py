@@ -16,10 +16,10 @@ import torch
 from composer.models import ComposerModel, HuggingFaceModel
 from torch import nn
 
-from composer_tst.folding import is_plain
 from composer_tst.lookup import BagLookup, change_lookup, give_lookup_back
-from composer_tst.loss import multi_hot_cross_entropy
 from composer_tst.models import find_embedding
+from composer_tst.ops.cross_entropy import multi_hot_cross_entropy
+from composer_tst.ops.fold import is_plain
 
 log = logging.getLogger(__name__)
 

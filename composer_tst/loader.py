@@ -13,7 +13,7 @@ import torch
 import wrapt
 from streaming import StreamingDataset
 
-from composer_tst.folding import check_kinds, is_plain
+from composer_tst.ops.fold import check_kinds, is_plain
 
 log = logging.getLogger(__name__)
 

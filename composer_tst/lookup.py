@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from composer_tst.embedding import bag_embedding
 from composer_tst.models import with_lookup
+from composer_tst.ops.embedding import bag_embedding
 
 
 class BagLookup(nn.Embedding):

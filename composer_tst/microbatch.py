@@ -8,7 +8,7 @@ from composer.core import State, get_precision_context
 from composer.models import ComposerModel
 
 from composer_tst.attach import Attachment
-from composer_tst.folding import bag_rows, check_keys
+from composer_tst.ops.fold import bag_rows, check_keys
 from composer_tst.settings import Settings
 
 

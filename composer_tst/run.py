@@ -10,8 +10,8 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from composer_tst.drawing import Drawing
-from composer_tst.folding import lay_out
 from composer_tst.microbatch import Microbatches, MicrobatchSize, put_train_metrics_aside
+from composer_tst.ops.fold import lay_out
 from composer_tst.placement import place_phases
 from composer_tst.reporting import report_change, report_dropped
 from composer_tst.schedule import Progress, Schedule

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from composer.core import Time, TimeUnit
 
-from composer_tst.folding import check_fold_settings
+from composer_tst.ops.fold import check_fold_settings
 from composer_tst.weighting import Weighting, target_weights
 
 # What `token_superposition` is set by, as a YAML calls it.

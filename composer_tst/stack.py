@@ -96,7 +96,7 @@ def check_batch(batch: Mapping[str, Any], given: Mapping[str, Any], bag_size: in
     """Refuse data that would be trained on otherwise than meant.
 
     Args:
-        batch: Rows as :func:`~composer_tst.folding.lay_out` makes them.
+        batch: Rows as :func:`~composer_tst.ops.fold.lay_out` makes them.
         given: The batch that they are made of.
         bag_size: Tokens in a bag.
         superpose: ``both``, ``input`` or ``output``.

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from composer_tst import TokenSuperposition
 from composer_tst.attach import Attachment
-from composer_tst.folding import fold_batch
+from composer_tst.ops.fold import fold_batch
 
 FULL_SHARD = ['fsdp_config.sharding_strategy=FULL_SHARD']
 CHECKPOINTED = [*FULL_SHARD, 'fsdp_config.activation_checkpointing=true']

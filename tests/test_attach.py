@@ -29,9 +29,9 @@ from transformers import (
 )
 
 from composer_tst.attach import Attachment
-from composer_tst.folding import bag_rows, fold_batch, lay_out
-from composer_tst.loss import multi_hot_cross_entropy
 from composer_tst.models import check_model, find_embedding
+from composer_tst.ops.cross_entropy import multi_hot_cross_entropy
+from composer_tst.ops.fold import bag_rows, fold_batch, lay_out
 
 
 class Bare(ComposerModel):

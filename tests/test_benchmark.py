@@ -15,8 +15,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from composer_tst import TokenSuperposition
-from composer_tst.embedding import bag_embedding
-from composer_tst.loss import multi_hot_cross_entropy
+from composer_tst.ops.cross_entropy import multi_hot_cross_entropy
+from composer_tst.ops.embedding import bag_embedding
 
 
 def same(ours: Tensor, other: Tensor, of: Tensor, tolerance: float) -> None:

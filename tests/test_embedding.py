@@ -8,7 +8,7 @@ import torch
 from profiled import WAITING, allocated_above, deterministic, errors_at_waits, operators
 from torch import Tensor, nn
 
-from composer_tst.embedding import bag_embedding
+from composer_tst.ops.embedding import bag_embedding
 
 
 def definition(
@@ -141,7 +141,7 @@ def test_a_frozen_weight_gets_no_gradient():
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_rows_beyond_one_chunk(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr('composer_tst.embedding._CHUNK_ELEMENTS', 15)
+    monkeypatch.setattr('composer_tst.ops.embedding._CHUNK_ELEMENTS', 15)
     check(nn.Embedding(7, 5, dtype=dtype), torch.randint(0, 7, (10, 4)), attended(10, 4), device)
 
 

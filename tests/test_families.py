@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from composer_tst import TokenSuperposition
 from composer_tst.attach import Attachment
-from composer_tst.folding import fold_batch
+from composer_tst.ops.fold import fold_batch
 
 S, L, ROWS = 3, 8, 6
 

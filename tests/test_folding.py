@@ -7,7 +7,7 @@ import reference
 import torch
 
 from composer_tst import functional as F_tst
-from composer_tst.folding import bag_rows, lay_out
+from composer_tst.ops.fold import bag_rows, lay_out
 from composer_tst.weighting import target_weights
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from composer_tst.loss import multi_hot_cross_entropy
+from composer_tst.ops.cross_entropy import multi_hot_cross_entropy
 
 IGNORED = -100
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
@@ -179,7 +179,7 @@ def test_gradients_of_more_than_2_31_logits(device: torch.device):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_beyond_one_chunk(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr('composer_tst.loss._CHUNK_ELEMENTS', 40)
+    monkeypatch.setattr('composer_tst.ops.cross_entropy._CHUNK_ELEMENTS', 40)
     logits, targets = problem(7, 19, 4, dtype)
     check(logits, targets, None, device)
 

@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from composer_tst import PhaseCheckpointer, TokenSuperposition
 from composer_tst.attach import Attachment
-from composer_tst.folding import fold_batch
+from composer_tst.ops.fold import fold_batch
 
 L, S = 12, 3
 

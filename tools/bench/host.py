@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.measure import clear
 from bench.stepping import BAG_SIZE, SUPERPOSED, Shape, Steps
 from composer_tst import TokenSuperposition
-from composer_tst.folding import fold_batch
+from composer_tst.ops.fold import fold_batch
 
 STEPS = 10
 # How a CPU reads a tensor's values: on a GPU's tensor, each would wait.

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.measure import Call, Case, Other
-from composer_tst.embedding import bag_embedding
-from composer_tst.loss import multi_hot_cross_entropy
+from composer_tst.ops.cross_entropy import multi_hot_cross_entropy
+from composer_tst.ops.embedding import bag_embedding
 
 BAG_SIZES = (2, 6, 16)
 

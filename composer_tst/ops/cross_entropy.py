@@ -149,10 +149,10 @@ def _kernels(logits: Tensor) -> Any:
     if not (logits.is_cuda or _INTERPRETED):
         return None
     try:
-        from composer_tst import loss_triton
+        from composer_tst.ops import cross_entropy_triton
     except ImportError:  # no Triton, so no GPU that it supports
         return None
-    return loss_triton if loss_triton.runs_on(logits) else None
+    return cross_entropy_triton if cross_entropy_triton.runs_on(logits) else None
 
 
 def _nats(softmax: Tensor, logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""What superposition is made of, with torch alone: no Composer, and no state."""
