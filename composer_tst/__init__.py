@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from composer_tst.algorithm import TokenSuperposition
+    from composer_tst.lr_scheduler import WarmupStableDecayScheduler
     from composer_tst.phase_checkpointer import PhaseCheckpointer
-    from composer_tst.scheduler import WarmupStableDecayScheduler
 
 __all__ = ['PhaseCheckpointer', 'TokenSuperposition', 'WarmupStableDecayScheduler']
 
 _MODULES = {
     'PhaseCheckpointer': 'phase_checkpointer',
     'TokenSuperposition': 'algorithm',
-    'WarmupStableDecayScheduler': 'scheduler',
+    'WarmupStableDecayScheduler': 'lr_scheduler',
 }
 
 

@@ -9,7 +9,7 @@ from composer.loggers import Logger
 from torch import nn
 from torch.utils.data import DataLoader
 
-from composer_tst.scheduler import WarmupStableDecayScheduler
+from composer_tst.lr_scheduler import WarmupStableDecayScheduler
 
 PEAK = 0.5
 ROWS, LENGTH, BATCHES = 2, 4, 10  # a batch is 2 samples of 4 tokens, an epoch 10 batches
