@@ -2,6 +2,6 @@
 
 import sys
 
-from composer_tst.cli import main
+from composer_tst.cli.main import main
 
 sys.exit(main())

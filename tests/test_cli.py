@@ -9,7 +9,8 @@ from conftest import REPO
 from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
-from composer_tst import cli, recipe
+from composer_tst.cli import main as command
+from composer_tst.cli import recipe
 from composer_tst.planning.config import load, read_run
 from composer_tst.planning.cost import cost_phases
 from composer_tst.planning.model import Model
@@ -18,9 +19,9 @@ MODEL = Model(1, 1, 1, 1)
 
 
 def test_it_lists_its_commands_and_names_the_nearest(capsys: pytest.CaptureFixture[str]):
-    assert cli.main([]) == 0
+    assert command.main([]) == 0
     assert re.findall(r'^  ([a-z-]+) ', capsys.readouterr().out, re.M) == ['plan', 'prepare-data', 'compare', 'recipe']
-    assert cli.main(['prepare']) == 2
+    assert command.main(['prepare']) == 2
     assert capsys.readouterr().err == (
         'error: prepare is no command (did you mean prepare-data?): give one of plan, prepare-data, compare, recipe\n'
     )

@@ -42,7 +42,7 @@ def test_the_tests_of_the_loss_pass_with_the_kernels():
 @pytest.mark.parametrize('name', KERNELS)
 def test_the_kernels_compile_for_gpus(name: str, dtype: str, capability: int):
     signature = {argument: kind or dtype for argument, kind in KERNELS[name].items()} | {'BLOCK': 'constexpr'}
-    source = ASTSource(getattr(loss_triton, name), signature, {'BLOCK': 8192})
+    source = ASTSource(getattr(cross_entropy_triton, name), signature, {'BLOCK': 8192})
     compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options={'num_warps': 8})
     assert compiled.asm['cubin']
     # Nothing spills: each thread holds its 32 logits in registers.

@@ -15,8 +15,9 @@ from trainers import Rows, llama, make_trainer, mpt, random_loader
 from transformers import T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
-from composer_tst import PhaseCheckpointer, TokenSuperposition, WarmupStableDecayScheduler, recipe
+from composer_tst import PhaseCheckpointer, TokenSuperposition, WarmupStableDecayScheduler
 from composer_tst import functional as F_tst
+from composer_tst.cli import recipe
 from composer_tst.comparing.command import app as compare
 from composer_tst.planning.command import app as plan
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from composer_tst.progress import progress
+from composer_tst.cli.progress_bar import progress
 
 
 def test_elsewhere_than_on_a_terminal_it_is_a_line_now_and_then(capfd: pytest.CaptureFixture[str]):

@@ -73,7 +73,7 @@ def test_the_wheel_says_what_it_is(wheel: Path):
         (metadata,) = [name for name in names if name.endswith('METADATA')]
         says = Parser().parsestr(archive.read(metadata).decode())
         (points,) = [name for name in names if name.endswith('entry_points.txt')]
-        assert 'composer-tst = composer_tst.cli:main' in archive.read(points).decode()
+        assert 'composer-tst = composer_tst.cli.main:main' in archive.read(points).decode()
     assert says['Author'] == 'The composer-tst authors'
     assert 'token superposition' in says['Keywords']
     assert 'Development Status :: 4 - Beta' in says.get_all('Classifier', [])

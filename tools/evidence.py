@@ -30,7 +30,7 @@ from experiments.settings import (
 )
 from experiments.training import Job, Result, finished, train_all
 
-from composer_tst.progress import progress
+from composer_tst.cli.progress_bar import progress
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from composer_tst.progress import progress
+from composer_tst.cli.progress_bar import progress
 
 YAMLS = Path(__file__).parents[1] / 'yamls' / 'quickstart'
 RUNS = ('baseline', 'tst')

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from composer_tst.cli.progress_bar import progress
 from composer_tst.data_prep.errors import PrepareError
 from composer_tst.data_prep.lock import DiskLock, S3Lock
 from composer_tst.data_prep.output import Output, part_name
@@ -13,7 +14,6 @@ from composer_tst.data_prep.parts import BAD_ADVICE, Done, Part, PartCount, Repo
 from composer_tst.data_prep.shards import ShardOptions, digest_of, stored
 from composer_tst.data_prep.tokenizer import TextTokenizer
 from composer_tst.data_prep.workers import parallel
-from composer_tst.progress import progress
 
 Item = tuple[int, Part]
 

@@ -14,7 +14,7 @@ COMMANDS = {
     'plan': ('composer_tst.planning.command', 'steps, data, time and expected gain of a run before it is run'),
     'prepare-data': ('composer_tst.data_prep.command', 'raw text, local or on S3, to tokenised MDS shards'),
     'compare': ('composer_tst.comparing.command', 'runs beside a baseline, as a table and a picture'),
-    'recipe': ('composer_tst.recipe', 'the configs of the published models'),
+    'recipe': ('composer_tst.cli.recipe', 'the configs of the published models'),
 }
 # What the extra `tools` installs and a training run does without.
 NEEDED = ('matplotlib', 'tqdm', 'typer')

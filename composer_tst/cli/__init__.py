@@ -1,0 +1,1 @@
+"""The command ``composer-tst``: plan, prepare-data, compare and recipe. A training run imports nothing of it."""
