@@ -22,8 +22,8 @@ from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 # First, since it makes the tools importable.
 from preparing import Bucket, Folder, make_text  # isort: skip
-from composer_tst.data_prep import tokenizer as tokenizers_of
-from composer_tst.data_prep.errors import shown
+from composer_tst.cli.prepare_data import tokenizer as tokenizers_of
+from composer_tst.cli.prepare_data.errors import shown
 
 EOS = '</s>'
 SPELLED = ['</s>', '<|endoftext|>', '<pad>', '<unk>', '[UNK]', '<|padding|>']

@@ -33,7 +33,7 @@ from s3_server import serve
 
 # First, since it makes the tools importable.
 from preparing import Bucket, Folder, of_split, prepare  # isort: skip
-from composer_tst.data_prep import (
+from composer_tst.cli.prepare_data import (
     convert,
     disk,
     documents,
@@ -353,7 +353,7 @@ def spark_session() -> Any:
         )
         from pyspark import SparkContext
 
-        from composer_tst.data_prep import spark
+        from composer_tst.cli.prepare_data import spark
 
         stop, added, add = spark.SparkSession.stop, [], SparkContext.addPyFile
         spark.SparkSession.stop = lambda session: None  # pyright: ignore

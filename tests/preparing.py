@@ -16,9 +16,9 @@ from typer.testing import CliRunner, Result
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'tools'))
 
-from composer_tst.data_prep import convert, parts, sources, workers
-from composer_tst.data_prep.address import Address
-from composer_tst.data_prep.command import app
+from composer_tst.cli.prepare_data import convert, parts, sources, workers
+from composer_tst.cli.prepare_data.address import Address
+from composer_tst.cli.prepare_data.command import app
 
 if __name__ != '__main__':
     # Tests want a worker at once; a single run imports this in the one worker that needs it.

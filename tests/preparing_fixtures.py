@@ -9,7 +9,7 @@ from s3_server import s3_server  # noqa: F401
 
 # First, since it makes the tools importable.
 from preparing import TEXTS, Bucket, Folder, L, make_text, write_jsonl  # isort: skip
-from composer_tst.data_prep import lock, parts, tokenizer
+from composer_tst.cli.prepare_data import lock, parts, tokenizer
 
 
 @pytest.fixture(scope='module')

@@ -31,9 +31,9 @@ from preparing import (
 )  # isort: skip
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
-from composer_tst.data_prep import convert, parts, shards, split, tokenizer
-from composer_tst.data_prep.errors import PrepareError
-from composer_tst.data_prep.output import Output
+from composer_tst.cli.prepare_data import convert, parts, shards, split, tokenizer
+from composer_tst.cli.prepare_data.errors import PrepareError
+from composer_tst.cli.prepare_data.output import Output
 
 pytest_plugins = ['preparing_fixtures']
 

@@ -12,7 +12,7 @@ import pytest
 
 # First, since it makes the tools importable.
 from preparing import TOOL, prepare_until_killed, read_rows, refuse, succeed  # isort: skip
-from composer_tst.data_prep import shards
+from composer_tst.cli.prepare_data import shards
 
 pytest_plugins = ['preparing_fixtures']
 
@@ -22,7 +22,7 @@ def test_a_lock_lives_as_long_as_any_worker_of_the_run(common: list[object], tmp
     script = f"""
 import multiprocessing, os, sys, time
 sys.path.insert(0, {os.path.dirname(os.path.dirname(os.path.dirname(shards.__file__)))!r})
-from composer_tst.data_prep.lock import DiskLock
+from composer_tst.cli.prepare_data.lock import DiskLock
 def work(lock, path):
     open(path, 'w').close()
     time.sleep(2)

@@ -10,7 +10,7 @@ from streaming import MDSWriter
 
 # First, since it makes the tools importable.
 from preparing import L, TEXTS, define_rows, prepare, read_rows, refuse, succeed  # isort: skip
-from composer_tst.data_prep import shards
+from composer_tst.cli.prepare_data import shards
 
 pytest_plugins = ['preparing_fixtures']
 

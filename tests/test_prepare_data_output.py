@@ -13,8 +13,8 @@ import pytest
 
 # First, since it makes the tools importable.
 from preparing import TOOL, L, TEXTS, Bucket, Folder, prepare_until_killed, refuse, succeed, write_jsonl  # isort: skip
-from composer_tst.data_prep import disk, parts, tokenizer
-from composer_tst.data_prep.lock import locked
+from composer_tst.cli.prepare_data import disk, parts, tokenizer
+from composer_tst.cli.prepare_data.lock import locked
 
 pytest_plugins = ['preparing_fixtures']
 
@@ -217,7 +217,7 @@ def test_a_second_run_is_refused_while_the_first_lives(place: Folder | Bucket, c
 
 @pytest.mark.parametrize('place', ['s3'], indirect=True)  # on a disk the system holds the lock
 def test_a_run_whose_lock_was_taken_over_makes_no_index(common: list[object], tmp_path: Path, place: Bucket):
-    from composer_tst.data_prep import pipeline
+    from composer_tst.cli.prepare_data import pipeline
 
     def stolen(*arguments: Any) -> Any:
         place.put('out/.records/lock', b'another')

@@ -24,8 +24,8 @@ import zstandard
 
 # First, since it makes the tools importable.
 from preparing import refuse, succeed, make_text, source, sources_of, write_jsonl  # isort: skip
-from composer_tst.data_prep import disk, documents, parts, reading
-from composer_tst.data_prep.errors import PrepareError
+from composer_tst.cli.prepare_data import disk, documents, parts, reading
+from composer_tst.cli.prepare_data.errors import PrepareError
 
 pytest_plugins = ['preparing_fixtures']
 

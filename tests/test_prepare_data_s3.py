@@ -26,8 +26,8 @@ from s3_server import BUCKET, s3_server  # noqa: F401
 
 # First, since it makes the tools importable.
 from preparing import prepare, refuse, source, sources_of, succeed, tree  # isort: skip
-from composer_tst.data_prep import documents, lock, output, parts, reading, s3, tokenizer
-from composer_tst.data_prep.errors import PrepareError
+from composer_tst.cli.prepare_data import documents, lock, output, parts, reading, s3, tokenizer
+from composer_tst.cli.prepare_data.errors import PrepareError
 
 L = 16
 TEXTS = [f'document {number}: ' + 'streams of superposed tokens, ' * (number % 7 + 1) for number in range(60)]

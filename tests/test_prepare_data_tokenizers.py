@@ -13,7 +13,7 @@ from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 # First, since it makes the tools importable.
 from preparing import make_text, of_split, refuse, sources_of, succeed, write_jsonl, L  # isort: skip
-from composer_tst.data_prep import parts, sample, tokenizer
+from composer_tst.cli.prepare_data import parts, sample, tokenizer
 
 EOS = '</s>'
 

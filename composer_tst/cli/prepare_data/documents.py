@@ -10,10 +10,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from composer_tst.data_prep.errors import explained
-from composer_tst.data_prep.reading import BLOCK_BYTES, DamagedError, Meter, blocks, opened, refusing
-from composer_tst.data_prep.sources import Source
-from composer_tst.data_prep.split import content_hash
+from composer_tst.cli.prepare_data.errors import explained
+from composer_tst.cli.prepare_data.reading import BLOCK_BYTES, DamagedError, Meter, blocks, opened, refusing
+from composer_tst.cli.prepare_data.sources import Source
+from composer_tst.cli.prepare_data.split import content_hash
 
 # A text file up to this size is read once and held; a longer one is read twice, first for its hash.
 HELD_BYTES = 4 << 20

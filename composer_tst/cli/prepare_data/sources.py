@@ -7,9 +7,9 @@ import stat
 import sys
 from dataclasses import dataclass
 
-from composer_tst.data_prep.address import Address, Pattern, parse_address
-from composer_tst.data_prep.errors import PrepareError, explained, shown
-from composer_tst.data_prep.s3 import S3, client
+from composer_tst.cli.prepare_data.address import Address, Pattern, parse_address
+from composer_tst.cli.prepare_data.errors import PrepareError, explained, shown
+from composer_tst.cli.prepare_data.s3 import S3, client
 
 JSONL_EXTENSIONS = ('.jsonl', '.ndjson', '.json')
 COMPRESSIONS = {'.gz': 'gzip', '.zst': 'zstd', '.zstd': 'zstd', '.bz2': 'bzip2', '.xz': 'xz'}

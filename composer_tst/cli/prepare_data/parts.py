@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from composer_tst.data_prep.documents import BadDocument, Piece, open_parquet, read_documents
-from composer_tst.data_prep.errors import PrepareError, shown
-from composer_tst.data_prep.packing import Packer
-from composer_tst.data_prep.reading import DamagedError, Meter, opened, refusing
-from composer_tst.data_prep.sources import Source
-from composer_tst.data_prep.split import Splits, choose_split
-from composer_tst.data_prep.tokenizer import TextTokenizer
+from composer_tst.cli.prepare_data.documents import BadDocument, Piece, open_parquet, read_documents
+from composer_tst.cli.prepare_data.errors import PrepareError, shown
+from composer_tst.cli.prepare_data.packing import Packer
+from composer_tst.cli.prepare_data.reading import DamagedError, Meter, opened, refusing
+from composer_tst.cli.prepare_data.sources import Source
+from composer_tst.cli.prepare_data.split import Splits, choose_split
+from composer_tst.cli.prepare_data.tokenizer import TextTokenizer
 
 # About as many bytes of rows as of text, so about one shard of streaming's default size.
 PART_BYTES = 64 << 20

@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from composer_tst.cli.prepare_data.errors import PrepareError
+from composer_tst.cli.prepare_data.lock import DiskLock, S3Lock
+from composer_tst.cli.prepare_data.output import Output, part_name
+from composer_tst.cli.prepare_data.parts import BAD_ADVICE, Done, Part, PartCount, Report, Settings, pack_part, size_of
+from composer_tst.cli.prepare_data.shards import ShardOptions, digest_of, stored
+from composer_tst.cli.prepare_data.tokenizer import TextTokenizer
+from composer_tst.cli.prepare_data.workers import parallel
 from composer_tst.cli.progress_bar import progress
-from composer_tst.data_prep.errors import PrepareError
-from composer_tst.data_prep.lock import DiskLock, S3Lock
-from composer_tst.data_prep.output import Output, part_name
-from composer_tst.data_prep.parts import BAD_ADVICE, Done, Part, PartCount, Report, Settings, pack_part, size_of
-from composer_tst.data_prep.shards import ShardOptions, digest_of, stored
-from composer_tst.data_prep.tokenizer import TextTokenizer
-from composer_tst.data_prep.workers import parallel
 
 Item = tuple[int, Part]
 

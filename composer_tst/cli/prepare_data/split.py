@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from composer_tst.data_prep.errors import PrepareError
+from composer_tst.cli.prepare_data.errors import PrepareError
 
 Splits = tuple[tuple[str, float], ...]
 NAME = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_-]*')

@@ -8,24 +8,24 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from composer_tst.data_prep.address import Address, parse_address
-from composer_tst.data_prep.convert import Engine, Job, convert, convert_locally, merged
-from composer_tst.data_prep.errors import PrepareError, explained
-from composer_tst.data_prep.lock import locked
-from composer_tst.data_prep.output import BEGUN, Output, check_output
-from composer_tst.data_prep.parts import Part, PartCount, Settings, plan_parts, size_of
-from composer_tst.data_prep.sample import sample_texts
-from composer_tst.data_prep.shards import LONGEST_ROW, ShardOptions
-from composer_tst.data_prep.sources import check_bucket, list_sources
-from composer_tst.data_prep.tokenizer import (
+from composer_tst.cli.prepare_data.address import Address, parse_address
+from composer_tst.cli.prepare_data.convert import Engine, Job, convert, convert_locally, merged
+from composer_tst.cli.prepare_data.errors import PrepareError, explained
+from composer_tst.cli.prepare_data.lock import locked
+from composer_tst.cli.prepare_data.output import BEGUN, Output, check_output
+from composer_tst.cli.prepare_data.parts import Part, PartCount, Settings, plan_parts, size_of
+from composer_tst.cli.prepare_data.sample import sample_texts
+from composer_tst.cli.prepare_data.shards import LONGEST_ROW, ShardOptions
+from composer_tst.cli.prepare_data.sources import check_bucket, list_sources
+from composer_tst.cli.prepare_data.tokenizer import (
     TextTokenizer,
     check_vocabulary,
     load_tokenizer,
     save_tokenizer,
     train_tokenizer,
 )
-from composer_tst.data_prep.verify import describe, summarize, verify
-from composer_tst.data_prep.workers import in_worker, preload
+from composer_tst.cli.prepare_data.verify import describe, summarize, verify
+from composer_tst.cli.prepare_data.workers import in_worker, preload
 
 # Changes whenever the same arguments would make other rows than before.
 FORMAT = 2
@@ -144,7 +144,7 @@ def _engine(name: str) -> Engine:
     if name == 'local':
         return convert_locally
     try:
-        from composer_tst.data_prep.spark import convert_with_spark
+        from composer_tst.cli.prepare_data.spark import convert_with_spark
     except ImportError as error:
         raise PrepareError('--engine spark needs pyspark: pip install "composer-tst[spark]"') from error
     return convert_with_spark

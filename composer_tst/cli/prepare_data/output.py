@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from composer_tst.data_prep.disk import Disk
-from composer_tst.data_prep.errors import PrepareError, shown
-from composer_tst.data_prep.s3 import S3, THREADS
-from composer_tst.data_prep.stores import store_of
+from composer_tst.cli.prepare_data.disk import Disk
+from composer_tst.cli.prepare_data.errors import PrepareError, shown
+from composer_tst.cli.prepare_data.s3 import S3, THREADS
+from composer_tst.cli.prepare_data.stores import store_of
 
 RECORDS = '.records'
 BEGUN = 'begun.json'

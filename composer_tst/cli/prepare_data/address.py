@@ -5,7 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from composer_tst.data_prep.errors import PrepareError
+from composer_tst.cli.prepare_data.errors import PrepareError
 
 SCHEME = re.compile(r'[A-Za-z][A-Za-z0-9+.-]+:/')
 MAGIC = re.compile(r'[*?[]')

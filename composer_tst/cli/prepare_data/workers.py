@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from typing import Any
 
-from composer_tst.data_prep.errors import PrepareError, explained
+from composer_tst.cli.prepare_data.errors import PrepareError, explained
 
 PRELOADED = ['numpy', 'pyarrow.parquet', 'tokenizers', 'tqdm', 'typer', 'botocore.client']
 TICK_SECONDS = 0.2

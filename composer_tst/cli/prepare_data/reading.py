@@ -13,10 +13,10 @@ from typing import Any
 import pyarrow as pa
 import zstandard
 
-from composer_tst.data_prep.errors import PrepareError, shown
-from composer_tst.data_prep.inputs import Input
-from composer_tst.data_prep.sources import MISSING, Source
-from composer_tst.data_prep.stores import store_of
+from composer_tst.cli.prepare_data.errors import PrepareError, shown
+from composer_tst.cli.prepare_data.inputs import Input
+from composer_tst.cli.prepare_data.sources import MISSING, Source
+from composer_tst.cli.prepare_data.stores import store_of
 
 BLOCK_BYTES = 1 << 20
 ZSTD_HEADER = 18  # bytes of a frame's header at most

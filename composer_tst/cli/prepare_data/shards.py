@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from composer_tst.data_prep.errors import PrepareError
+from composer_tst.cli.prepare_data.errors import PrepareError
 
 SHARD_BYTES = 1 << 26
 # A row must be within reach of the 32-bit offsets of a shard.

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from composer_tst.data_prep.errors import PrepareError, explained
-from composer_tst.data_prep.inputs import NOT_OURS, Input
+from composer_tst.cli.prepare_data.errors import PrepareError, explained
+from composer_tst.cli.prepare_data.inputs import NOT_OURS, Input
 
 
 class Disk:

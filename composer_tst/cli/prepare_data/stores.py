@@ -4,8 +4,8 @@ Nothing there deletes or replaces what it did not make: a file is created, or fo
 or left alone.
 """
 
-from composer_tst.data_prep.disk import Disk
-from composer_tst.data_prep.s3 import S3
+from composer_tst.cli.prepare_data.disk import Disk
+from composer_tst.cli.prepare_data.s3 import S3
 
 
 def store_of(path: str) -> Disk | S3:

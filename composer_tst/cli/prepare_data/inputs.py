@@ -2,7 +2,7 @@
 
 import io
 
-from composer_tst.data_prep.errors import ChangedError
+from composer_tst.cli.prepare_data.errors import ChangedError
 
 # What is said of a file that is in the way; both kinds of store refuse it alike.
 NOT_OURS = '{} is there already and is not what this run writes: move it away, and the same command goes on from here'

@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from composer_tst.cli.prepare_data.convert import Job
+from composer_tst.cli.prepare_data.errors import PrepareError
+from composer_tst.cli.prepare_data.parts import PartCount, Settings
+from composer_tst.cli.prepare_data.shards import digest_of
+from composer_tst.cli.prepare_data.tokenizer import TextTokenizer
+from composer_tst.cli.prepare_data.workers import parallel
 from composer_tst.cli.progress_bar import progress
-from composer_tst.data_prep.convert import Job
-from composer_tst.data_prep.errors import PrepareError
-from composer_tst.data_prep.parts import PartCount, Settings
-from composer_tst.data_prep.shards import digest_of
-from composer_tst.data_prep.tokenizer import TextTokenizer
-from composer_tst.data_prep.workers import parallel
 
 
 def summarize(shards: Mapping[str, list], count: PartCount, settings: Settings, tokenizer: TextTokenizer) -> dict:

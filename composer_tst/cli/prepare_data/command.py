@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from composer_tst.data_prep.errors import PrepareError, shown
-from composer_tst.data_prep.parts import Settings
-from composer_tst.data_prep.pipeline import prepare
-from composer_tst.data_prep.shards import ShardOptions
-from composer_tst.data_prep.split import parse_splits
+from composer_tst.cli.prepare_data.errors import PrepareError, shown
+from composer_tst.cli.prepare_data.parts import Settings
+from composer_tst.cli.prepare_data.pipeline import prepare
+from composer_tst.cli.prepare_data.shards import ShardOptions
+from composer_tst.cli.prepare_data.split import parse_splits
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from multiprocessing.reduction import DupFd
 from typing import Any
 
-from composer_tst.data_prep.errors import FAILURES, PrepareError, explained, shown
-from composer_tst.data_prep.inputs import NOT_OURS
-from composer_tst.data_prep.output import RECORDS
-from composer_tst.data_prep.s3 import S3
+from composer_tst.cli.prepare_data.errors import FAILURES, PrepareError, explained, shown
+from composer_tst.cli.prepare_data.inputs import NOT_OURS
+from composer_tst.cli.prepare_data.output import RECORDS
+from composer_tst.cli.prepare_data.s3 import S3
 
 # How often the lock on S3 is renewed, and after how long without that its owner is dead, in seconds.
 BEAT = 5.0

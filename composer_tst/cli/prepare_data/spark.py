@@ -12,9 +12,9 @@ from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
-from composer_tst.data_prep.convert import Item, Job, convert_part
-from composer_tst.data_prep.errors import PrepareError
-from composer_tst.data_prep.parts import Done, Part, PartCount, Report, size_of
+from composer_tst.cli.prepare_data.convert import Item, Job, convert_part
+from composer_tst.cli.prepare_data.errors import PrepareError
+from composer_tst.cli.prepare_data.parts import Done, Part, PartCount, Report, size_of
 
 # Tasks of one wave for each core: enough that few cores wait at its end, and few after a bad document.
 WAVE_TASKS_PER_CORE = 8

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from composer_tst.data_prep.errors import PrepareError
+from composer_tst.cli.prepare_data.errors import PrepareError
 
 END_OF_TEXT = '<|endoftext|>'
 PADDING = '<|padding|>'

@@ -3,9 +3,9 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 
-from composer_tst.data_prep.documents import Document, read_documents
-from composer_tst.data_prep.parts import Part, Settings
-from composer_tst.data_prep.split import choose_split
+from composer_tst.cli.prepare_data.documents import Document, read_documents
+from composer_tst.cli.prepare_data.parts import Part, Settings
+from composer_tst.cli.prepare_data.split import choose_split
 
 # BPE finds its merges in far less text than a corpus; in characters.
 SAMPLE_CHARS = 32 << 20

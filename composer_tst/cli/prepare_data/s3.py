@@ -8,8 +8,8 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from composer_tst.data_prep.errors import FAILURES, ChangedError, PrepareError, explained, reason
-from composer_tst.data_prep.inputs import NOT_OURS, Input
+from composer_tst.cli.prepare_data.errors import FAILURES, ChangedError, PrepareError, explained, reason
+from composer_tst.cli.prepare_data.inputs import NOT_OURS, Input
 
 # What is fetched from S3 at once, in bytes.
 BLOCK_BYTES = 8 << 20
