@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from typer.testing import CliRunner
 
-from composer_tst.comparing import picture
-from composer_tst.comparing.command import app
-from composer_tst.comparing.events import CompareError, Series
-from composer_tst.comparing.runs import Run, read_run
-from composer_tst.comparing.speedup import first_crossing, iso_loss_speedup
+from composer_tst.cli.compare import picture
+from composer_tst.cli.compare.command import app
+from composer_tst.cli.compare.events import CompareError, Series
+from composer_tst.cli.compare.runs import Run, read_run
+from composer_tst.cli.compare.speedup import first_crossing, iso_loss_speedup
 
 Command = Callable[..., tuple[int, str, str]]
 

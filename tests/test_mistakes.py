@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from composer_tst import PhaseCheckpointer, TokenSuperposition, WarmupStableDecayScheduler
 from composer_tst import functional as F_tst
 from composer_tst.cli import recipe
-from composer_tst.comparing.command import app as compare
+from composer_tst.cli.compare.command import app as compare
 from composer_tst.planning.command import app as plan
 
 BAG = {'bag_size': 4, 'duration': '0.3dur'}

@@ -16,10 +16,10 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
-from composer_tst.comparing.events import Series
-from composer_tst.comparing.fairness import MARK, is_marked, remarks_on_all
-from composer_tst.comparing.runs import Run
-from composer_tst.comparing.speedup import iso_loss_speedup
+from composer_tst.cli.compare.events import Series
+from composer_tst.cli.compare.fairness import MARK, is_marked, remarks_on_all
+from composer_tst.cli.compare.runs import Run
+from composer_tst.cli.compare.speedup import iso_loss_speedup
 
 BASELINE_COLOR = '#3c3c3c'
 # Told apart by colour-blind readers; each kind of dash and marker has all of them once.

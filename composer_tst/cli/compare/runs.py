@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from composer_tst.comparing.events import CompareError, Series, read_scalars
+from composer_tst.cli.compare.events import CompareError, Series, read_scalars
 
 TRAIN_LOSS = 'loss/train/total'
 BAG_SIZE = 'superposition/bag_size'

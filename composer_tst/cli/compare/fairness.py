@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from composer_tst.comparing.runs import Run
+from composer_tst.cli.compare.runs import Run
 
 MARK = '(!)'
 # Positions of the model a step: within this share of each other they are the same, for an epoch's last step is smaller.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from composer_tst.comparing.fairness import MARK, is_marked
-from composer_tst.comparing.runs import Run
-from composer_tst.comparing.speedup import iso_loss_speedup
+from composer_tst.cli.compare.fairness import MARK, is_marked
+from composer_tst.cli.compare.runs import Run
+from composer_tst.cli.compare.speedup import iso_loss_speedup
 
 EXPLAINED = (
     "iso-loss speed-up: the baseline's steps to the run's final loss, over the run's; an upper bound, for the baseline"

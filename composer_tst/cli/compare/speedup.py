@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from composer_tst.comparing.events import Series
+from composer_tst.cli.compare.events import Series
 
 
 def first_crossing(curve: Series, level: float) -> float | None:

@@ -24,11 +24,11 @@ def main(
     They are read from TensorBoard files. The train loss of a superposed phase is the multi-hot cross-entropy over a
     bag's tokens, another quantity than the next-token loss: it is drawn dashed and faint.
     """
-    from composer_tst.comparing.events import CompareError
-    from composer_tst.comparing.fairness import remarks_on_all
-    from composer_tst.comparing.picture import draw
-    from composer_tst.comparing.runs import read_run
-    from composer_tst.comparing.table import table
+    from composer_tst.cli.compare.events import CompareError
+    from composer_tst.cli.compare.fairness import remarks_on_all
+    from composer_tst.cli.compare.picture import draw
+    from composer_tst.cli.compare.runs import read_run
+    from composer_tst.cli.compare.table import table
 
     try:
         if output.suffix.lower() not in FORMATS:
