@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from composer_tst.cli import main as command
 from composer_tst.cli import recipe
-from composer_tst.planning.config import load, read_run
-from composer_tst.planning.cost import cost_phases
-from composer_tst.planning.model import Model
+from composer_tst.cli.plan.config import load, read_run
+from composer_tst.cli.plan.cost import cost_phases
+from composer_tst.cli.plan.model import Model
 
 MODEL = Model(1, 1, 1, 1)
 

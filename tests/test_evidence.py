@@ -41,7 +41,7 @@ from trainers import logged, make_trainer, mpt, random_loader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
-from composer_tst.planning.measured import read_measured
+from composer_tst.cli.plan.measured import read_measured
 
 assert trainings  # its server has imported what a run needs
 
@@ -460,6 +460,6 @@ def test_the_planner_reads_what_the_record_says(tmp_path: Path):
             of = trained[run['scale']]
             of.results[Job(settings[run['setting']], run['seed'], run['lr'], of.scale)] = Result(**run['result'])
     budgets_page.write_measured(tmp_path / 'measured.csv', [runs for runs in trained.values() if runs.rates()])
-    written = (REPO / 'composer_tst' / 'published' / 'small_llama.csv').read_text()
+    written = (REPO / 'composer_tst/cli/plan/losses/small_llama.csv').read_text()
     assert written == (tmp_path / 'measured.csv').read_text()
     assert len(read_measured()) == len(written.splitlines()) - 1

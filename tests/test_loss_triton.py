@@ -14,6 +14,8 @@ triton = pytest.importorskip('triton', reason='torch brings no Triton for this s
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from composer_tst.ops import cross_entropy_triton  # noqa: E402
+
 STRIDED = {'logits': None, 'row_stride': 'i64', 'column_stride': 'i32'}
 KERNELS = {
     '_log_sum_exp': {**STRIDED, 'result': '*fp32', 'vocabulary': 'i32'},

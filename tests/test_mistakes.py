@@ -19,7 +19,7 @@ from composer_tst import PhaseCheckpointer, TokenSuperposition, WarmupStableDeca
 from composer_tst import functional as F_tst
 from composer_tst.cli import recipe
 from composer_tst.cli.compare.command import app as compare
-from composer_tst.planning.command import app as plan
+from composer_tst.cli.plan.command import app as plan
 
 BAG = {'bag_size': 4, 'duration': '0.3dur'}
 NO_TIME = 'which is no Composer Time: write it as 0.3dur, 6000ba, 100000tok, 500sp or 1ep.'

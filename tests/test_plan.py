@@ -12,13 +12,13 @@ from conftest import REPO
 from omegaconf import OmegaConf
 from typer.testing import CliRunner, Result
 
-from composer_tst.planning.command import app
-from composer_tst.planning.config import Run
-from composer_tst.planning.expected import expect
-from composer_tst.planning.measured import Measured, same_bags, warning
-from composer_tst.planning.model import Model
-from composer_tst.planning.plan import SWEEP_BAGS, SWEEP_SHARES
-from composer_tst.planning.tables import measured_lines
+from composer_tst.cli.plan.command import app
+from composer_tst.cli.plan.config import Run
+from composer_tst.cli.plan.expected import expect
+from composer_tst.cli.plan.forecast import SWEEP_BAGS, SWEEP_SHARES
+from composer_tst.cli.plan.measured import Measured, same_bags, warning
+from composer_tst.cli.plan.model import Model
+from composer_tst.cli.plan.tables import measured_lines
 from composer_tst.settings import Phase
 
 QUICKSTART = REPO / 'yamls' / 'quickstart'
@@ -245,7 +245,7 @@ def test_expected_loss_is_a_measured_one_where_that_is_nearer(monkeypatch: pytes
     few = Measured(0.2, 0.05, 3, 'prose', 400_000, 1, 400)
     more = Measured(-0.05, 0.02, 4, 'prose', 400_000, 20, 8_000)
     every = [([6], [0.3], 'sequence', each) for each in (few, more)]
-    monkeypatch.setattr('composer_tst.planning.expected.read_measured', lambda: every)
+    monkeypatch.setattr('composer_tst.cli.plan.expected.read_measured', lambda: every)
     small = replace(MODEL, parameters=400_000)
     found = expect(BATCH, small, 20 * 400_000, 8_000, 0.3, 6, [few, more])
     assert found is not None
@@ -277,7 +277,7 @@ def test_what_was_measured_is_that_of_the_same_bags_at_every_budget(monkeypatch:
         ([6], [0.3], 'sequence', of(1.0, 350)),
         ([8, 2], [0.1, 0.3], 'batch', of(5, 1_000)),
     ]
-    monkeypatch.setattr('composer_tst.planning.measured.read_measured', lambda: lines)
+    monkeypatch.setattr('composer_tst.cli.plan.measured.read_measured', lambda: lines)
     bags_of_6 = replace(BATCH, phases=(Phase(6, Time.from_timestring('0.3dur')),))
     assert same_bags(bags_of_6, [0.304]) == [of(1.0, 350), of(28, 10_000)]
     assert same_bags(bags_of_6, [0.4]) == []
@@ -295,7 +295,7 @@ def test_a_run_of_few_steps_is_warned_where_nothing_was_gained(monkeypatch: pyte
         for change, budget, steps in ((0.05, 1, 350), (-0.03, 5, 1_800), (-0.05, 20, 7_100))
     )
     found = [worse, unsure, better]
-    monkeypatch.setattr('composer_tst.planning.measured.read_measured', lambda: [([], [], '', each) for each in found])
+    monkeypatch.setattr('composer_tst.cli.plan.measured.read_measured', lambda: [([], [], '', each) for each in found])
     assert warning(found, 2, 500) == (
         'At the nearest measured budget, 1 tokens per parameter in 350 steps, it ended worse, though a small MPT '
         'gained in 2,000 (docs/evidence_mpt.md): compare with a plain run first.'

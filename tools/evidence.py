@@ -62,7 +62,7 @@ GROUPS = {
     'tokens': Group(
         *((*BUDGETS, *PROSE_BUDGETS), 'evidence.md', budgets_page.write, of_budget),
         checked=CHECKED,
-        measured='composer_tst/published/small_llama.csv',
+        measured='composer_tst/cli/plan/losses/small_llama.csv',
     ),
     **{size.name: Group((size,), 'evidence_mpt.md', page.write, experiments, _MPT) for size in (CPU, ROWS, GPU)},
 }

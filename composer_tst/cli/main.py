@@ -11,7 +11,7 @@ from importlib.metadata import version
 
 # Module that holds the command as `app`, and what it does.
 COMMANDS = {
-    'plan': ('composer_tst.planning.command', 'steps, data, time and expected gain of a run before it is run'),
+    'plan': ('composer_tst.cli.plan.command', 'steps, data, time and expected gain of a run before it is run'),
     'prepare-data': ('composer_tst.cli.prepare_data.command', 'raw text, local or on S3, to tokenised MDS shards'),
     'compare': ('composer_tst.cli.compare.command', 'runs beside a baseline, as a table and a picture'),
     'recipe': ('composer_tst.cli.recipe', 'the configs of the published models'),

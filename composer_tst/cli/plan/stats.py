@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from composer_tst.planning.config import PlanError
+from composer_tst.cli.plan.config import PlanError
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from composer_tst.planning.config import PlanError, Run, equal_steps
-from composer_tst.planning.cost import steps_of
+from composer_tst.cli.plan.config import PlanError, Run, equal_steps
+from composer_tst.cli.plan.cost import steps_of
 
 PUBLISHED_WARMUP = 2000
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from composer_tst.planning.config import PlanError, value
+from composer_tst.cli.plan.config import PlanError, value
 
 # What llm-foundry's MPT takes beside its architecture. The loss it takes by default is installed with a GPU alone.
 NO_ARCHITECTURE = ('name', 'loss_fn', 'use_train_metrics', 'additional_train_metrics')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from composer_tst.planning.units import si, size, span
+from composer_tst.cli.plan.units import si, size, span
 
 ADD_IT = 'add algorithms.token_superposition with bag_size and duration, or give --bag-size 6 --duration 0.3dur'
 

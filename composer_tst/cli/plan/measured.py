@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from composer_tst.planning.config import Run
+from composer_tst.cli.plan.config import Run
 
 # Shares of steps are rounded to whole steps: nearer than this they are the same.
 SAME_SHARE = 0.01
@@ -31,7 +31,7 @@ class Measured:
 
 def read_measured() -> list[tuple[list[int], list[float], str, Measured]]:
     """Bag sizes, shares of the steps at which they end, `expand`, and what was measured; by setting and budget."""
-    with (resources.files('composer_tst') / 'published' / 'small_llama.csv').open() as file:
+    with (resources.files(__package__) / 'losses' / 'small_llama.csv').open() as file:
         return [
             (
                 [int(bag) for bag in line['bag_sizes'].split()],

@@ -13,13 +13,13 @@ from typing import Any
 from composer.core import Time, TimeUnit
 from omegaconf import DictConfig
 
-from composer_tst.planning.config import Run, equal_steps
-from composer_tst.planning.cost import cost_phases
-from composer_tst.planning.expected import expect
-from composer_tst.planning.measured import same_bags, warning
-from composer_tst.planning.model import Model
-from composer_tst.planning.remarks import remarks
-from composer_tst.planning.stats import Data
+from composer_tst.cli.plan.config import Run, equal_steps
+from composer_tst.cli.plan.cost import cost_phases
+from composer_tst.cli.plan.expected import expect
+from composer_tst.cli.plan.measured import same_bags, warning
+from composer_tst.cli.plan.model import Model
+from composer_tst.cli.plan.remarks import remarks
+from composer_tst.cli.plan.stats import Data
 from composer_tst.settings import Phase
 
 SWEEP_BAGS = (2, 3, 4, 6, 8, 12, 16)

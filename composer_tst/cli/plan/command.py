@@ -28,12 +28,12 @@ def main(
     out: Annotated[str | None, typer.Option('--write', metavar='NEW.yaml', help='The YAML to run, filled in.')] = None,
 ) -> None:
     """Say what a run will take and what it may bring."""
-    from composer_tst.planning.config import PlanError, change_settings, load, read_run, train_split
-    from composer_tst.planning.filling import fill_in, write
-    from composer_tst.planning.model import build
-    from composer_tst.planning.plan import make_plan, sweep
-    from composer_tst.planning.stats import read_data
-    from composer_tst.planning.tables import sweep_table, table
+    from composer_tst.cli.plan.config import PlanError, change_settings, load, read_run, train_split
+    from composer_tst.cli.plan.filling import fill_in, write
+    from composer_tst.cli.plan.forecast import make_plan, sweep
+    from composer_tst.cli.plan.model import build
+    from composer_tst.cli.plan.stats import read_data
+    from composer_tst.cli.plan.tables import sweep_table, table
 
     try:
         if gpu not in GPUS:

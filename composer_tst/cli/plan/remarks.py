@@ -11,9 +11,9 @@ from composer.core import Time, Timestamp
 from omegaconf import DictConfig, OmegaConf
 
 from composer_tst.announcing import Course, warnings_of
-from composer_tst.planning.config import PlanError, Run
-from composer_tst.planning.cost import PhaseCost
-from composer_tst.planning.stats import Data
+from composer_tst.cli.plan.config import PlanError, Run
+from composer_tst.cli.plan.cost import PhaseCost
+from composer_tst.cli.plan.stats import Data
 from composer_tst.turns import turns
 
 

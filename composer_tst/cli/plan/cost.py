@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from composer_tst.cli.plan.config import PlanError, Run
+from composer_tst.cli.plan.model import Model
 from composer_tst.plan import Data, Moment, Plan, plan_steps
-from composer_tst.planning.config import PlanError, Run
-from composer_tst.planning.model import Model
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from composer_tst.planning.config import Run
-from composer_tst.planning.measured import SAME_SCALE, SAME_SHARE, Measured, read_measured
-from composer_tst.planning.model import Model
-from composer_tst.planning.published import GRIDS, PAIRS, interpolate, read_grid
-from composer_tst.planning.units import si
+from composer_tst.cli.plan.config import Run
+from composer_tst.cli.plan.measured import SAME_SCALE, SAME_SHARE, Measured, read_measured
+from composer_tst.cli.plan.model import Model
+from composer_tst.cli.plan.published import GRIDS, PAIRS, interpolate, read_grid
+from composer_tst.cli.plan.units import si
 
 
 @dataclass(frozen=True)
