@@ -1,7 +1,8 @@
-"""What a user sets: phases of bags, and how bags are made and weighed."""
+"""What a user sets: phases of bags, how bags are made and weighed, and what of it may differ on resume."""
 
 import difflib
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,21 @@ import torch
 from composer.core import Time, TimeUnit
 
 from composer_tst.ops.fold import check_fold_settings
-from composer_tst.weighting import Weighting, target_weights
 
 # What `token_superposition` is set by, as a YAML calls it.
 SETTINGS = ('bag_size', 'duration', 'phases', 'superpose', 'expand', 'weighting')
 _UNITS = (TimeUnit.DURATION, TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE, TimeUnit.EPOCH)
+INSIST = 'load it by load_path, not autoresume, with load_ignore_keys: [state/algorithms]'
+
+Weighting = str | Sequence[float]
+
+# Weight of the k-th target, k from 1, before normalising (arXiv 2605.06546).
+_RULES = {
+    'uniform': lambda k: 1.0,
+    'power_law': lambda k: 1.0 / k,
+    'exponential': lambda k: math.exp(-k),
+    'first': lambda k: 1.0 if k == 1 else 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -179,3 +190,92 @@ def _moment(value: Any, name: str) -> Time:
             'give less than 1dur.'
         )
     return moment
+
+
+def target_weights(weighting: Weighting, bag_size: int) -> torch.Tensor:
+    """Weights of the targets in one bag, normalised to sum to one.
+
+    Args:
+        weighting: ``uniform``, ``power_law`` (``1/k``), ``exponential`` (``exp(-k)``), ``first``, or a
+            sequence of ``bag_size`` numbers.
+        bag_size: Targets in a bag, ``s``.
+
+    Returns:
+        torch.Tensor: Float32 of shape ``(s,)``, on the CPU.
+
+    Raises:
+        ValueError: If the name is unknown, or the sequence has the wrong length, a negative or non-finite
+            number, or sums to zero.
+    """
+    if isinstance(weighting, str):
+        if weighting not in _RULES:
+            raise ValueError(f'weighting is {weighting!r}: use one of {", ".join(_RULES)}, or a list of numbers.')
+        values = [_RULES[weighting](k) for k in range(1, bag_size + 1)]
+    else:
+        try:
+            values = [float(w) for w in weighting]
+        except (TypeError, ValueError):
+            raise ValueError(
+                f'weighting is {weighting!r}: use one of {", ".join(_RULES)}, or a list of numbers.'
+            ) from None
+        if len(values) != bag_size:
+            raise ValueError(
+                f'weighting has {len(values)} numbers but bag_size is {bag_size}: give one number for each target.'
+            )
+        if any(not math.isfinite(w) or w < 0 for w in values) or sum(values) == 0:
+            raise ValueError(f'weighting is {values}: give finite numbers that are not negative and do not all vanish.')
+    weights = torch.tensor(values, dtype=torch.float64)
+    return (weights / weights.sum()).float()
+
+
+def check_resumed_settings(saved: Mapping[str, Any], current: Mapping[str, Any], begun: int, under_way: bool) -> str:
+    """Compare the settings in a checkpoint with those of the run that resumes from it.
+
+    What has been trained cannot be changed: the bag sizes of the phases that have begun (recovery counts as one, of
+    bag size 1), the end of the one under way, and how bags are made and weighed once there were any. What concerns
+    phases to come, or the end of one that has ended, is harmless.
+
+    Args:
+        saved: The checkpoint's ``phases`` (a list of ``{bag_size, until}``), ``superpose``, ``expand`` and
+            ``weighting``.
+        current: The same of the run.
+        begun: How many phases have taken a step, recovery included.
+        under_way: Whether the last of them may take more.
+
+    Returns:
+        str: The settings that differ harmlessly, as a sentence; empty if there are none.
+
+    Raises:
+        ValueError: If a setting differs that has already been trained with.
+    """
+    before, now = _phases(saved), _phases(current)
+    for index in range(begun):
+        _refuse_if_changed('bag_size', _bag_size_of(before, index), _bag_size_of(now, index))
+    if under_way and begun <= len(before):
+        name = 'duration' if len(before) == len(now) == 1 else 'until'
+        _refuse_if_changed(name, before[begun - 1].until.to_timestring(), now[begun - 1].until.to_timestring())
+    names = ('superpose', 'expand', 'weighting')
+    if begun:
+        for name in names:
+            _refuse_if_changed(name, saved[name], current[name])
+
+    changes = [f'{name} is {current[name]} and was {saved[name]}' for name in names if current[name] != saved[name]]
+    if saved['phases'] != current['phases']:
+        changes.append(f'phases is {current["phases"]} and was {saved["phases"]}')
+    return '; '.join(changes)
+
+
+def _phases(settings: Mapping[str, Any]) -> list[Phase]:
+    return parse_phases(None, None, settings['phases'])
+
+
+def _bag_size_of(phases: list[Phase], index: int) -> int:
+    return phases[index].bag_size if index < len(phases) else 1
+
+
+def _refuse_if_changed(name: str, saved: Any, current: Any) -> None:
+    if current != saved:
+        raise ValueError(
+            f'{name} is {current} but the checkpoint was trained with {saved}: set it back or, to go on with '
+            f'{current} from here all the same, {INSIST}.'
+        )

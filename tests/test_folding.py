@@ -8,7 +8,7 @@ import torch
 
 from composer_tst import functional as F_tst
 from composer_tst.ops.fold import bag_rows, lay_out
-from composer_tst.weighting import target_weights
+from composer_tst.settings import target_weights
 
 
 def make_batch(rows: int, length: int, padded: bool = False, packed: bool = False) -> dict[str, Any]:

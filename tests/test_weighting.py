@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 
-from composer_tst.weighting import target_weights
+from composer_tst.settings import target_weights
 
 
 @pytest.mark.parametrize('weighting', ['uniform', 'power_law', 'exponential', 'first', [1, 0, 2, 0.5]])

@@ -9,8 +9,7 @@ from composer.core import State, Time
 from llmfoundry.registry import algorithms, schedulers
 
 from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
-from composer_tst.settings import Settings
-from composer_tst.weighting import Weighting, target_weights
+from composer_tst.settings import Settings, Weighting, target_weights
 
 
 class RateOfItsOwn(WarmupStableDecayScheduler):

@@ -31,7 +31,7 @@ class Measured:
 
 def read_measured() -> list[tuple[list[int], list[float], str, Measured]]:
     """Bag sizes, shares of the steps at which they end, `expand`, and what was measured; by setting and budget."""
-    with (resources.files(__package__) / 'losses' / 'small_llama.csv').open() as file:
+    with (resources.files('composer_tst') / 'cli' / 'plan' / 'losses' / 'small_llama.csv').open() as file:
         return [
             (
                 [int(bag) for bag in line['bag_sizes'].split()],

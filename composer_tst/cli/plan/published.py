@@ -20,7 +20,7 @@ PAIRS = (('the published pair of 3B', 3e9, 42e9, 20_000, 6, 0.3, 2.676 - 2.808),
 
 def read_grid(name: str) -> dict[tuple[float, int], float]:
     """Change of the final loss against the baseline of the same grid, by share of steps and bag size."""
-    with (resources.files(__package__) / 'losses' / name).open() as file:
+    with (resources.files('composer_tst') / 'cli' / 'plan' / 'losses' / name).open() as file:
         losses = {
             (float(line['step_ratio']), int(line['bag_size'])): float(line['final_loss'])
             for line in csv.DictReader(file)
