@@ -11,8 +11,7 @@ from streaming import StreamingDataset
 from torch.utils.data import DataLoader, IterableDataset
 
 from composer_tst.loader import BagLoader, Resumption, check_epoch_is_whole, same_random_numbers
-from composer_tst.plan import Data, Moment, too_short
-from composer_tst.schedule import Progress
+from composer_tst.schedule import Data, Moment, Progress, too_short
 from composer_tst.stack import check_loader
 
 

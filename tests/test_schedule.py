@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 from composer.core import Time, Timestamp, TimeUnit
 
-from composer_tst.plan import Data, Moment, Plan, plan_steps, same, share_of
-from composer_tst.schedule import Progress, Schedule
+from composer_tst.schedule import Data, Moment, Plan, Progress, Schedule, plan_steps, same, share_of
 from composer_tst.settings import Phase, Settings, parse_phases
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from composer_tst.cli.plan.config import PlanError, Run
 from composer_tst.cli.plan.model import Model
-from composer_tst.plan import Data, Moment, Plan, plan_steps
+from composer_tst.schedule import Data, Moment, Plan, plan_steps
 
 
 @dataclass(frozen=True)
