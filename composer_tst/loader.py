@@ -1,19 +1,24 @@
-"""Drawing the s-fold data: a train loader that yields several of its batches as one."""
+"""The data of a step: several loader batches as one, and what was drawn of the epoch."""
 
 import copy
 import itertools
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import wrapt
+from composer.core import State
+from composer.utils import dist
 from streaming import StreamingDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from composer_tst.ops.fold import check_kinds, is_plain
+from composer_tst.schedule import Data, Moment, Progress, too_short
+from composer_tst.stack import check_loader
 
 log = logging.getLogger(__name__)
 
@@ -235,3 +240,236 @@ def check_epoch_is_whole(loader: Any, length: int, drawn: int) -> None:
             f'The epoch ended after {drawn} of {length} loader batches: if data could not be read, the reason is '
             'above; resume once it can be.'
         )
+
+
+class Drawing:
+    """Puts a :class:`~composer_tst.loader.BagLoader` into the state where it is needed, and counts.
+
+    Args:
+        state: The Trainer's.
+        progress: Where the counts are kept.
+        joins_rows: Whether the rows of a step are joined.
+        fresh: Whether this Trainer has not drawn yet: a dataset's state from a checkpoint is still to be taken up.
+        undo: Where to register what puts the train loader back.
+    """
+
+    def __init__(self, state: State, progress: Progress, joins_rows: bool, fresh: bool, undo: ExitStack):
+        self._state = state
+        self._progress = progress
+        self._joins_rows = joins_rows
+        self._undo = undo
+        self._loader: BagLoader | None = None
+        self._length: int | None = None
+        self._steps = 0
+        self._cut_short = False
+        self._is_judged = True
+        self._resumption = self._resume(fresh)
+
+    def _resume(self, fresh: bool) -> Resumption:
+        """Where in an epoch the data begin.
+
+        Either the trainer draws the steps of this epoch again and passes over them; or the dataset goes on by itself
+        from its state in a checkpoint, which it takes up once.
+        """
+        state, progress, samples = self._state, self._progress, self._batch_samples()
+        steps, saved, before = int(state.timestamp.batch_in_epoch), progress.drawn, progress.batch_samples
+        by_itself = 'train' in state.dataset_resumption
+        given = self._given() if by_itself and fresh else 0
+        self._resumed = steps > 0 or given > 0
+        length = state.dataloader_len
+        # Then it has ended, though a dataset, which counts the samples of steps, has some that were left out.
+        all_drawn = saved is not None and before == samples and length is not None and saved >= length
+        if not (given if by_itself else steps):
+            drawn = 0
+        elif by_itself and samples and not all_drawn:
+            drawn = given // samples
+        else:
+            drawn = steps if saved is None else saved
+            self._is_judged = not by_itself or saved is not None
+        progress.drawn = drawn
+        return Resumption(drawn, 0 if by_itself else steps)
+
+    def _given(self) -> int:
+        """The samples after which a dataset goes on from its state in a checkpoint.
+
+        The state of one saved at an epoch's end is that epoch at its beginning: it is told to begin the next.
+        """
+        dataset, time = getattr(self._state.dataloader, 'dataset', None), self._state.timestamp
+        if not isinstance(dataset, StreamingDataset):
+            return int(time.sample_in_epoch)
+        saved = dataset.state_dict(0, from_beginning=False)
+        given, epoch = int(saved['sample_in_epoch']), int(saved['epoch'])
+        if given == int(time.batch_in_epoch) == 0 and epoch < int(time.epoch):
+            dist.barrier()  # the ranks of a node have one state
+            dataset.load_state_dict({**saved, 'epoch': epoch + 1})
+        return given
+
+    def begin(self, draws: int) -> None:
+        """Stand in for the train loader, where a step draws several batches or an epoch is under way."""
+        drawn, steps = self._resumption
+        if draws > 1 or (drawn > 0 and drawn != steps):
+            self._install(draws)
+
+    def begin_epoch(self, draws: int) -> None:
+        """Draw from a loader that was set since the last epoch, as llm-foundry's CurriculumLearning does."""
+        if draws > 1 and not isinstance(self._state.dataloader, BagLoader):
+            self.check(draws)
+            self._resumption = Resumption()
+            self._install(draws)
+        elif self._state.dataloader is not self._loader:
+            self._loader = None
+
+    def end_iteration(self) -> None:
+        """Take note of an iteration in tokens that ends in the middle of an epoch: what follows begins another."""
+        if self._steps:
+            self._cut_short = True
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Nothing of the coming epoch is drawn."""
+        self._progress.drawn, self._steps = 0, 0
+        self._is_judged, self._resumed = True, False
+        if self._loader is not None:
+            self._loader.resumption = Resumption()
+
+    def _install(self, draws: int) -> None:
+        state = self._state
+        assert state.dataloader is not None
+        limit = None if state.dataloader_len is None else int(state.dataloader_len)
+        loader = BagLoader(state.dataloader, self._joins_rows, limit, self._resumption)
+        loader.draws, loader.ended = draws, self._let_end
+        state.set_dataloader(loader, state.dataloader_label, -1 if limit is None else limit)
+        self._loader = loader
+
+        def put_back() -> None:
+            """The epoch under way goes on with what it has begun to iterate."""
+            if state.dataloader is loader:
+                limit = -1 if state.dataloader_len is None else int(state.dataloader_len)
+                state.set_dataloader(loader.__wrapped__, state.dataloader_label, limit)
+
+        self._undo.callback(put_back)
+
+    def _let_end(self) -> None:
+        """Have Composer end the epoch whose last step is done.
+
+        Once an iteration has ended in the middle of an epoch, it ends only those of as many steps as loader batches,
+        and would look for a step in vain for ever.
+        """
+        state = self._state
+        if self._cut_short and state.dataloader_len is not None:
+            self._length = int(state.dataloader_len)
+            state.dataloader_len = int(state.timestamp.batch_in_epoch)
+
+    def set_draws(self, draws: int) -> None:
+        """Have the coming steps draw as many loader batches."""
+        if self._loader is not None:
+            self._loader.draws = draws
+
+    def check(self, draws: int) -> None:
+        """Refuse a loader that superposition cannot draw from.
+
+        Raises:
+            ValueError: If it is one for finetuning, or an epoch has fewer batches than a step draws.
+        """
+        check_loader(self._state.dataloader)
+        batches = self._state.dataloader_len
+        if batches is not None and int(batches) < draws:
+            raise too_short(int(batches), draws)
+
+    def check_step(self, superposed: bool) -> None:
+        """Take note that the trainer trains on what was drawn last.
+
+        Raises:
+            ValueError: If that is not the data of a step: the loader was replaced, or the trainer has not passed over
+                the steps it has done.
+        """
+        loader = self._loader
+        if loader is None:
+            return
+        if superposed and not loader.yielded:
+            raise ValueError(
+                'The train loader was replaced after EPOCH_START or FIT_START, so that a superposed step has the data '
+                'of a plain one: have the callback replace it at EPOCH_END or ITERATION_START.'
+            )
+        loader.yielded = False
+        if not loader.passing_over:
+            return
+        loader.passing_over = False
+        if superposed and loader.drawn != loader.draws:
+            raise ValueError(
+                f'The run is at step {int(self._state.timestamp.batch_in_epoch)} of the epoch but its data at step 0: '
+                'set spin_dataloaders: true, or use a StreamingDataset, which resumes itself.'
+            )
+
+    def count(self, steps: int) -> None:
+        """Keep what was drawn, at the end of a step or, with no further step, of an epoch."""
+        progress, loader = self._progress, self._loader
+        progress.batch_samples = self._batch_samples()
+        self._steps += steps
+        if loader is None:
+            progress.drawn = (progress.drawn or 0) + steps
+        else:
+            progress.drawn = loader.drawn
+            progress.left_out += loader.left_out * dist.get_world_size()
+            loader.left_out = 0
+
+    def end_epoch(self, superposed: bool, draws: int) -> None:
+        """Check the epoch that has ended.
+
+        Raises:
+            RuntimeError: If it was cut short.
+            ValueError: If it made no step, so that training would never end.
+        """
+        state = self._state
+        if self._length is not None:
+            state.dataloader_len, self._length = self._length, None
+        self.count(steps=0)
+        drawn = self._progress.drawn or 0
+        if state.dataloader_len is not None and self._is_judged:
+            check_epoch_is_whole(state.dataloader, int(state.dataloader_len), drawn)
+        if superposed and not self._steps and not self._resumed:
+            raise too_short(drawn, draws)
+        self._begin_anew()
+
+    def _batch_samples(self) -> int | None:
+        """Samples of a loader batch, all ranks together, None if the loader does not say."""
+        rows: int | None = getattr(self._state.dataloader, 'batch_size', None)
+        return None if rows is None else rows * dist.get_world_size()
+
+    def data(self) -> tuple[Data, Moment]:
+        """What the loader tells of itself, and where the run stands."""
+        state, loader, time = self._state, self._state.dataloader, self._state.timestamp
+        samples = self._batch_samples()
+        row_length = row_length_of(loader)
+        data = Data(
+            None if state.dataloader_len is None else int(state.dataloader_len),
+            samples,
+            None if samples is None or row_length is None else samples * row_length,
+            uses_tail=not getattr(loader, 'drop_last', False),
+            joined_rows=getattr(loader, 'batch_size', None) if self._joins_rows else None,
+        )
+        drawn = self._resumption.drawn
+        return data, Moment(int(time.batch), int(time.epoch), drawn, int(time.sample), int(time.token))
+
+
+def row_length_of(loader: Any) -> int | None:
+    """Tokens in a row, as a StreamingDataset of llm-foundry tells; else, of a map-style dataset, its first batch.
+
+    Returns:
+        int | None: None where the rows cannot be looked at without drawing them, or are padded to some length.
+    """
+    dataset: Any = getattr(loader, 'dataset', None)
+    length = getattr(dataset, 'max_seq_len', None)
+    if length is not None or not isinstance(loader, DataLoader) or loader.batch_size is None:
+        return length
+    if isinstance(dataset, (IterableDataset, StreamingDataset)) or not hasattr(dataset, '__getitem__'):
+        return None
+    with same_random_numbers():
+        batch: Any = loader.collate_fn([dataset[index] for index in range(min(loader.batch_size, len(dataset)))])
+    if not isinstance(batch, Mapping):
+        return None
+    ids: Any = batch.get('input_ids')
+    mask: Any = batch.get('attention_mask')
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or (mask is not None and not bool(mask.all())):
+        return None
+    return ids.shape[1]

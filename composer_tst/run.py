@@ -9,7 +9,7 @@ from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from composer_tst.drawing import Drawing
+from composer_tst.loader import Drawing
 from composer_tst.microbatch import Microbatches, MicrobatchSize, put_train_metrics_aside
 from composer_tst.ops.fold import lay_out
 from composer_tst.placement import place_phases

@@ -11,6 +11,8 @@ from composer.core import Time, Timestamp, TimeUnit
 
 from composer_tst.settings import Phase, Settings
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Data:
@@ -189,9 +191,6 @@ def _after(now: Moment, steps: int, drawn: int, data: Data) -> Moment:
         now.samples + read * (data.samples or 0),
         now.tokens + read * (data.tokens or 0),
     )
-
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
