@@ -16,9 +16,9 @@ from composer.utils import dist
 from streaming import StreamingDataset
 from torch.utils.data import DataLoader, IterableDataset
 
+from composer_tst.compatibility import check_loader
 from composer_tst.ops.fold import check_kinds, is_plain
 from composer_tst.schedule import Data, Moment, Progress, too_short
-from composer_tst.stack import check_loader
 
 log = logging.getLogger(__name__)
 

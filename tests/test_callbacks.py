@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from trainers import llama, logged, make_trainer, random_loader
 
 from composer_tst import TokenSuperposition
-from composer_tst.stack import check_callbacks
+from composer_tst.compatibility import check_callbacks
 
 TST = REPO / 'yamls' / 'quickstart' / 'tst.yaml'
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, default_collate
 from trainers import VOCAB_SIZE, Rows, llama, logged, make_trainer, mpt, random_loader
 
 from composer_tst import TokenSuperposition
-from composer_tst.stack import check_batch
+from composer_tst.compatibility import check_batch
 
 S = 3
 
