@@ -11,7 +11,7 @@ from composer.core import Algorithm, Callback, State
 from composer.models import ComposerModel, HuggingFaceModel
 from torch import nn
 
-from composer_tst.models import find_embedding, with_lookup
+from composer_tst.surgery import find_embedding, with_lookup
 
 _IMAGES = 'it changes images, and superposition trains on tokens'
 _REFUSED = {

@@ -25,8 +25,8 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from composer_tst import TokenSuperposition
-from composer_tst.attach import Attachment
 from composer_tst.ops.fold import fold_batch
+from composer_tst.surgery import Attachment
 
 FULL_SHARD = ['fsdp_config.sharding_strategy=FULL_SHARD']
 CHECKPOINTED = [*FULL_SHARD, 'fsdp_config.activation_checkpointing=true']

@@ -15,8 +15,8 @@ from trainers import VOCAB_SIZE, hugging_face, logged, make_trainer, mpt, random
 from transformers import PreTrainedTokenizerBase
 
 from composer_tst import TokenSuperposition
-from composer_tst.attach import Attachment
 from composer_tst.ops.fold import fold_batch
+from composer_tst.surgery import Attachment
 
 S, L, ROWS = 3, 8, 6
 

@@ -21,8 +21,8 @@ from trainers import VOCAB_SIZE, Grads, hugging_face, logged, make_trainer, rand
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from composer_tst import PhaseCheckpointer, TokenSuperposition
-from composer_tst.attach import Attachment
 from composer_tst.ops.fold import fold_batch
+from composer_tst.surgery import Attachment
 
 L, S = 12, 3
 

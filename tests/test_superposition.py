@@ -17,7 +17,7 @@ from trainers import Grads, llama, logged, make_trainer, mpt, random_loader, tex
 from transformers import PreTrainedTokenizerBase
 
 from composer_tst import PhaseCheckpointer, TokenSuperposition
-from composer_tst.models import find_embedding
+from composer_tst.surgery import find_embedding
 
 SUPERPOSE_AND_EXPAND = [
     ('both', 'sequence'),

@@ -13,8 +13,8 @@ from composer.core import Event
 from torch import nn
 from trainers import llama, logged, make_trainer, random_loader
 
-from composer_tst import TokenSuperposition, attach
-from composer_tst.models import find_embedding
+from composer_tst import TokenSuperposition, surgery
+from composer_tst.surgery import find_embedding
 
 
 class Fails(Callback):
@@ -340,7 +340,7 @@ def test_memory_may_run_out_anywhere_in_a_step(where: str, expand: str, caplog: 
             runs_out.raise_at('forward')
             return inner(*args, **kwargs)
 
-        loss = attach.multi_hot_cross_entropy
+        loss = surgery.multi_hot_cross_entropy
 
         def multi_hot(*args: Any, **kwargs: Any) -> Any:
             runs_out.raise_at('loss')
@@ -351,7 +351,7 @@ def test_memory_may_run_out_anywhere_in_a_step(where: str, expand: str, caplog: 
         trainer.state.auto_microbatching = True
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model.model, 'forward', forward)
-            patch.setattr(attach, 'multi_hot_cross_entropy', multi_hot)
+            patch.setattr(surgery, 'multi_hot_cross_entropy', multi_hot)
             trainer.fit()
         assert runs_out.left == (0 if where else 2)
         names = ('superposition/s_tokens', 'superposition/data_tokens', 'loss/train/total')

@@ -15,7 +15,7 @@ from composer.utils import collect_env
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from composer_tst.attach import Attachment
+from composer_tst.surgery import Attachment
 
 # Some tests run where there is no llm-foundry.
 if TYPE_CHECKING:
