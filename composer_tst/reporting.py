@@ -9,9 +9,9 @@ from composer.core import State, Time, Timestamp, TimeUnit
 from composer.utils import dist
 
 from composer_tst.announcing import Course, first_lines, last_line, unknown_course, warnings_of
+from composer_tst.lr_scheduler import turns_of
 from composer_tst.schedule import Data, Plan, Progress, Schedule
 from composer_tst.settings import Settings
-from composer_tst.turns import turns_of
 
 log = logging.getLogger(__name__)
 

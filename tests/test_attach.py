@@ -28,9 +28,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from composer_tst.compatibility import check_model
 from composer_tst.ops.cross_entropy import multi_hot_cross_entropy
 from composer_tst.ops.fold import bag_rows, fold_batch, lay_out
-from composer_tst.surgery import Attachment, check_model, find_embedding
+from composer_tst.surgery import Attachment, find_embedding
 
 
 class Bare(ComposerModel):

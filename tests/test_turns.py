@@ -16,7 +16,7 @@ from composer.optim import (
 from trainers import llama, make_trainer, random_loader
 
 from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
-from composer_tst.turns import turns_of
+from composer_tst.lr_scheduler import turns_of
 
 TOKENS_A_BATCH = 4 * 12  # of random_loader
 

@@ -14,7 +14,7 @@ from composer_tst.announcing import Course, warnings_of
 from composer_tst.cli.plan.config import PlanError, Run
 from composer_tst.cli.plan.cost import PhaseCost
 from composer_tst.cli.plan.stats import Data
-from composer_tst.turns import turns
+from composer_tst.lr_scheduler import turns
 
 
 def remarks(config: DictConfig, run: Run, costs: list[PhaseCost], data: Data | None) -> list[str]:
