@@ -12,7 +12,7 @@ from composer.core import Algorithm, Callback, Event, State, Time
 from composer.loggers import Logger
 
 from composer_tst.compatibility import check_algorithms, check_callbacks, check_eval_batch, check_model, put_first
-from composer_tst.reporting import report_end, report_no_recovery
+from composer_tst.messages import report_end, report_no_recovery
 from composer_tst.run import Run
 from composer_tst.schedule import Progress, Schedule, same
 from composer_tst.settings import SETTINGS, Weighting, check_resumed_settings, parse_settings, refuse_unknown

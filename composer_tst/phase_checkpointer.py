@@ -9,8 +9,7 @@ from composer.loggers import Logger
 from composer.utils import parse_uri
 
 from composer_tst.algorithm import TokenSuperposition
-from composer_tst.announcing import no_save_folder
-from composer_tst.reporting import say
+from composer_tst.messages import no_save_folder, say
 from composer_tst.settings import refuse_unknown
 
 

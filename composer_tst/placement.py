@@ -3,7 +3,7 @@
 from composer.core import State
 
 from composer_tst.loader import Drawing
-from composer_tst.reporting import report_change, report_course, report_moved_ends, report_shares
+from composer_tst.messages import report_change, report_course, report_moved_ends, report_shares
 from composer_tst.schedule import Schedule, plan_steps, same
 from composer_tst.settings import Settings
 

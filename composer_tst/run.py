@@ -11,9 +11,9 @@ from composer.utils import dist
 
 from composer_tst.compatibility import check_batch, forget_losses
 from composer_tst.loader import Drawing
+from composer_tst.messages import report_change, report_dropped
 from composer_tst.ops.fold import lay_out
 from composer_tst.placement import place_phases
-from composer_tst.reporting import report_change, report_dropped
 from composer_tst.schedule import Progress, Schedule
 from composer_tst.settings import Settings
 from composer_tst.surgery import Microbatches, MicrobatchSize, put_train_metrics_aside

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from composer_tst.announcing import Course, first_lines, last_line, no_save_folder, unknown_course, warnings_of
+from composer_tst.messages import Course, first_lines, last_line, no_save_folder, unknown_course, warnings_of
 
 # The quickstart: 3,000 steps of 16 rows of 64, phases of 8, 4 and 2 until 300, 600 and 900.
 QUICKSTART = Course([8, 4, 2], [300, 600, 900], 3000, [8, 4, 2], tokens_a_batch=16 * 64, batches_an_epoch=22000)

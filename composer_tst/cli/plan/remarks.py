@@ -10,11 +10,11 @@ from typing import Any
 from composer.core import Time, Timestamp
 from omegaconf import DictConfig, OmegaConf
 
-from composer_tst.announcing import Course, warnings_of
 from composer_tst.cli.plan.config import PlanError, Run
 from composer_tst.cli.plan.cost import PhaseCost
 from composer_tst.cli.plan.stats import Data
 from composer_tst.lr_scheduler import turns
+from composer_tst.messages import Course, warnings_of
 
 
 def remarks(config: DictConfig, run: Run, costs: list[PhaseCost], data: Data | None) -> list[str]:
