@@ -111,7 +111,7 @@ def _places(input: torch.Tensor, handed_over: torch.Tensor) -> torch.Tensor | sl
 
     A model may reshape, transpose or slice the ids that it is given: these are views of one storage.
     """
-    if torch.compiler.is_compiling():  # which knows no storages: attach.py tries the model out without one
+    if torch.compiler.is_compiling():  # which knows no storages: `Attachment.try_out` is without one
         return slice(None) if input.numel() == handed_over.numel() else None
     if input.untyped_storage().data_ptr() != handed_over.untyped_storage().data_ptr():
         # A backward pass that runs a part of the model again may have kept a copy of the ids, as offloading does.

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from composer_tst.cli.compare import picture
 from composer_tst.cli.compare.command import app
-from composer_tst.cli.compare.events import CompareError, Series
+from composer_tst.cli.compare.events import Series
 from composer_tst.cli.compare.runs import Run, read_run
 from composer_tst.cli.compare.speedup import first_crossing, iso_loss_speedup
+from composer_tst.cli.main import CommandError
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -205,7 +206,7 @@ def test_a_file_that_is_cut_short_is_named(tmp_path: Path, command: Command):
     assert code == 0
     assert f'{path} ends in the middle of a record' in out
     path.write_bytes(path.read_bytes()[:200] + bytes(200) + path.read_bytes()[400:])
-    with pytest.raises(CompareError, match=str(path)):
+    with pytest.raises(CommandError, match=str(path)):
         read_run(run)
 
 

@@ -31,8 +31,8 @@ from preparing import (
 )  # isort: skip
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
+from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data import convert, parts, shards, split, tokenizer
-from composer_tst.cli.prepare_data.errors import PrepareError
 from composer_tst.cli.prepare_data.output import Output
 
 pytest_plugins = ['preparing_fixtures']
@@ -114,7 +114,7 @@ def test_no_text_is_in_two_splits_and_shares_are_kept():
      'train=nan', 'tokenizer=1', '-a=1', ''],
 )  # fmt: skip
 def test_splits_that_make_no_sense_are_refused(text: str):
-    with pytest.raises(PrepareError, match='--split'):
+    with pytest.raises(CommandError, match='--split'):
         split.parse_splits(text)
 
 
@@ -264,7 +264,7 @@ def _convert_on_a_full_disk(job: convert.Job, part: parts.Part, answer) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
     try:
         convert.convert_part(job, (0, part), lambda _: None)
-    except PrepareError as error:
+    except CommandError as error:
         answer.send(str(error))
 
 

@@ -24,8 +24,8 @@ import zstandard
 
 # First, since it makes the tools importable.
 from preparing import refuse, succeed, make_text, source, sources_of, write_jsonl  # isort: skip
+from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data import disk, documents, parts, reading
-from composer_tst.cli.prepare_data.errors import PrepareError
 
 pytest_plugins = ['preparing_fixtures']
 
@@ -92,7 +92,7 @@ def test_zstd_over_long_windows_is_read_or_refused(tmp_path: Path, window: int):
     if window == 27:
         assert [''.join(document.chunks) for document in read] == ['good']
     else:
-        with pytest.raises(PrepareError, match=r'windows of 256 MiB, and at most 128 can be read: compress it again'):
+        with pytest.raises(CommandError, match=r'windows of 256 MiB, and at most 128 can be read: compress it again'):
             list(read)
 
 
@@ -202,7 +202,7 @@ def test_a_bad_line_is_named_by_its_number_in_the_file(tmp_path: Path):
 def test_a_pipe_is_refused_rather_than_waited_for(tmp_path: Path):
     os.mkfifo(tmp_path / 'pipe')
     for text in (tmp_path, tmp_path / 'pipe'):
-        with pytest.raises(PrepareError, match='pipe: it is a pipe or a device'):
+        with pytest.raises(CommandError, match='pipe: it is a pipe or a device'):
             sources_of(text)
 
 
@@ -216,7 +216,7 @@ def test_a_folder_that_may_not_be_read_is_not_passed_over(corpus: Path, monkeypa
         return scandir(path)
 
     monkeypatch.setattr(os, 'scandir', refuse)
-    with pytest.raises(PrepareError, match=f'cannot read {corpus}/deeper: access denied'):
+    with pytest.raises(CommandError, match=f'cannot read {corpus}/deeper: access denied'):
         sources_of(corpus)
 
 
@@ -313,7 +313,7 @@ def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize('name', ['a.zip', 'a.jsonl.tar', 'a.TGZ', 'a.jsonl.lz4', 'a.7z'])
 def test_what_is_packed_in_another_way_is_refused(tmp_path: Path, name: str):
     (tmp_path / name).write_text('x')
-    with pytest.raises(PrepareError, match='is packed in a way that is not read here'):
+    with pytest.raises(CommandError, match='is packed in a way that is not read here'):
         sources_of(tmp_path)
 
 
@@ -346,7 +346,7 @@ def test_an_input_that_changes_while_it_is_read_is_refused(tmp_path: Path, grown
     listed = source(path)
     reading_it = documents.read_documents(documents.Piece(listed), 'text')
     path.write_bytes(data + data)
-    with pytest.raises(PrepareError, match=f'{grown} changed after it was listed'):
+    with pytest.raises(CommandError, match=f'{grown} changed after it was listed'):
         list(reading_it)
     if grown == 'a.txt':
         return  # its one document is whole before it is handed on
@@ -355,7 +355,7 @@ def test_an_input_that_changes_while_it_is_read_is_refused(tmp_path: Path, grown
     reading_it = documents.read_documents(documents.Piece(source(path)), 'text')
     next(reading_it)
     path.write_bytes(data + data)
-    with pytest.raises(PrepareError, match=f'{grown} changed after it was listed'):
+    with pytest.raises(CommandError, match=f'{grown} changed after it was listed'):
         list(reading_it)
 
 
@@ -372,7 +372,7 @@ def test_a_disk_that_fails_is_never_bad_data(tmp_path: Path, monkeypatch: pytest
             raise TimeoutError('timed out')
 
     monkeypatch.setattr(disk.io, 'FileIO', Failing)
-    with pytest.raises(PrepareError, match=f'cannot read {path}: timed out'):
+    with pytest.raises(CommandError, match=f'cannot read {path}: timed out'):
         list(documents.read_documents(documents.Piece(listed), 'text'))
 
 
@@ -442,7 +442,7 @@ def test_a_temporary_folder_that_fails_is_never_bad_data(tmp_path: Path, monkeyp
     path = tmp_path / 'a.parquet.gz'
     path.write_bytes(gzip.compress(parquet_bytes(['text'])))
     monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'gone'))
-    with pytest.raises(PrepareError, match='cannot write the temporary folder .*gone: it is not there'):
+    with pytest.raises(CommandError, match='cannot write the temporary folder .*gone: it is not there'):
         read(path)
 
 

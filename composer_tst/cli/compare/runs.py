@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from composer_tst.cli.compare.events import CompareError, Series, read_scalars
+from composer_tst.cli.compare.events import Series, read_scalars
+from composer_tst.cli.main import CommandError
 
 TRAIN_LOSS = 'loss/train/total'
 BAG_SIZE = 'superposition/bag_size'
@@ -109,30 +110,30 @@ def read_run(folder: Path) -> Run:
         Run: The run, named by its folder.
 
     Raises:
-        CompareError: If the folder is missing, has no event file or several runs, if validation loss, train loss or
+        CommandError: If the folder is missing, has no event file or several runs, if validation loss, train loss or
             tokens were not logged, if several validation losses were and none is labelled ``eval``, or if the last
             validation loss is not finite.
     """
     scalars, cut = read_scalars(folder, _is_wanted)
     eval_tags = [EVAL_LOSS] if EVAL_LOSS in scalars else sorted(filter(ANY_EVAL_LOSS.fullmatch, scalars))
     if len(eval_tags) > 1:
-        raise CompareError(
+        raise CommandError(
             f'{folder} logged several validation losses and none labelled eval ({", ".join(eval_tags)}); '
             'label the one to compare eval in the eval loader.'
         )
     cut_short = f' {cut[0]}' if cut else ''  # which may be why
     if not eval_tags:
-        raise CompareError(
+        raise CommandError(
             f'{folder} logged no validation loss ({EVAL_LOSS}); give that run an eval loader and an eval interval.'
             f'{cut_short}'
         )
     tokens_tag = DATA_TOKENS if DATA_TOKENS in scalars else TIME_TOKEN
     for tag in (TRAIN_LOSS, tokens_tag):
         if tag not in scalars:
-            raise CompareError(f'{folder} logged no {tag}, which every Composer run on tokens logs.{cut_short}')
+            raise CommandError(f'{folder} logged no {tag}, which every Composer run on tokens logs.{cut_short}')
     validation = scalars[eval_tags[0]]
     if not np.isfinite(validation.values[-1]):
-        raise CompareError(f'{folder} diverged: its last validation loss is {validation.values[-1]}.')
+        raise CommandError(f'{folder} diverged: its last validation loss is {validation.values[-1]}.')
     bag_size = scalars.get(BAG_SIZE, Series(np.empty(0, np.int64), np.empty(0)))
     return Run(
         name=folder.resolve().name,

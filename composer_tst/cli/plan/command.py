@@ -28,7 +28,8 @@ def main(
     out: Annotated[str | None, typer.Option('--write', metavar='NEW.yaml', help='The YAML to run, filled in.')] = None,
 ) -> None:
     """Say what a run will take and what it may bring."""
-    from composer_tst.cli.plan.config import PlanError, change_settings, load, read_run, train_split
+    from composer_tst.cli.main import CommandError
+    from composer_tst.cli.plan.config import change_settings, load, read_run, train_split
     from composer_tst.cli.plan.filling import fill_in, write
     from composer_tst.cli.plan.forecast import make_plan, sweep
     from composer_tst.cli.plan.model import build
@@ -37,9 +38,9 @@ def main(
 
     try:
         if gpu not in GPUS:
-            raise PlanError(f'--gpu {gpu}: give one of {", ".join(GPUS)}')
+            raise CommandError(f'--gpu {gpu}: give one of {", ".join(GPUS)}')
         if not 0 < mfu <= 1:
-            raise PlanError(f'--mfu {mfu}: give a share above 0 and up to 1')
+            raise CommandError(f'--mfu {mfu}: give a share above 0 and up to 1')
         config = load(yaml, overrides or [])
         change_settings(config, bag_size, duration)
         run = read_run(config)
@@ -59,7 +60,7 @@ def main(
         if out:
             write(config, out)
             typer.echo('\n'.join(['', f'{out} is written; in it', *(f'  {change}' for change in changes)]), err=as_json)
-    except PlanError as error:
+    except CommandError as error:
         typer.echo(f'error: {error}', err=True)
         raise typer.Exit(1) from None
 

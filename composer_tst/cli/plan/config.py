@@ -12,11 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
+from composer_tst.cli.main import CommandError
 from composer_tst.settings import Phase
-
-
-class PlanError(Exception):
-    """A failure the user can act on: one sentence that names the key, its value, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +40,13 @@ def load(path: str, overrides: list[str]) -> DictConfig:
         config = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
         OmegaConf.to_container(config, resolve=True)
     except OSError as error:
-        raise PlanError(f'cannot read {path}: {error.strerror}') from error
+        raise CommandError(f'cannot read {path}: {error.strerror}') from error
     except Exception as error:
         # YAML and OmegaConf fail in many ways, with advice over several lines.
         why = ' '.join(str(error).split())
-        raise PlanError(f'{path} is no YAML that OmegaConf reads: {why}') from error
+        raise CommandError(f'{path} is no YAML that OmegaConf reads: {why}') from error
     if not isinstance(config, DictConfig):
-        raise PlanError(f'{path} is a list, not a config of llm-foundry with keys')
+        raise CommandError(f'{path} is a list, not a config of llm-foundry with keys')
     return config
 
 
@@ -58,11 +55,11 @@ def value(config: DictConfig, key: str, kind: type | tuple[type, ...], what: str
     try:
         found = OmegaConf.select(config, key)
     except OmegaConfBaseException as error:
-        raise PlanError(f'{key} cannot be resolved: {" ".join(str(error).split())}') from error
+        raise CommandError(f'{key} cannot be resolved: {" ".join(str(error).split())}') from error
     if found is None:
-        raise PlanError(f'{key} is missing: give {what}')
+        raise CommandError(f'{key} is missing: give {what}')
     if not isinstance(found, kind) or isinstance(found, bool) or (isinstance(found, int) and found < 1):
-        raise PlanError(f'{key} is {found!r}: give {what}')
+        raise CommandError(f'{key} is {found!r}: give {what}')
     return found
 
 
@@ -74,11 +71,11 @@ def read_run(config: DictConfig) -> Run:
     try:
         max_duration = Time.from_timestring(text) if isinstance(text, str) else Time.from_epoch(text)
     except (TypeError, ValueError, OverflowError):
-        raise PlanError(f'max_duration is {text!r}: give a Composer Time in ba, tok, sp or ep, as 20000ba') from None
+        raise CommandError(f'max_duration is {text!r}: give a Composer Time in ba, tok, sp or ep, as 20000ba') from None
     if max_duration.unit not in (TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE, TimeUnit.EPOCH):
-        raise PlanError(f'max_duration is {text}: give it in ba, tok, sp or ep')
+        raise CommandError(f'max_duration is {text}: give it in ba, tok, sp or ep')
     if max_duration.value < 1:
-        raise PlanError(f'max_duration is {text}: give a positive time')
+        raise CommandError(f'max_duration is {text}: give a positive time')
     check_scheduler(config, max_duration)
     settings = superposition_settings(config)
     if settings is None:
@@ -86,7 +83,7 @@ def read_run(config: DictConfig) -> Run:
     try:
         found = TokenSuperposition(**settings).settings
     except (TypeError, ValueError) as error:
-        raise PlanError(f'algorithms.token_superposition: {error}') from error
+        raise CommandError(f'algorithms.token_superposition: {error}') from error
     return Run(rows, length, max_duration, found.phases, found.superpose, found.expand, found.weighting)
 
 
@@ -94,7 +91,7 @@ def check_scheduler(config: DictConfig, max_duration: Time) -> None:
     """Refuse what the published scheduler refuses in training, where the YAML names it."""
     found: Any = OmegaConf.select(config, 'scheduler')
     if found is not None and not isinstance(found, DictConfig):
-        raise PlanError(f'scheduler is {found!r}: give its settings by name, as name: warmup_stable_decay')
+        raise CommandError(f'scheduler is {found!r}: give its settings by name, as name: warmup_stable_decay')
     if found is None or found.get('name') != 'warmup_stable_decay':
         return
     settings: Any = OmegaConf.to_container(found, resolve=True)
@@ -104,7 +101,7 @@ def check_scheduler(config: DictConfig, max_duration: Time) -> None:
         WarmupStableDecayScheduler(**settings)(state)
     except (TypeError, ValueError) as error:
         if 'batches in an epoch' not in str(error):  # which only the loader knows
-            raise PlanError(f'scheduler: {error}') from error
+            raise CommandError(f'scheduler: {error}') from error
 
 
 def superposition_settings(config: DictConfig) -> dict[str, Any] | None:
@@ -113,12 +110,12 @@ def superposition_settings(config: DictConfig) -> dict[str, Any] | None:
     if algorithms is None:
         return None
     if not isinstance(algorithms, DictConfig):
-        raise PlanError(f'algorithms is {algorithms!r}: give its settings by name')
+        raise CommandError(f'algorithms is {algorithms!r}: give its settings by name')
     if 'token_superposition' not in algorithms:
         return None
     found: Any = algorithms.token_superposition
     if found is not None and not isinstance(found, DictConfig):
-        raise PlanError(f'algorithms.token_superposition is {found!r}: give its settings by name')
+        raise CommandError(f'algorithms.token_superposition is {found!r}: give its settings by name')
     settings: Any = OmegaConf.to_container(found, resolve=True) if found is not None else {}
     return settings
 
@@ -135,12 +132,12 @@ def train_split(config: DictConfig) -> str:
     """The split that the train loader reads."""
     dataset: Any = OmegaConf.select(config, 'train_loader.dataset') or {}
     if not isinstance(dataset, (dict, DictConfig)):
-        raise PlanError(f'train_loader.dataset is {dataset!r}: give its settings by name')
+        raise CommandError(f'train_loader.dataset is {dataset!r}: give its settings by name')
     streams = dataset.get('streams') or {}
     if not isinstance(streams, (dict, DictConfig)) or not all(
         isinstance(s, (dict, DictConfig)) for s in streams.values()
     ):
-        raise PlanError(f'train_loader.dataset.streams is {streams!r}: give its settings by name')
+        raise CommandError(f'train_loader.dataset.streams is {streams!r}: give its settings by name')
     splits = [stream.get('split') for stream in streams.values()] or [dataset.get('split')]
     return splits[0] or 'train'
 
@@ -149,5 +146,5 @@ def equal_steps(run: Run) -> Time:
     """The steps of the plain run that `max_duration` describes."""
     per_batch = {TimeUnit.BATCH: 1, TimeUnit.TOKEN: run.rows * run.length, TimeUnit.SAMPLE: run.rows}
     if run.max_duration.unit not in per_batch:
-        raise PlanError(f'max_duration is {run.max_duration.to_timestring()}: give it in ba, tok or sp')
+        raise CommandError(f'max_duration is {run.max_duration.to_timestring()}: give it in ba, tok or sp')
     return Time.from_batch(math.ceil(run.max_duration.value / per_batch[run.max_duration.unit]))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from composer_tst.cli.plan.config import PlanError, Run
+from composer_tst.cli.main import CommandError
+from composer_tst.cli.plan.config import Run
 from composer_tst.cli.plan.model import Model
 from composer_tst.schedule import Data, Moment, Plan, plan_steps
 
@@ -27,17 +28,17 @@ def steps_of(run: Run, rows_in_data: int | None = None) -> Plan | None:
     try:
         return plan_steps(run.phases, run.draws, run.max_duration, data, Moment())
     except ValueError as error:
-        raise PlanError(str(error)) from error
+        raise CommandError(str(error)) from error
 
 
 def cost_phases(run: Run, model: Model, rows_in_data: int | None) -> list[PhaseCost]:
     """The phases of a run, recovery last."""
     draws, plan = run.draws, steps_of(run, rows_in_data)
     if plan is None:
-        raise PlanError('a time is given in epochs, which needs --stats to know the length of one')
+        raise CommandError('a time is given in epochs, which needs --stats to know the length of one')
     for phase, start, end in zip(run.phases, [0, *plan.ends], plan.ends, strict=False):
         if end <= start or end >= plan.total:
-            raise PlanError(
+            raise CommandError(
                 f'algorithms.token_superposition: the phase with bag_size {phase.bag_size} goes from step {start} to '
                 f'{end} of {plan.total}: give it steps, and leave some for recovery'
             )
@@ -47,7 +48,7 @@ def cost_phases(run: Run, model: Model, rows_in_data: int | None) -> list[PhaseC
         rows, length = run.rows, run.length
         fewest = bag if run.superpose == 'output' else 2 * bag
         if run.expand != 'sequence' and bag > 1 and length < fewest:
-            raise PlanError(
+            raise CommandError(
                 f'algorithms.token_superposition: max_seq_len is {length}, and a row by itself needs {fewest} tokens '
                 f'for bags of {bag}: use expand: sequence, a smaller bag_size, or longer rows'
             )

@@ -8,7 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from composer_tst.cli.plan.config import PlanError, Run, equal_steps
+from composer_tst.cli.main import CommandError
+from composer_tst.cli.plan.config import Run, equal_steps
 from composer_tst.cli.plan.cost import steps_of
 
 PUBLISHED_WARMUP = 2000
@@ -17,7 +18,9 @@ PUBLISHED_WARMUP = 2000
 def fill_in(config: DictConfig, run: Run) -> tuple[DictConfig, list[str]]:
     """The YAML with the steps of the plain run, and a scheduler where it has another; and each change in a line."""
     if not run.phases:
-        raise PlanError('--write needs a superposition: give --bag-size and --duration, or the algorithm in the YAML')
+        raise CommandError(
+            '--write needs a superposition: give --bag-size and --duration, or the algorithm in the YAML'
+        )
     config = config.copy()
     settings: Any = OmegaConf.to_container(config.algorithms.token_superposition, resolve=True)
     changes = [f'algorithms.token_superposition is {_inline(settings)}']
@@ -43,7 +46,9 @@ def fill_in(config: DictConfig, run: Run) -> tuple[DictConfig, list[str]]:
         changes.append('The baseline needs the same scheduler, or the two runs differ in more than the method.')
     decay = str(OmegaConf.select(config, 'scheduler.t_decay', default='0.1dur'))
     if not decay.endswith(('dur', 'ba', 'ep')):
-        raise PlanError(f'scheduler.t_decay is {decay}: give it in dur or ba, since --write counts max_duration in ba')
+        raise CommandError(
+            f'scheduler.t_decay is {decay}: give it in dur or ba, since --write counts max_duration in ba'
+        )
     return config, [*changes, 'Comments are lost.']
 
 
@@ -54,8 +59,8 @@ def _inline(settings: Any) -> str:
 def write(config: DictConfig, path: str) -> None:
     """Write a YAML where there is none."""
     if Path(path).exists():
-        raise PlanError(f'--write {path}: it exists: remove it or name another')
+        raise CommandError(f'--write {path}: it exists: remove it or name another')
     try:
         Path(path).write_text(OmegaConf.to_yaml(config))
     except OSError as error:
-        raise PlanError(f'--write {path}: {error.strerror}') from error
+        raise CommandError(f'--write {path}: {error.strerror}') from error

@@ -10,7 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from composer_tst.cli.plan.config import PlanError, value
+from composer_tst.cli.main import CommandError
+from composer_tst.cli.plan.config import value
 
 # What llm-foundry's MPT takes beside its architecture. The loss it takes by default is installed with a GPU alone.
 NO_ARCHITECTURE = ('name', 'loss_fn', 'use_train_metrics', 'additional_train_metrics')
@@ -41,15 +42,15 @@ def build(config: DictConfig) -> Model:
     settings: Any = OmegaConf.to_container(found, resolve=True)
     name = value(config, 'model.name', str, 'hf_causal_lm or mpt_causal_lm')
     if name not in BUILDERS:
-        raise PlanError(f'model.name is {name!r}: this reads {" and ".join(BUILDERS)}')
+        raise CommandError(f'model.name is {name!r}: this reads {" and ".join(BUILDERS)}')
     try:
         with _quiet():
             model = BUILDERS[name](settings)
-    except PlanError:
+    except CommandError:
         raise
     except Exception as error:
         # What a config is refused for takes many forms, some over several lines.
-        raise PlanError(f'model: {name} refuses these settings: {" ".join(str(error).split())[:300]}') from error
+        raise CommandError(f'model: {name} refuses these settings: {" ".join(str(error).split())[:300]}') from error
     return _count(model)
 
 
@@ -78,7 +79,7 @@ def _hugging_face(settings: dict[str, Any]) -> Any:
     try:
         hf = AutoConfig.from_pretrained(named)
     except OSError as error:
-        raise PlanError(
+        raise CommandError(
             f'model.pretrained_model_name_or_path is {named!r}, which is no folder with a config.json, and the hub '
             'does not answer for it: give such a folder'
         ) from error
@@ -104,7 +105,7 @@ def _count(model: Any) -> Model:
     experts = sum(weight.numel() for key, weight in model.named_parameters() if '.experts.' in key)
     every = _setting(hf, EXPERTS)
     if (every > 1 and not experts) or (experts and not every):
-        raise PlanError(f'model: {type(model).__name__} is a mixture whose experts this cannot tell from the rest')
+        raise CommandError(f'model: {type(model).__name__} is a mixture whose experts this cannot tell from the rest')
     active = count - experts + experts * (_setting(hf, OF_A_TOKEN) or every) // max(1, every)
     # A tied matrix multiplies as the head; where there is no head of its own there is but one.
     embedding = model.get_input_embeddings().weight

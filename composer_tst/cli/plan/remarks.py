@@ -10,7 +10,8 @@ from typing import Any
 from composer.core import Time, Timestamp
 from omegaconf import DictConfig, OmegaConf
 
-from composer_tst.cli.plan.config import PlanError, Run
+from composer_tst.cli.main import CommandError
+from composer_tst.cli.plan.config import Run
 from composer_tst.cli.plan.cost import PhaseCost
 from composer_tst.cli.plan.stats import Data
 from composer_tst.lr_scheduler import turns
@@ -38,7 +39,7 @@ def _turns(config: DictConfig, run: Run, course: Course, data: Data | None) -> t
     try:
         scheduler: Any = build_scheduler(name, found)
     except (TypeError, ValueError) as error:
-        raise PlanError(f'scheduler: {error}') from error
+        raise CommandError(f'scheduler: {error}') from error
 
     def rate(step: int) -> float:
         batches = course.batches_before(step)
@@ -56,4 +57,4 @@ def _turns(config: DictConfig, run: Run, course: Course, data: Data | None) -> t
     except (RuntimeError, ValueError) as error:
         if data is None:
             return None, None  # it may need the length of an epoch, which only training knows
-        raise PlanError(f'scheduler: {error}') from error
+        raise CommandError(f'scheduler: {error}') from error

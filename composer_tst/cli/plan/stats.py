@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from composer_tst.cli.plan.config import PlanError
+from composer_tst.cli.main import CommandError
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,19 @@ def read_data(path: str, split: str, length: int) -> Data:
     try:
         stats = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise PlanError(f'--stats {path}: cannot be read: {error}') from error
+        raise CommandError(f'--stats {path}: cannot be read: {error}') from error
     if not isinstance(stats, dict) or 'seq_len' not in stats or not isinstance(stats.get('splits'), dict):
-        raise PlanError(f'--stats {path}: it is not what prepare-data writes: give its stats.json')
+        raise CommandError(f'--stats {path}: it is not what prepare-data writes: give its stats.json')
     if stats['seq_len'] != length:
-        raise PlanError(
+        raise CommandError(
             f'--stats {path}: its rows have {stats["seq_len"]} tokens and max_seq_len is {length}: '
             f'prepare the data with --seq-len {length}'
         )
     found = stats['splits'].get(split) or {'rows': 0, 'tokens': 0, 'bytes': 0}
     counts: list[Any] = [found.get(key) for key in ('rows', 'tokens', 'bytes')] if isinstance(found, dict) else [None]
     if not all(isinstance(count, int) for count in counts):
-        raise PlanError(f'--stats {path}: split {split!r} lacks rows, tokens or bytes: give what prepare-data wrote')
+        raise CommandError(f'--stats {path}: split {split!r} lacks rows, tokens or bytes: give what prepare-data wrote')
     data = Data(*counts)
     if not data.tokens:
-        raise PlanError(f'--stats {path}: it has no split {split!r} with rows in it: prepare one')
+        raise CommandError(f'--stats {path}: it has no split {split!r} with rows in it: prepare one')
     return data

@@ -5,7 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from composer_tst.cli.prepare_data.errors import PrepareError
+from composer_tst.cli.main import CommandError
 
 SCHEME = re.compile(r'[A-Za-z][A-Za-z0-9+.-]+:/')
 MAGIC = re.compile(r'[*?[]')
@@ -44,20 +44,20 @@ def parse_address(text: str) -> Address:
     """Read an address as the user gives it.
 
     Raises:
-        PrepareError: if it is of a scheme other than `s3://`, or names no bucket.
+        CommandError: if it is of a scheme other than `s3://`, or names no bucket.
     """
     if not text:
-        raise PrepareError('an empty address: name a file, a folder, or an s3:// address')
+        raise CommandError('an empty address: name a file, a folder, or an s3:// address')
     folder = text.endswith('/')
     if text.startswith('s3://'):
         bucket, _, key = text[5:].partition('/')
         if text != text.encode(errors='replace').decode():
-            raise PrepareError(f'{text}: names on S3 are UTF-8, and this is none')
+            raise CommandError(f'{text}: names on S3 are UTF-8, and this is none')
         if not bucket or MAGIC.search(bucket):
-            raise PrepareError(f'{text} names no bucket: write s3://BUCKET/NAME')
+            raise CommandError(f'{text} names no bucket: write s3://BUCKET/NAME')
         return Address(f's3://{bucket}/{key[:-1] if folder and key else key}', folder or not key)
     if SCHEME.match(text.strip()):
-        raise PrepareError(f'{text}: only paths on this machine, without file:, and s3:// addresses are known here')
+        raise CommandError(f'{text}: only paths on this machine, without file:, and s3:// addresses are known here')
     return Address(os.path.abspath(text), folder)
 
 

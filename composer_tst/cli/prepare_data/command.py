@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from composer_tst.cli.prepare_data.errors import PrepareError, shown
+from composer_tst.cli.main import CommandError
+from composer_tst.cli.prepare_data.errors import shown
 from composer_tst.cli.prepare_data.parts import Settings
 from composer_tst.cli.prepare_data.pipeline import prepare
 from composer_tst.cli.prepare_data.shards import ShardOptions
@@ -56,7 +57,7 @@ def main(
         settings = Settings(seq_len, parse_splits(split), text_key, skip_bad)
         shards = ShardOptions(compression, sorted({name for name in hashes.split(',') if name}))
         prepare(inputs or [], output, settings, shards, tokenizer, train_tokenizer, engine.value, verify)
-    except PrepareError as error:
+    except CommandError as error:
         typer.echo(f'error: {shown(str(error))}', err=True)
         raise typer.Exit(1) from None
     except Exception as error:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from composer_tst.cli.prepare_data.errors import PrepareError
+from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.lock import DiskLock, S3Lock
 from composer_tst.cli.prepare_data.output import Output, part_name
 from composer_tst.cli.prepare_data.parts import BAD_ADVICE, Done, Part, PartCount, Report, Settings, pack_part, size_of
@@ -37,7 +37,7 @@ def convert_part(job: Job, item: Item, report: Report) -> tuple[int, dict]:
     """Convert one part: write its shards, then its record.
 
     Raises:
-        PrepareError: for anything that the user can act on.
+        CommandError: for anything that the user can act on.
     """
     number, part = item
     count = PartCount.zero(job.settings)
@@ -98,7 +98,7 @@ def convert(parts: Sequence[Part], job: Job, engine: Engine) -> list[dict]:
     """Convert the parts that are not finished yet; return the records of all, in their order.
 
     Raises:
-        PrepareError: for anything that the user can act on; at a bad document, unless bad ones are skipped.
+        CommandError: for anything that the user can act on; at a bad document, unless bad ones are skipped.
     """
     names = [name for name, _ in job.settings.splits]
     records = job.output.part_records(len(parts), names)
@@ -106,7 +106,7 @@ def convert(parts: Sequence[Part], job: Job, engine: Engine) -> list[dict]:
     if not job.settings.skip_bad:
         for number in sorted(records):
             for sentence in records[number]['count']['bad']:
-                raise PrepareError(sentence + BAD_ADVICE)
+                raise CommandError(sentence + BAD_ADVICE)
     if items:
         sizes = [size_of(part) for part in parts]
         finished = sum(sizes[number] for number in records)

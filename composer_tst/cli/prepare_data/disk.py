@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from composer_tst.cli.prepare_data.errors import PrepareError, explained
+from composer_tst.cli.main import CommandError
+from composer_tst.cli.prepare_data.errors import explained
 from composer_tst.cli.prepare_data.inputs import NOT_OURS, Input
 
 
@@ -46,7 +47,7 @@ class Disk:
         completed, for the same parts of the same inputs make the same bytes.
 
         Raises:
-            PrepareError: if something else is there.
+            CommandError: if something else is there.
         """
         with explained('write', path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -56,7 +57,7 @@ class Disk:
                 if size:
                     found = file.read(len(data) + 1)
                     if size > len(data) or not data.startswith(found.rstrip(b'\0')):
-                        raise PrepareError(NOT_OURS.format(path))
+                        raise CommandError(NOT_OURS.format(path))
                     if found == data:
                         return
                     file.seek(0)
@@ -69,7 +70,7 @@ class Disk:
         """Write a file that is there whole or not at all, or is the same already."""
         found = self.read(path)
         if found not in (None, data):
-            raise PrepareError(NOT_OURS.format(path))
+            raise CommandError(NOT_OURS.format(path))
         if found is None:
             self.create(new := _new_name(path), data)
             with explained('write', path):

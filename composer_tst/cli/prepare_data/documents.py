@@ -59,7 +59,7 @@ def read_documents(piece: Piece, text_key: str, meter: Meter | None = None) -> I
         meter: is told how far it is.
 
     Raises:
-        PrepareError: if the disk or the object store fails, or the input changed; what is wrong with the
+        CommandError: if the disk or the object store fails, or the input changed; what is wrong with the
             data itself comes back as a BadDocument.
     """
     source = piece.source

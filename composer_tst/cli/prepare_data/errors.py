@@ -7,15 +7,13 @@ from contextlib import contextmanager
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
+from composer_tst.cli.main import CommandError
+
 # What disks and object stores raise.
 FAILURES = (OSError, BotoCoreError, ClientError, HTTPError)
 
 
-class PrepareError(Exception):
-    """A failure the user can act on: one sentence that names the file, the line, or the setting."""
-
-
-class ChangedError(PrepareError):
+class ChangedError(CommandError):
     """An input that is no longer what was listed."""
 
 
@@ -33,12 +31,12 @@ def explained(action: str, path: str) -> Iterator[None]:
         path: the file, folder, key, or bucket concerned.
 
     Raises:
-        PrepareError: in place of an OSError or of an error of the S3 client.
+        CommandError: in place of an OSError or of an error of the S3 client.
     """
     try:
         yield
     except FAILURES as error:
-        raise PrepareError(f'cannot {action} {path}: {reason(error)}') from error
+        raise CommandError(f'cannot {action} {path}: {reason(error)}') from error
 
 
 def reason(error: BaseException) -> str:

@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from multiprocessing.reduction import DupFd
 from typing import Any
 
-from composer_tst.cli.prepare_data.errors import FAILURES, PrepareError, explained, shown
+from composer_tst.cli.main import CommandError
+from composer_tst.cli.prepare_data.errors import FAILURES, explained, shown
 from composer_tst.cli.prepare_data.inputs import NOT_OURS
 from composer_tst.cli.prepare_data.output import RECORDS
 from composer_tst.cli.prepare_data.s3 import S3
@@ -39,7 +40,7 @@ def locked(path: str) -> Iterator['DiskLock | S3Lock']:
     """Hold the lock of an output.
 
     Raises:
-        PrepareError: if another run holds it.
+        CommandError: if another run holds it.
     """
     lock = S3Lock(path) if path.startswith('s3://') else DiskLock(path)
     try:
@@ -48,8 +49,8 @@ def locked(path: str) -> Iterator['DiskLock | S3Lock']:
         lock.release()
 
 
-def _refusal(path: str, owner: str) -> PrepareError:
-    return PrepareError(f'another run is writing to {path} ({owner}): wait for its end, or name another output')
+def _refusal(path: str, owner: str) -> CommandError:
+    return CommandError(f'another run is writing to {path} ({owner}): wait for its end, or name another output')
 
 
 class DiskLock:
@@ -63,7 +64,7 @@ class DiskLock:
             found = os.pread(self.descriptor, len(OWNER), 0)
         if not OWNER.encode().startswith(found):
             os.close(self.descriptor)
-            raise PrepareError(NOT_OURS.format(os.path.join(folder, 'lock')))
+            raise CommandError(NOT_OURS.format(os.path.join(folder, 'lock')))
         deadline = time.monotonic() + GRACE
         while True:
             try:
@@ -120,10 +121,10 @@ class S3Lock:
         """Refuse to go on when another run took this one for dead.
 
         Raises:
-            PrepareError: if so.
+            CommandError: if so.
         """
         if self.lost:
-            raise PrepareError(f'another run took over {self.path}, since this one did not answer for a while')
+            raise CommandError(f'another run took over {self.path}, since this one did not answer for a while')
 
     def release(self) -> None:
         """Delete the lock, if it is still ours."""
@@ -132,7 +133,7 @@ class S3Lock:
         try:
             if not self.lost and self._owner() == self.owner:
                 self.store.delete(self.address)
-        except PrepareError as error:
+        except CommandError as error:
             # What was done is done: the next run waits until the lock is seen to be dead.
             print(f'the lock stays: {shown(str(error))}', file=sys.stderr)
 
@@ -186,5 +187,5 @@ class S3Lock:
                 if self.lost:
                     return
                 self.stamp = self.store.head(self.address)[1]
-            except (PrepareError, *FAILURES) as error:
+            except (CommandError, *FAILURES) as error:
                 print(f'the lock was not renewed: {shown(str(error))}', file=sys.stderr)

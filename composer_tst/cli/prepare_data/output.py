@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.disk import Disk
-from composer_tst.cli.prepare_data.errors import PrepareError, shown
+from composer_tst.cli.prepare_data.errors import shown
 from composer_tst.cli.prepare_data.s3 import S3, THREADS
 from composer_tst.cli.prepare_data.stores import store_of
 
@@ -105,13 +106,13 @@ def check_output(output: Output, fingerprint: dict[str, Any]) -> bool:
         fingerprint: what decides the rows, by the words that a refusal uses for it.
 
     Raises:
-        PrepareError: if the output holds anything of others, or was begun with another fingerprint.
+        CommandError: if the output holds anything of others, or was begun with another fingerprint.
     """
     begun = output.recorded(BEGUN)
     if begun is None:
         for name in output.store.names(output.path):
             if not name.startswith('.') and name != LOST_AND_FOUND:
-                raise PrepareError(
+                raise CommandError(
                     f'output {output.path} holds {shown(name)} and was not begun by this command: '
                     'name an empty or a new folder'
                 )
@@ -119,7 +120,7 @@ def check_output(output: Output, fingerprint: dict[str, Any]) -> bool:
     fingerprint = json.loads(json.dumps(fingerprint))
     if begun != fingerprint:
         changed = [key for key in fingerprint if begun.get(key) != fingerprint[key]]
-        raise PrepareError(
+        raise CommandError(
             f'{output.path} was begun with another {" and ".join(changed)}: run with the same, or name another output'
         )
     return True

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.documents import BadDocument, Piece, open_parquet, read_documents
-from composer_tst.cli.prepare_data.errors import PrepareError, shown
+from composer_tst.cli.prepare_data.errors import shown
 from composer_tst.cli.prepare_data.packing import Packer
 from composer_tst.cli.prepare_data.reading import DamagedError, Meter, opened, refusing
 from composer_tst.cli.prepare_data.sources import Source
@@ -148,7 +149,7 @@ def pack_part(
         report: is told what each batch has done.
 
     Raises:
-        PrepareError: at the first bad document, unless bad documents are skipped.
+        CommandError: at the first bad document, unless bad documents are skipped.
     """
     packers = {name: Packer(settings.seq_len) for name, _ in settings.splits}
     end_of_text = np.array([tokenizer.eos_id], np.int32)
@@ -181,7 +182,7 @@ def pack_part(
         counted.dropped_tokens = packer.held_tokens
         ends = counted.ends + sum(int(np.count_nonzero(held == tokenizer.eos_id)) for held in packer.held)
         if ends != counted.documents:
-            raise PrepareError(
+            raise CommandError(
                 f'--tokenizer: it makes end-of-text of text, {ends - counted.documents:,} times in a part that begins '
                 f'with {part[0].source.path}: use one that keeps an id for the ends of documents'
             )
@@ -202,7 +203,7 @@ def _batches(
             if isinstance(document, BadDocument):
                 sentence = shown(f'{document.where}: {document.why}')
                 if not settings.skip_bad:
-                    raise PrepareError(sentence + BAD_ADVICE)
+                    raise CommandError(sentence + BAD_ADVICE)
                 count.bad.append(sentence)
                 continue
             split = choose_split(document.digest, settings.splits)

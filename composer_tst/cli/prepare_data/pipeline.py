@@ -8,9 +8,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.address import Address, parse_address
 from composer_tst.cli.prepare_data.convert import Engine, Job, convert, convert_locally, merged
-from composer_tst.cli.prepare_data.errors import PrepareError, explained
+from composer_tst.cli.prepare_data.errors import explained
 from composer_tst.cli.prepare_data.lock import locked
 from composer_tst.cli.prepare_data.output import BEGUN, Output, check_output
 from composer_tst.cli.prepare_data.parts import Part, PartCount, Settings, plan_parts, size_of
@@ -54,14 +55,14 @@ def prepare(
         check: read every shard back before the data set becomes visible, or now if it is finished.
 
     Raises:
-        PrepareError: for anything that the user can act on.
+        CommandError: for anything that the user can act on.
     """
     if not 1 <= settings.seq_len <= LONGEST_ROW:
-        raise PrepareError(f'--seq-len {settings.seq_len}: a row needs at least one token and at most {LONGEST_ROW:,}')
+        raise CommandError(f'--seq-len {settings.seq_len}: a row needs at least one token and at most {LONGEST_ROW:,}')
     if not out:
-        raise PrepareError('--output is missing: name a folder or an s3:// address')
+        raise CommandError('--output is missing: name a folder or an s3:// address')
     if (tokenizer_name is None) == (vocab_size is None):
-        raise PrepareError('give one of --tokenizer and --train-tokenizer')
+        raise CommandError('give one of --tokenizer and --train-tokenizer')
     if vocab_size is not None:
         check_vocabulary(vocab_size)
     shard_options.check()
@@ -137,7 +138,7 @@ def _check_place(address: Address) -> None:
     if address.is_s3:
         check_bucket(address)
     elif os.path.lexists(address.path) and not os.path.isdir(address.path):
-        raise PrepareError(f'output {address.path} exists and is no folder: name another')
+        raise CommandError(f'output {address.path} exists and is no folder: name another')
 
 
 def _engine(name: str) -> Engine:
@@ -146,7 +147,7 @@ def _engine(name: str) -> Engine:
     try:
         from composer_tst.cli.prepare_data.spark import convert_with_spark
     except ImportError as error:
-        raise PrepareError('--engine spark needs pyspark: pip install "composer-tst[spark]"') from error
+        raise CommandError('--engine spark needs pyspark: pip install "composer-tst[spark]"') from error
     return convert_with_spark
 
 
@@ -173,12 +174,12 @@ def _trained(output: Output, parts: Sequence[Part], settings: Settings, vocab_si
     return TextTokenizer(**state['tokenizer'])
 
 
-def _nothing(count: PartCount, settings: Settings) -> PrepareError:
+def _nothing(count: PartCount, settings: Settings) -> CommandError:
     documents = sum(split.documents for split in count.splits.values())
     if count.bad and not documents:
-        return PrepareError(f'none of {len(count.bad):,} documents is good; the first: {count.bad[0]}')
+        return CommandError(f'none of {len(count.bad):,} documents is good; the first: {count.bad[0]}')
     bad = f' and {len(count.bad):,} bad ones, the first: {count.bad[0]}' if count.bad else ''
-    return PrepareError(
+    return CommandError(
         f'the input is too small: no split fills a row of --seq-len {settings.seq_len} ({documents:,} documents{bad})'
     )
 

@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow as pa
 import zstandard
 
-from composer_tst.cli.prepare_data.errors import PrepareError, shown
+from composer_tst.cli.main import CommandError
+from composer_tst.cli.prepare_data.errors import shown
 from composer_tst.cli.prepare_data.inputs import Input
 from composer_tst.cli.prepare_data.sources import MISSING, Source
 from composer_tst.cli.prepare_data.stores import store_of
@@ -66,7 +67,7 @@ UNPACKERS: dict[str, Callable[[Any], Any]] = {
     'bzip2': lambda stream: io.BufferedReader(_Members(stream, bz2.BZ2Decompressor), BLOCK_BYTES),
     'xz': lambda stream: io.BufferedReader(_Members(stream, lzma.LZMADecompressor, b'\0'), BLOCK_BYTES),
 }
-# What decoders raise on data that their format refuses. A failure to read is a PrepareError by then.
+# What decoders raise on data that their format refuses. A failure to read is a CommandError by then.
 REFUSALS = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, pa.ArrowException)
 
 
@@ -113,7 +114,7 @@ def _check_window(source: Source, start: bytes) -> None:
     except zstandard.ZstdError:  # which the decoder says better
         return
     if window > ZSTD_WINDOW:
-        raise PrepareError(
+        raise CommandError(
             f'{shown(source.path)} is compressed over windows of {window >> 20:,} MiB, and at most '
             f'{ZSTD_WINDOW >> 20} can be read: compress it again, with zstd --long=27 at most'
         )

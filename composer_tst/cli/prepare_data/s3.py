@@ -8,7 +8,8 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from composer_tst.cli.prepare_data.errors import FAILURES, ChangedError, PrepareError, explained, reason
+from composer_tst.cli.main import CommandError
+from composer_tst.cli.prepare_data.errors import FAILURES, ChangedError, explained, reason
 from composer_tst.cli.prepare_data.inputs import NOT_OURS, Input
 
 # What is fetched from S3 at once, in bytes.
@@ -75,7 +76,7 @@ class S3:
         """Write an object.
 
         Raises:
-            PrepareError: if something else is there.
+            CommandError: if something else is there.
         """
         if self._same(path, data):
             return
@@ -83,7 +84,7 @@ class S3:
             self.put(path, data, {'If-None-Match': '*'})
         except FileExistsError:
             if not self._same(path, data):
-                raise PrepareError(NOT_OURS.format(path)) from None
+                raise CommandError(NOT_OURS.format(path)) from None
 
     publish = create
 
@@ -94,7 +95,7 @@ class S3:
             except FileNotFoundError:
                 return False
         if size != len(data) or self.read(path) != data:
-            raise PrepareError(NOT_OURS.format(path))
+            raise CommandError(NOT_OURS.format(path))
         return True
 
     def replace(self, path: str, data: bytes) -> None:
@@ -173,10 +174,10 @@ class S3Input(Input):
                 if error.response['ResponseMetadata']['HTTPStatusCode'] in (404, 412, 416):
                     raise self.changed() from error
                 if error.response['ResponseMetadata']['HTTPStatusCode'] < 500 or not left:
-                    raise PrepareError(f'cannot read {self.path}: {reason(error)}') from error
+                    raise CommandError(f'cannot read {self.path}: {reason(error)}') from error
             except FAILURES as error:
                 if not left:
-                    raise PrepareError(
+                    raise CommandError(
                         f'cannot read {self.path}: {reason(error)}, {FETCHES} times; '
                         'when it can be reached, the same command goes on from here'
                     ) from error
@@ -205,7 +206,7 @@ def _client(endpoint: str | None, process: int) -> Any:
         made = session.Session().client('s3', endpoint_url=endpoint, config=Config(**settings))
     except ValueError as error:  # what boto reads from the environment and its own files
         where = f'S3_ENDPOINT_URL={endpoint} or ' if endpoint else ''
-        raise PrepareError(f'cannot use S3 with {where}the settings of AWS: {error}') from error
+        raise CommandError(f'cannot use S3 with {where}the settings of AWS: {error}') from error
 
     # This version of boto knows no conditions of a put, but S3 does.
     def add_condition(params: dict, context: dict, **rest: Any) -> None:

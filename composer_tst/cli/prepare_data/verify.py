@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.convert import Job
-from composer_tst.cli.prepare_data.errors import PrepareError
 from composer_tst.cli.prepare_data.parts import PartCount, Settings
 from composer_tst.cli.prepare_data.shards import digest_of
 from composer_tst.cli.prepare_data.tokenizer import TextTokenizer
@@ -72,7 +72,7 @@ def verify(job: Job, records: list[dict], count: PartCount) -> None:
     """Read every shard back and compare it with its record and with what was counted.
 
     Raises:
-        PrepareError: at the first shard that is missing, damaged, or holds what it should not.
+        CommandError: at the first shard that is missing, damaged, or holds what it should not.
     """
     items = [(split, file) for record in records for split, files in record['files'].items() for file in files]
     rows = dict.fromkeys(count.splits, 0)
@@ -88,7 +88,7 @@ def verify(job: Job, records: list[dict], count: PartCount) -> None:
             ('end-of-text tokens', ends[split], counted.ends),
         ):
             if read != wrote:
-                raise PrepareError(f'verify: split {split} holds {read:,} {what}, but {wrote:,} were written')
+                raise CommandError(f'verify: split {split} holds {read:,} {what}, but {wrote:,} were written')
 
 
 def _verify_shard(job: Job, item: tuple[str, dict], report: Callable[[Any], None]) -> tuple[str, int, int]:
@@ -98,7 +98,7 @@ def _verify_shard(job: Job, item: tuple[str, dict], report: Callable[[Any], None
 
     def check(holds: bool, problem: str) -> None:
         if not holds:
-            raise PrepareError(f'verify: {path} {problem}: move it away, and the same command makes it anew')
+            raise CommandError(f'verify: {path} {problem}: move it away, and the same command makes it anew')
 
     data = job.output.store.read(path)
     check(data is not None, 'is not there')
@@ -108,7 +108,7 @@ def _verify_shard(job: Job, item: tuple[str, dict], report: Callable[[Any], None
     try:
         rows = job.shards.decode(job.shards.unpack(data), file['rows'], job.settings.seq_len)
     except ValueError:
-        raise PrepareError(f'verify: {path} is no shard of {file["rows"]:,} rows of {job.settings.seq_len:,}') from None
+        raise CommandError(f'verify: {path} is no shard of {file["rows"]:,} rows of {job.settings.seq_len:,}') from None
     outside = (rows < 0) | (rows >= job.tokenizer.vocab_size)
     check(not outside.any(), 'holds an id outside the vocabulary')
     return split, len(rows), int(np.count_nonzero(rows == job.tokenizer.eos_id))

@@ -15,7 +15,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from typing import Any
 
-from composer_tst.cli.prepare_data.errors import PrepareError, explained
+from composer_tst.cli.main import CommandError
+from composer_tst.cli.prepare_data.errors import explained
 
 PRELOADED = ['numpy', 'pyarrow.parquet', 'tokenizers', 'tqdm', 'typer', 'botocore.client']
 TICK_SECONDS = 0.2
@@ -52,7 +53,7 @@ def parallel(
         report: is called here with what the function passes to its own `report`.
 
     Raises:
-        PrepareError: if a worker dies; and whatever `function` raises.
+        CommandError: if a worker dies; and whatever `function` raises.
     """
     items = list(items)
     # Those that this process may use, where the system can tell.
@@ -70,7 +71,7 @@ def parallel(
             for future in done:
                 yield future.result()
     except BrokenProcessPool as error:
-        raise PrepareError(
+        raise CommandError(
             'a worker died, perhaps killed for want of memory; the same command goes on from here'
         ) from error
     finally:
