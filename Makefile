@@ -43,14 +43,14 @@ $(VENV)/.installed: pyproject.toml setup.py
 
 quickstart: $(DATA)/stats.json ## a baseline and a TST run on Python source, and their comparison (SEED=17)
 	$(PYTHON) tools/quickstart.py --data $(DATA) --runs $(RUNS) --seed $(SEED)
-	$(PYTHON) tools/compare_runs.py $(RUNS)/baseline $(RUNS)/tst --output $(RUNS)/comparison.png
+	$(VENV)/bin/composer-tst compare $(RUNS)/baseline $(RUNS)/tst --output $(RUNS)/comparison.png
 
 STDLIB = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_paths()['stdlib'])")
 PACKAGES = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
 
 # The standard library (but for folders in s, such as site-packages) and torch: 65 million characters of Python.
 SOURCE = "$(STDLIB)/*.py" "$(STDLIB)/[!s]*/**/*.py" "$(PACKAGES)/torch/**/*.py"
-PREPARE = $(PYTHON) tools/prepare_data.py $(SOURCE) --output $(@D) --skip-bad --split train=0.995,val=0.005
+PREPARE = $(VENV)/bin/composer-tst prepare-data $(SOURCE) --output $(@D) --skip-bad --split train=0.995,val=0.005
 
 $(DATA)/stats.json: | install
 	$(PREPARE) --seq-len 64 --train-tokenizer 2048
@@ -63,7 +63,7 @@ data/rows/stats.json: $(DATA)/stats.json
 data/corpus/python.jsonl: | install
 	$(PYTHON) tools/experiments/corpus.py $@
 data/tokens/stats.json: | data/corpus/python.jsonl
-	$(PYTHON) tools/prepare_data.py data/corpus/python.jsonl --output $(@D) --seq-len 128 --train-tokenizer 2048 --skip-bad \
+	$(VENV)/bin/composer-tst prepare-data data/corpus/python.jsonl --output $(@D) --seq-len 128 --train-tokenizer 2048 --skip-bad \
 		--split train=0.962,val=0.005,limited=0.031,rest=0.002
 
 # Everything the pages of evidence report. What is finished is kept, here and in their records: run it again to go on.

@@ -130,8 +130,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp('data') / 'mds'
     stdlib = Path(sysconfig.get_paths()['stdlib'])
     command = [
-        sys.executable,
-        str(REPO / 'tools' / 'prepare_data.py'),
+        *(sys.executable, '-m', 'composer_tst', 'prepare-data'),
         f'{stdlib}/json/*.py',
         f'{stdlib}/email/*.py',
         *('--output', str(output), '--seq-len', str(SEQ_LEN), '--train-tokenizer', str(VOCAB_SIZE)),

@@ -17,11 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 from hypothesis import strategies as st
+from preparing import Bucket, Folder, make_text
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
-# First, since it makes the tools importable.
-from preparing import Bucket, Folder, make_text  # isort: skip
 from composer_tst.cli.prepare_data import tokenizer as tokenizers_of
 from composer_tst.cli.prepare_data.errors import shown
 

@@ -1,4 +1,4 @@
-"""Random attacks on tools/prepare_data.py, each checked against a plain reading of what it promises.
+"""Random attacks on composer-tst prepare-data, each checked against a plain reading of what it promises.
 
     python tests/fuzz_prepare_data.py [--seed 17] [--minutes 15]
 
@@ -29,10 +29,9 @@ import boto3
 from fuzz_inputs import TOKENIZERS, Corpus, corpora, make_tokenizers
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from preparing import Bucket, Folder, of_split, prepare
 from s3_server import serve
 
-# First, since it makes the tools importable.
-from preparing import Bucket, Folder, of_split, prepare  # isort: skip
 from composer_tst.cli.prepare_data import (
     convert,
     disk,

@@ -1,4 +1,4 @@
-"""Running tools/prepare_data.py within tests, to its end or until it is killed, and the definition of what it makes."""
+"""Running composer-tst prepare-data within tests, to its end or until it is killed, and the definition of what it makes."""
 
 import gzip
 import hashlib
@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 from typer.testing import CliRunner, Result
-
-sys.path.insert(0, str(Path(__file__).parents[1] / 'tools'))
 
 from composer_tst.cli.prepare_data import convert, parts, sources, workers
 from composer_tst.cli.prepare_data.address import Address
@@ -35,7 +33,7 @@ def make_text(number: int, words: int = 60) -> str:
     return f'{number} ' + ' '.join(WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(words))
 
 
-TOOL = str(Path(__file__).parents[1] / 'tools' / 'prepare_data.py')
+COMMAND = (sys.executable, '-m', 'composer_tst', 'prepare-data')
 TEXTS = [make_text(number) for number in range(40)]
 
 

@@ -1,14 +1,13 @@
-"""Fixtures of the tests of tools/prepare_data.py: `pytest_plugins = ['preparing_fixtures']`."""
+"""Fixtures of the tests of composer-tst prepare-data: `pytest_plugins = ['preparing_fixtures']`."""
 
 import uuid
 from pathlib import Path
 
 import boto3
 import pytest
+from preparing import TEXTS, Bucket, Folder, L, make_text, write_jsonl
 from s3_server import s3_server  # noqa: F401
 
-# First, since it makes the tools importable.
-from preparing import TEXTS, Bucket, Folder, L, make_text, write_jsonl  # isort: skip
 from composer_tst.cli.prepare_data import lock, parts, tokenizer
 
 

@@ -1,4 +1,4 @@
-"""tools/prepare_data.py: what comes out is what the definition says, whatever happens on the way."""
+"""composer-tst prepare-data: what comes out is what the definition says, whatever happens on the way."""
 
 import hashlib
 import json
@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-# First, since it makes the tools importable.
 from preparing import (
     SETTINGS,
     SPLITS,
@@ -28,7 +26,7 @@ from preparing import (
     succeed,
     tree,
     write_jsonl,
-)  # isort: skip
+)
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from composer_tst.cli.main import CommandError

@@ -1,4 +1,4 @@
-"""An output of tools/prepare_data.py on a disk: locks, links, modes, and what a kill or a power loss leaves."""
+"""An output of composer-tst prepare-data on a disk: locks, links, modes, and what a kill or a power loss leaves."""
 
 import fcntl
 import os
@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from preparing import COMMAND, prepare_until_killed, read_rows, refuse, succeed
 
-# First, since it makes the tools importable.
-from preparing import TOOL, prepare_until_killed, read_rows, refuse, succeed  # isort: skip
 from composer_tst.cli.prepare_data import shards
 
 pytest_plugins = ['preparing_fixtures']
@@ -77,7 +76,7 @@ def test_what_a_kill_or_a_power_loss_left_of_a_shard_is_completed(common: list[o
 
 
 def test_modes_follow_the_umask(common: list[object], tmp_path: Path):
-    command = [sys.executable, TOOL, *map(str, common), '--output', str(tmp_path / 'out')]
+    command = [*COMMAND, *map(str, common), '--output', str(tmp_path / 'out')]
     subprocess.run(command, check=True, capture_output=True, umask=0o027)
     for path in (tmp_path / 'out').rglob('*'):
         assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
@@ -93,7 +92,7 @@ def test_a_kill_leaves_nothing_in_the_temporary_folder(
 
 
 def test_two_commands_at_once_make_one_data_set(common: list[object], tmp_path: Path, tokenizer_dir: str):
-    command = [sys.executable, TOOL, *map(str, common), '--output', str(tmp_path / 'out')]
+    command = [*COMMAND, *map(str, common), '--output', str(tmp_path / 'out')]
     results = []
     threads = [
         threading.Thread(target=lambda: results.append(subprocess.run(command, capture_output=True, text=True)))

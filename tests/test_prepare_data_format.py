@@ -1,4 +1,4 @@
-"""The shards of tools/prepare_data.py: byte for byte those of streaming, whenever they are made."""
+"""The shards of composer-tst prepare-data: byte for byte those of streaming, whenever they are made."""
 
 import json
 import time
@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from preparing import TEXTS, L, define_rows, prepare, read_rows, refuse, succeed
 from streaming import MDSWriter
 
-# First, since it makes the tools importable.
-from preparing import L, TEXTS, define_rows, prepare, read_rows, refuse, succeed  # isort: skip
 from composer_tst.cli.prepare_data import shards
 
 pytest_plugins = ['preparing_fixtures']

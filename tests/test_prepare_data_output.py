@@ -1,18 +1,16 @@
-"""Where tools/prepare_data.py writes: nothing of anyone's is touched, nothing is lost, on disk as on S3."""
+"""Where composer-tst prepare-data writes: nothing of anyone's is touched, nothing is lost, on disk as on S3."""
 
 import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from preparing import COMMAND, TEXTS, Bucket, Folder, L, prepare_until_killed, refuse, succeed, write_jsonl
 
-# First, since it makes the tools importable.
-from preparing import TOOL, L, TEXTS, Bucket, Folder, prepare_until_killed, refuse, succeed, write_jsonl  # isort: skip
 from composer_tst.cli.prepare_data import disk, parts, tokenizer
 from composer_tst.cli.prepare_data.lock import locked
 
@@ -296,7 +294,7 @@ def test_a_file_that_goes_while_a_folder_is_listed_hides_no_other(tmp_path: Path
 
 
 def test_a_screen_that_cannot_be_written_to_is_no_fault_of_the_program(common: list[object], tmp_path: Path):
-    command = [sys.executable, TOOL, *map(str, common), '--output', str(tmp_path / 'out')]
+    command = [*COMMAND, *map(str, common), '--output', str(tmp_path / 'out')]
     with open('/dev/full', 'w') as full:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 1
@@ -321,7 +319,7 @@ def test_an_odd_environment_gets_one_sentence(name: str, value: str, said: str, 
         value = str(tmp_path / value)
         os.mkdir(value)
     output = str(tmp_path / 'out') if name == 'TMPDIR' else 's3://bucket/out'
-    command = [sys.executable, TOOL, *map(str, common), '--output', output]
+    command = [*COMMAND, *map(str, common), '--output', output]
     result = subprocess.run(command, env=os.environ | {name: value}, capture_output=True, text=True)
     assert result.returncode == 1
     assert 'Traceback' not in result.stderr

@@ -1,6 +1,6 @@
 # Where documents are read, each may be a bad one, which pyright would have every test ask.
 # pyright: reportAttributeAccessIssue=false
-"""What tools/prepare_data.py reads: every document once, and what is wrong with the others."""
+"""What composer-tst prepare-data reads: every document once, and what is wrong with the others."""
 
 import bz2
 import codecs
@@ -21,9 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from preparing import make_text, refuse, source, sources_of, succeed, write_jsonl
 
-# First, since it makes the tools importable.
-from preparing import refuse, succeed, make_text, source, sources_of, write_jsonl  # isort: skip
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data import disk, documents, parts, reading
 

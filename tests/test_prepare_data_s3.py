@@ -1,4 +1,4 @@
-"""tools/prepare_data.py against a real S3 server, up to a training run that streams what it made."""
+"""composer-tst prepare-data against a real S3 server, up to a training run that streams what it made."""
 
 import gzip
 import http.client
@@ -22,10 +22,9 @@ import pytest
 import yaml
 from composer.utils.object_store import S3ObjectStore
 from llmfoundry.command_utils import train_from_yaml
+from preparing import prepare, refuse, source, sources_of, succeed, tree
 from s3_server import BUCKET, s3_server  # noqa: F401
 
-# First, since it makes the tools importable.
-from preparing import prepare, refuse, source, sources_of, succeed, tree  # isort: skip
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data import documents, lock, output, parts, reading, s3, tokenizer
 

@@ -1,4 +1,4 @@
-"""The Spark engine of tools/prepare_data.py: the same tasks, the same bytes."""
+"""The Spark engine of composer-tst prepare-data: the same tasks, the same bytes."""
 
 import gzip
 import importlib
@@ -10,12 +10,21 @@ from typing import Any
 
 import boto3
 import pytest
+from preparing import (
+    Bucket,
+    Folder,
+    L,
+    define_rows,
+    make_text,
+    of_split,
+    read_rows,
+    refuse,
+    succeed,
+    tree,
+    write_jsonl,
+)  # fmt: skip
 from s3_server import s3_server  # noqa: F401
 
-# First, since it makes the tools importable.
-from preparing import (  # isort: skip
-    L, Bucket, Folder, define_rows, make_text, of_split, read_rows, refuse, succeed, tree, write_jsonl,
-)  # fmt: skip
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data import parts
 

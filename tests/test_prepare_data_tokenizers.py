@@ -1,4 +1,4 @@
-"""Tokenizers in tools/prepare_data.py: text stays text, nothing is dropped without a word, samples repeat."""
+"""Tokenizers in composer-tst prepare-data: text stays text, nothing is dropped without a word, samples repeat."""
 
 import argparse
 import json
@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from preparing import L, make_text, of_split, refuse, sources_of, succeed, write_jsonl
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
-# First, since it makes the tools importable.
-from preparing import make_text, of_split, refuse, sources_of, succeed, write_jsonl, L  # isort: skip
 from composer_tst.cli.prepare_data import parts, sample, tokenizer
 
 EOS = '</s>'

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 
 import typer
 
-PREPARE = Path(__file__).with_name('prepare_data.py')
+PREPARE = (sys.executable, '-m', 'composer_tst', 'prepare-data')
 LLMFOUNDRY = Path(sys.executable).with_name('llmfoundry')
 SEQ_LEN = 2048
 VOCAB_SIZE = 32000
@@ -93,13 +93,13 @@ def speed(
         # The others compress by default, so this one is told to.
         ours = ['--tokenizer', tokenizer, '--compression', 'zstd', '--seq-len', str(SEQ_LEN), '--split', 'train=1']
         commands = {
-            'text files': [sys.executable, str(PREPARE), str(text), *ours, '--output'],
+            'text files': [*PREPARE, str(text), *ours, '--output'],
             'llm-foundry': [
                 *(str(LLMFOUNDRY), 'data_prep', 'convert_text_to_mds'),
                 *('--input-folder', str(text), '--tokenizer', tokenizer, '--eos-text', end_of_text),
                 *('--concat-tokens', str(SEQ_LEN), '--processes', str(cores), '--output-folder'),
             ],
-            'JSON lines': [sys.executable, str(PREPARE), str(lines), *ours, '--output'],
+            'JSON lines': [*PREPARE, str(lines), *ours, '--output'],
             'plain pool': [sys.executable, __file__, 'pool', str(lines), tokenizer, str(cores)],
         }
         if datatrove:
@@ -122,7 +122,7 @@ def speed(
 def train(work: Path, text: Path, environment: dict[str, str]) -> str:
     """Train the tokenizer that all use, by a run to `first`; return its folder."""
     options = ['--seq-len', str(SEQ_LEN), '--split', 'train=1', '--train-tokenizer', str(VOCAB_SIZE)]
-    run([sys.executable, str(PREPARE), str(text), *options, '--output', str(work / 'first')], environment)
+    run([*PREPARE, str(text), *options, '--output', str(work / 'first')], environment)
     return str(work / 'first' / 'tokenizer')
 
 
@@ -194,7 +194,7 @@ def s3(
     """
     import boto3
 
-    sys.path.insert(0, str(PREPARE.parents[1] / 'tests'))
+    sys.path.insert(0, str(Path(__file__).parents[2] / 'tests'))
     from s3_server import BUCKET, serve  # pyright: ignore
 
     with tempfile.TemporaryDirectory() as name, serve() as (url, _):
@@ -209,7 +209,7 @@ def s3(
         for number in range(rounds):
             for at, values in speeds.items():
                 out = str(work / f'{len(at)}.{number}')
-                values.append(tokens / run([sys.executable, str(PREPARE), at, *options, out], environment))
+                values.append(tokens / run([*PREPARE, at, *options, out], environment))
         show({'from disk': speeds[str(work / 'lines')], 'from S3': speeds[f's3://{BUCKET}/lines']})
 
 
@@ -232,7 +232,7 @@ def document(
                         break
                     written += file.write(text)
             options = ['--tokenizer', tokenizer, '--seq-len', str(SEQ_LEN), '--split', 'train=1']
-            command = [sys.executable, str(PREPARE), str(folder), *options, '--output', str(work / f'out{size}')]
+            command = [*PREPARE, str(folder), *options, '--output', str(work / f'out{size}')]
             process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
             # The tokenizer was loaded by then, by a process of its own.
             _, largest = watch(process, work / f'out{size}' / '.records' / 'begun.json')
@@ -260,7 +260,7 @@ def memory(
         work = Path(name)
         count = fill(work / 'text', int(gigabytes * (1 << 30)), files=1)
         size = (work / 'text' / '00.jsonl').stat().st_size
-        command = [sys.executable, str(PREPARE), str(work / 'text'), '--output', str(work / 'out'), '--verify']
+        command = [*PREPARE, str(work / 'text'), '--output', str(work / 'out'), '--verify']
         start = time.monotonic()
         process = subprocess.Popen([*command, '--seq-len', str(SEQ_LEN), '--train-tokenizer', str(VOCAB_SIZE)])
         peaks, largest = watch(process)
@@ -274,7 +274,7 @@ def memory(
         print(f'counted in each (RSS): {peaks["Rss"] / 1e9:.2f} GB; the largest process: {largest / 1e9:.2f} GB')
 
 
-def watch(process: subprocess.Popen, since: Path = PREPARE) -> tuple[dict[str, int], int]:
+def watch(process: subprocess.Popen, since: Path = Path(__file__)) -> tuple[dict[str, int], int]:
     """Wait for a run's end; return the peaks of its processes together and of the largest, once a file exists."""
     peaks, largest = {'Pss': 0, 'Rss': 0}, 0
     while process.poll() is None:
