@@ -42,7 +42,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 	touch $@
 
 quickstart: $(DATA)/stats.json ## a baseline and a TST run on Python source, and their comparison (SEED=17)
-	$(PYTHON) tools/quickstart.py --data $(DATA) --runs $(RUNS) --seed $(SEED)
+	$(PYTHON) -m tools.quickstart --data $(DATA) --runs $(RUNS) --seed $(SEED)
 	$(VENV)/bin/composer-tst compare $(RUNS)/baseline $(RUNS)/tst --output $(RUNS)/comparison.png
 
 STDLIB = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_paths()['stdlib'])")
@@ -61,25 +61,25 @@ data/rows/stats.json: $(DATA)/stats.json
 
 # The source of everything that is installed, each text once.
 data/corpus/python.jsonl: | install
-	$(PYTHON) tools/experiments/corpus.py $@
+	$(PYTHON) -m tools.experiments.corpus $@
 data/tokens/stats.json: | data/corpus/python.jsonl
 	$(VENV)/bin/composer-tst prepare-data data/corpus/python.jsonl --output $(@D) --seq-len 128 --train-tokenizer 2048 --skip-bad \
 		--split train=0.962,val=0.005,limited=0.031,rest=0.002
 
 # Everything the pages of evidence report. What is finished is kept, here and in their records: run it again to go on.
 evidence: $(EVIDENCE_DATA_$(SCALE))/stats.json ## train what docs/evidence.md reports (SCALE=tokens), some ten hours
-	$(PYTHON) tools/evidence.py --scale $(SCALE)
+	$(PYTHON) -m tools.experiments.run --scale $(SCALE)
 
 # What superposition costs, on every core: leave the machine idle for its twelve minutes.
 benchmark: install ## what superposition costs (DEVICE=cpu), twelve minutes on an idle machine
-	$(PYTHON) tools/benchmark.py --device $(DEVICE) --json docs/benchmark_$(DEVICE).json
+	$(PYTHON) -m tools.benchmarks.run --device $(DEVICE) --json docs/benchmark_$(DEVICE).json
 
 benchmark: export OMP_NUM_THREADS := $(shell nproc)
 
 # What preparing data costs beside llm-foundry's converter, datatrove (in an environment of its own, DATATROVE=PYTHON of
 # it, where there is one) and a plain pool of processes, on every core: leave the machine idle.
 benchmark-data: install ## what preparing data costs, on an idle machine
-	$(PYTHON) tools/benchmark_data.py speed $(if $(DATATROVE),--datatrove $(DATATROVE))
+	$(PYTHON) -m tools.benchmarks.data_preparation speed $(if $(DATATROVE),--datatrove $(DATATROVE))
 
 wheel: install ## dist/*.whl; with REPOSITORY=https://... links of the page are absolute, as an index needs them
 	$(PYTHON) -m build

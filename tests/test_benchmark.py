@@ -1,4 +1,4 @@
-"""tools/benchmark.py: what it compares computes the same, and its table says what was measured."""
+"""tools/benchmarks/run.py: what it compares computes the same, and its table says what was measured."""
 
 import dataclasses
 import json
@@ -6,17 +6,17 @@ import time
 import weakref
 from pathlib import Path
 
-import benchmark
 import pytest
 import torch
 import typer
-from bench import host, measure, operations, stepping
 from torch import Tensor
 from typer.testing import CliRunner
 
 from composer_tst import TokenSuperposition
 from composer_tst.ops.cross_entropy import multi_hot_cross_entropy
 from composer_tst.ops.embedding import bag_embedding
+from tools.benchmarks import host, measure, operations, stepping
+from tools.benchmarks import run as benchmark
 
 
 def same(ours: Tensor, other: Tensor, of: Tensor, tolerance: float) -> None:

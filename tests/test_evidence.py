@@ -1,4 +1,4 @@
-"""tools/evidence.py: its sums against sums by hand, and a real run of it, tiny."""
+"""tools/experiments/run.py: its sums against sums by hand, and a real run of it, tiny."""
 
 import json
 from dataclasses import replace
@@ -6,16 +6,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import evidence
 import pytest
 import trainings
 import typer
 from composer.core import Time, Timestamp, TimeUnit
 from conftest import REPO, SEQ_LEN, VOCAB_SIZE
-from experiments import budgets, budgets_page, pictures, report
-from experiments.page import write
-from experiments.report import Runs
-from experiments.settings import (
+from trainers import logged, make_trainer, mpt, random_loader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
+from composer_tst.cli.plan.measured import read_measured
+from tools.experiments import budgets, budgets_page, pictures, report
+from tools.experiments import run as evidence
+from tools.experiments.page import write
+from tools.experiments.report import Runs
+from tools.experiments.scales import (
     BASELINE,
     BASELINES,
     COARSE_TO_FINE,
@@ -35,13 +40,8 @@ from experiments.settings import (
     one_size,
     phases,
 )
-from experiments.training import Job, Result
-from experiments.variants import RateOfItsOwn, WeightsByPhase
-from trainers import logged, make_trainer, mpt, random_loader
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
-from composer_tst.cli.plan.measured import read_measured
+from tools.experiments.train import Job, Result
+from tools.experiments.variants import RateOfItsOwn, WeightsByPhase
 
 assert trainings  # its server has imported what a run needs
 

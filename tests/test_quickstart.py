@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-import quickstart
 import typer
+
+from tools import quickstart
 
 
 def test_both_runs_are_trained_shown_kept_and_trained_again_when_overtaken(

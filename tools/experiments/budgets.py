@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.report import Runs
-from experiments.settings import (
+from tools.experiments.report import Runs
+from tools.experiments.scales import (
     BASELINE,
     PHASES_BATCH,
     PUBLISHED,
@@ -23,7 +23,7 @@ from experiments.settings import (
     one_size,
     phases,
 )
-from experiments.training import Job
+from tools.experiments.train import Job
 
 PARAMETERS = 362_816
 RATES, HIGHER_RATES = (1e-3, 2e-3, 4e-3, 8e-3), (2e-3, 4e-3, 8e-3, 16e-3)

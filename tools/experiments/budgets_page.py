@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments.budgets import (
+from tools.experiments.budgets import (
     CHECKED,
     CODE,
     DATA,
@@ -33,10 +33,10 @@ from experiments.budgets import (
     read_twice,
     seeds_of,
 )
-from experiments.page import BOLD, FRESH, TERMS, about
-from experiments.pictures import QUIET, finish
-from experiments.report import OTHERS, Runs, grid, head, row, shown, spread, table, tokens_per_parameter, verdict
-from experiments.settings import BASELINE, PHASES_BATCH, PUBLISHED, S4, S4_BATCH, Experiment, Setting, limited
+from tools.experiments.page import BOLD, FRESH, TERMS, about
+from tools.experiments.pictures import QUIET, finish
+from tools.experiments.report import OTHERS, Runs, grid, head, row, shown, spread, table, tokens_per_parameter, verdict
+from tools.experiments.scales import BASELINE, PHASES_BATCH, PUBLISHED, S4, S4_BATCH, Experiment, Setting, limited
 
 # Tokens per parameter and gain of the published pairs (paper, tables of its sections 4 and 5).
 PUBLISHED_POINTS = (
@@ -81,12 +81,12 @@ others. Every seed is judged on the same rows: a deviation is that of training a
 mkdir -p data/debian && cd data/debian
 apt-get download dict-gcide dict-wn dict-foldoc dict-jargon linux-doc-6.1
 for package in *.deb; do dpkg-deb -x "$package" .; done && cd ../..
-.venv/bin/python tools/experiments/corpus.py data/corpus/prose.jsonl data/debian
+.venv/bin/python -m tools.experiments.corpus data/corpus/prose.jsonl data/debian
 .venv/bin/composer-tst prepare-data data/corpus/prose.jsonl --output data/prose --seq-len 128 --train-tokenizer 2048 \\
     --skip-bad --split train=0.98,val=0.02
 ```
 
-`python tools/evidence.py --scale tokens --data FOLDER --docs ELSEWHERE` asks the same of any folder that
+`python -m tools.experiments.run --scale tokens --data FOLDER --docs ELSEWHERE` asks the same of any folder that
 `prepare-data` wrote in rows of 128 with a vocabulary of at most 2,048; without a split `limited` of as
 many rows as a baseline reads, that question is left out, and the command says so."""
 OTHER_MODELS = """Bars: one standard deviation of the difference over seeds, of which there are three, or as many as the

@@ -1,7 +1,7 @@
 """The texts of the evidence as JSON lines, each once.
 
-    python tools/experiments/corpus.py OUTPUT.jsonl            the Python source of all that is installed
-    python tools/experiments/corpus.py OUTPUT.jsonl FOLDER     the prose below a folder: dictionaries and packed texts
+    python -m tools.experiments.corpus OUTPUT.jsonl            the Python source of all that is installed
+    python -m tools.experiments.corpus OUTPUT.jsonl FOLDER     the prose below a folder: dictionaries and packed texts
 
 Beside it, OUTPUT.versions.txt says of what versions of which packages the source is.
 """

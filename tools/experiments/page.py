@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.pictures import draw_grid, draw_settings
-from experiments.report import Runs, grid, iso_loss, table, verdict
-from experiments.settings import GRID_BAGS, GRID_SHARES, Experiment, experiments
+from tools.experiments.pictures import draw_grid, draw_settings
+from tools.experiments.report import Runs, grid, iso_loss, table, verdict
+from tools.experiments.scales import GRID_BAGS, GRID_SHARES, Experiment, experiments
 
 BOLD = """Bold: by more than two standard deviations of the difference. Of settings that are no better or worse, one in
 13 is bold at three seeds, one in 36 at four, one in 90 at five (Student's t). In brackets, the number of seeds where it

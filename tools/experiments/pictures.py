@@ -8,8 +8,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.report import Runs
-from experiments.settings import BASELINE, GRID_BAGS, GRID_SHARES, PHASES_BATCH, PUBLISHED, Setting, one_size
+from tools.experiments.report import Runs
+from tools.experiments.scales import BASELINE, GRID_BAGS, GRID_SHARES, PHASES_BATCH, PUBLISHED, Setting, one_size
 
 ENOUGH = 3  # seeds of a setting that is drawn
 QUIET, BLUE, ORANGE = '#6b6b6b', '#0072b2', '#d55e00'

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from experiments.settings import (
+from tools.experiments.scales import (
     BASELINE,
     BASELINES,
     PHASES_BATCH,
@@ -17,7 +17,7 @@ from experiments.settings import (
     Setting,
     one_size,
 )
-from experiments.training import Job, Result
+from tools.experiments.train import Job, Result
 
 # What settings are compared with, as tables call it.
 OTHERS = {'baseline': BASELINE, 'the published s = 6': PUBLISHED, 's = 4': S4}

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.measure import Call, Case, Other
 from composer_tst.ops.cross_entropy import multi_hot_cross_entropy
 from composer_tst.ops.embedding import bag_embedding
+from tools.benchmarks.measure import Call, Case, Other
 
 BAG_SIZES = (2, 6, 16)
 

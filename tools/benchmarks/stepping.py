@@ -12,8 +12,8 @@ from greenlet import greenlet
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.measure import Case, Other
 from composer_tst import TokenSuperposition
+from tools.benchmarks.measure import Case, Other
 
 BAG_SIZE = 6
 SUPERPOSED = '999999ba'

@@ -10,9 +10,9 @@ import torch
 from streaming import MDSWriter
 from transformers import PreTrainedTokenizerFast
 
-from bench.measure import Case, Other
-from bench.operations import BAG_SIZES
 from composer_tst.loader import BagLoader, Resumption
+from tools.benchmarks.measure import Case, Other
+from tools.benchmarks.operations import BAG_SIZES
 
 ROWS, LENGTH, BATCH_SIZE = 4096, 2048, 4
 # Streaming sleeps and wakes in steps of milliseconds, so a call draws many batches: a multiple of every bag size.

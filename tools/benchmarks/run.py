@@ -1,6 +1,6 @@
 """What superposition costs: each part beside what it replaces and beside the published listings.
 
-    python tools/benchmark.py [loss|embedding|loader|step|host] [--device cpu|cuda] [--json FILE]
+    python -m tools.benchmarks.run [loss|embedding|loader|step|host] [--device cpu|cuda] [--json FILE]
 
 Every number comes from one process. The variants of a setting take turns, call by call, so that whatever else
 the machine does slows all of them; a ratio is the median, with quartiles, of the ratios of neighbouring calls.
@@ -18,12 +18,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bench.host import fold_milliseconds, host_work
-from bench.loading import loader_cases
-from bench.machine import machine
-from bench.measure import Case, Result, clear, compare, copy_bandwidth
-from bench.operations import embedding_cases, loss_cases
-from bench.stepping import Shape, step_cases
+
+from tools.benchmarks.host import fold_milliseconds, host_work
+from tools.benchmarks.loading import loader_cases
+from tools.benchmarks.machine import machine
+from tools.benchmarks.measure import Case, Result, clear, compare, copy_bandwidth
+from tools.benchmarks.operations import embedding_cases, loss_cases
+from tools.benchmarks.stepping import Shape, step_cases
 
 
 class Part(str, Enum):

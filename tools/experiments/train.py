@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from bench.machine import machine
 
-from experiments.settings import Scale, Setting
+from tools.benchmarks.machine import machine
+from tools.experiments.scales import Scale, Setting
 
 if TYPE_CHECKING:
     from composer import Trainer
@@ -171,7 +171,7 @@ def _train_and_write(job: Job, data: Path, folder: Path) -> None:
 def _run(yaml: str, overrides: list[str], attempts: int = 3) -> 'Trainer':
     from llmfoundry.command_utils import train_from_yaml
 
-    from experiments.variants import register
+    from tools.experiments.variants import register
 
     register()
     try:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.measure import clear
-from bench.stepping import BAG_SIZE, SUPERPOSED, Shape, Steps
 from composer_tst import TokenSuperposition
 from composer_tst.ops.fold import fold_batch
+from tools.benchmarks.measure import clear
+from tools.benchmarks.stepping import BAG_SIZE, SUPERPOSED, Shape, Steps
 
 STEPS = 10
 # How a CPU reads a tensor's values: on a GPU's tensor, each would wait.

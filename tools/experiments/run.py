@@ -1,6 +1,6 @@
 """Train everything that docs/evidence.md and docs/evidence_mpt.md report, and write them.
 
-    python tools/evidence.py --scale tokens
+    python -m tools.experiments.run --scale tokens
 
 Runs that are finished are kept in ``--runs`` and not trained again, unless what they depend on has changed: stop it at
 any time, and run it again to go on. The page is written anew as runs end, with what there is, and beside it what each
@@ -15,10 +15,12 @@ from typing import Annotated
 
 import torch
 import typer
-from experiments import budgets, budgets_page, page
-from experiments.budgets import BUDGETS, CHECKED, PROSE_BUDGETS, checks, of_budget, too_short
-from experiments.report import Runs
-from experiments.settings import (
+
+from composer_tst.cli.progress_bar import progress
+from tools.experiments import budgets, budgets_page, page
+from tools.experiments.budgets import BUDGETS, CHECKED, PROSE_BUDGETS, checks, of_budget, too_short
+from tools.experiments.report import Runs
+from tools.experiments.scales import (
     BASELINE,
     CPU,
     GPU,
@@ -28,9 +30,7 @@ from experiments.settings import (
     Setting,
     experiments,
 )
-from experiments.training import Job, Result, finished, train_all
-
-from composer_tst.cli.progress_bar import progress
+from tools.experiments.train import Job, Result, finished, train_all
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """What preparing data costs: its speed beside other programs, from S3, and its memory.
 
-    python tools/benchmark_data.py speed [--megabytes 64] [--rounds 3] [--datatrove PYTHON]
-    python tools/benchmark_data.py s3 [--megabytes 64] [--rounds 3]
-    python tools/benchmark_data.py memory [--gigabytes 2]
-    python tools/benchmark_data.py document [--megabytes 16,64,256]
+    python -m tools.benchmarks.data_preparation speed [--megabytes 64] [--rounds 3] [--datatrove PYTHON]
+    python -m tools.benchmarks.data_preparation s3 [--megabytes 64] [--rounds 3]
+    python -m tools.benchmarks.data_preparation memory [--gigabytes 2]
+    python -m tools.benchmarks.data_preparation document [--megabytes 16,64,256]
 
 All make their input of the source of Python's standard library, again and again, each time with other words.
 """

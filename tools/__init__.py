@@ -1,0 +1,1 @@
+"""Commands of the repository: the quickstart, the benchmarks, the evidence."""
