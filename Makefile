@@ -96,7 +96,7 @@ NEXT_TESTS := attach benchmark embedding epoch_ends families folding functional 
 
 test-next: $(NEXT)/.installed ## what needs no llm-foundry, on the newest torch (TORCH=2.11 for another)
 	PYTHONPATH=$(CURDIR) $(NEXT)/bin/python -m pytest -m 'not faults' -rsfE $(NEXT_TESTS:%=tests/test_%.py)
-	$(NEXT)/bin/python tests/versions.py
+	$(NEXT)/bin/python tests/common/versions.py
 
 $(NEXT)/.installed: pyproject.toml
 	$(PYTHON3) -m venv $(NEXT)
@@ -119,14 +119,14 @@ mutants: install ## changes of the core that no test notices
 	cd tests && $(abspath $(PYTHON)) mutants.py
 
 test-pythons: install ## an environment and a short test for every Python that is found
-	bash tests/pythons.sh $(abspath $(VENV)/bin/uv)
+	bash tests/slow/pythons.sh $(abspath $(VENV)/bin/uv)
 
 test-slow: install ## torch.compile with its own compiler, a loss of 13 GB, checkpoints on S3
 	$(PYTHON) -m pytest -m slow --device $(DEVICE)
 
 # Random inputs, outputs and mishaps of prepare_data.py, for MINUTES from SEED on.
 test-fuzz-data: install ## random inputs and kills of prepare-data
-	$(PYTHON) tests/fuzz_prepare_data.py --seed $(SEED) --minutes $(MINUTES)
+	$(PYTHON) tests/slow/fuzz_prepare_data.py --seed $(SEED) --minutes $(MINUTES)
 
 lint: install ## formatting, lint and type check
 	$(VENV)/bin/ruff format --check .

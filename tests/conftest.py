@@ -5,7 +5,6 @@ import contextlib
 import gc
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 import sysconfig
@@ -19,16 +18,11 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
 import pytest
 import torch
+from common import SEQ_LEN, VOCAB_SIZE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-REPO = Path(__file__).parent.parent
-SEQ_LEN = 24
-VOCAB_SIZE = 300
-
-# What makes a StreamingDataset, in a test's file.
-STREAMS = re.compile(r'StreamingDataset|text_loader|trainings|train_from_yaml|_runs\b|import quickstart|dataset: Path')
 
 torch.set_num_threads(1)
 
@@ -47,19 +41,19 @@ def pytest_configure(config: pytest.Config):
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads what is marked here
 def pytest_collection_modifyitems(items: list[pytest.Item]):
-    """Where tests are shared out (`make test`), a file is one process's, and so is all that streams.
+    """Share tests out (`make test`): a file is one process's, and so is all that is marked `streaming`.
 
     StreamingDataset looks for a free name for its shared memory and then takes it: two that do so at once clash.
     """
-    streams = {path: bool(STREAMS.search(path.read_text())) for path in {item.path for item in items}}
     for item in items:
-        item.add_marker(pytest.mark.xdist_group('streaming' if streams[item.path] else item.path.stem))
+        streams = item.get_closest_marker('streaming')
+        item.add_marker(pytest.mark.xdist_group('streaming' if streams else item.path.stem))
 
 
 def pytest_collection_finish():
     """Start the server that trainings are forked off, before data preparation starts one that has imported less."""
-    if 'trainings' in sys.modules:
-        sys.modules['trainings'].start_server()
+    if 'common.runs' in sys.modules:
+        sys.modules['common.runs'].start_server()
     # llm-foundry collects garbage before each training: not among all that has been imported.
     gc.freeze()
 

@@ -195,7 +195,7 @@ def s3(
     import boto3
 
     sys.path.insert(0, str(Path(__file__).parents[2] / 'tests'))
-    from s3_server import BUCKET, serve  # pyright: ignore
+    from common.s3 import BUCKET, serve  # pyright: ignore
 
     with tempfile.TemporaryDirectory() as name, serve() as (url, _):
         work = Path(name)

@@ -1,0 +1,518 @@
+"""`composer-tst plan` against sums written out by hand."""
+
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from common import REPO
+from composer.core import Time
+from omegaconf import OmegaConf
+from typer.testing import CliRunner, Result
+
+from composer_tst.cli.plan.command import app
+from composer_tst.cli.plan.config import Run
+from composer_tst.cli.plan.expected import expect
+from composer_tst.cli.plan.forecast import SWEEP_BAGS, SWEEP_SHARES
+from composer_tst.cli.plan.measured import Measured, same_bags, warning
+from composer_tst.cli.plan.model import Model
+from composer_tst.cli.plan.tables import measured_lines
+from composer_tst.settings import Phase
+
+QUICKSTART = REPO / 'yamls' / 'quickstart'
+PRETRAIN = REPO / 'yamls' / 'pretrain'
+# The quickstart's model: width 128, 2 layers, vocabulary 2048, untied, no biases, RMS norms; rows of 64, 16 a step.
+EMBEDDING = 2048 * 128
+LAYER = 128 * 3 * 128 + 128 * 128 + 2 * 128 * 512 + 2 * 128
+PARAMETERS = 2 * EMBEDDING + 2 * LAYER + 128
+
+
+def flops(positions: int, length: int) -> int:
+    """6 for every parameter that multiplies, and attention's 12 * layers * width * length, each per position."""
+    return positions * (6 * (PARAMETERS - EMBEDDING) + 12 * 2 * 128 * length)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def planned(*arguments: object) -> dict[str, Any]:
+    result = run(*arguments, '--json')
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_a_run_of_several_phases():
+    made = planned(QUICKSTART / 'tst.yaml', '--gpu', 'h100', '--gpus', 2, '--mfu', 0.5)
+    assert made['parameters'] == made['active_parameters'] == PARAMETERS
+    expected = [(8, 300), (4, 300), (2, 300), (1, 2100)]
+    assert made['phases'] == [
+        {
+            'bag_size': bag,
+            'steps': steps,
+            'data_tokens': steps * bag * 16 * 64,
+            'positions': steps * 16 * 64,
+            'flops_per_step': flops(16 * 64, 64),
+        }
+        for bag, steps in expected
+    ]
+    assert made['steps'] == 3000
+    assert made['superposed_share_of_steps'] == 0.3
+    assert made['data_tokens'] == (300 * (8 + 4 + 2) + 2100) * 16 * 64
+    assert made['equivalent_tokens'] == pytest.approx(3000 * 16 * 64)
+    assert made['shard_bytes'] == 4 * made['data_tokens']
+    assert made['hours'] == pytest.approx(3000 * flops(16 * 64, 64) / (2 * 989e12 * 0.5) / 3600)
+    # Nothing is published or measured of these bags near so small a run; of a large one the grids tell.
+    assert made['expected'] is None
+    phases = '[{bag_size: 8, until: 0.1dur}, {bag_size: 4, until: 0.3dur}]'
+    large = planned(PRETRAIN / '270m_baseline.yaml', f'algorithms.token_superposition.phases={phases}')
+    assert 'one phase' in large['expected']['extrapolation']
+
+
+def test_a_share_of_tokens_is_a_smaller_share_of_steps():
+    made = planned(
+        QUICKSTART / 'baseline.yaml', f'max_duration={1000 * 16 * 64}tok', '--bag-size', 4, '--duration', '0.5dur'
+    )
+    # Half of the tokens in steps of 4 batches, the other half in steps of one.
+    assert [phase['steps'] for phase in made['phases']] == [125, 500]
+    assert made['superposed_share_of_steps'] == 0.2
+    assert made['data_tokens'] == 1000 * 16 * 64
+
+
+def test_a_share_of_tokens_is_explained():
+    shown = run(
+        QUICKSTART / 'baseline.yaml', f'max_duration={1000 * 16 * 64}tok', '--bag-size', 4, '--duration', '0.5dur'
+    ).stdout
+    assert 'superposed steps    20.0% of all' in shown
+    assert '0.5dur of 1024000tok is a share of the data, of which a superposed step reads' in shown
+    assert 'is a share of the data' not in run(QUICKSTART / 'tst.yaml').stdout
+
+
+def test_small_runs_are_in_megabytes_and_minutes():
+    shown = run(QUICKSTART / 'baseline.yaml').stdout
+    assert re.search(r'^shards +12.3 MB$', shown, re.M)  # 3000 * 16 * 64 tokens of 4 bytes
+    seconds = 3000 * flops(16 * 64, 64) / (8 * 989e12 * 0.4)
+    assert re.search(rf'^time +{seconds:.2g} seconds on 8 H100', shown, re.M)
+    hour = run(QUICKSTART / 'baseline.yaml', '--gpus', 1, '--mfu', seconds * 8 * 0.4 / 600).stdout
+    assert re.search(r'^time +10.0 minutes on', hour, re.M)
+
+
+def test_a_yaml_without_superposition_is_told_what_to_add():
+    assert 'no superposition: add algorithms.token_superposition' in run(QUICKSTART / 'baseline.yaml').stdout
+    assert 'no superposition' not in run(QUICKSTART / 'tst.yaml').stdout
+
+
+def test_what_needs_a_gpus_libraries_is_planned_without_and_written_back(tmp_path: Path):
+    stock = ['model.loss_fn=fused_crossentropy', 'model.attn_config={attn_impl: flash}']
+    assert planned(QUICKSTART / 'baseline.yaml', *stock)['parameters'] == PARAMETERS
+    path = tmp_path / 'new.yaml'
+    assert run(QUICKSTART / 'tst.yaml', *stock, '--write', path).exit_code == 0
+    made: Any = OmegaConf.load(path)
+    assert (made.model.loss_fn, made.model.attn_config.attn_impl) == ('fused_crossentropy', 'flash')
+    # llm-foundry's own default is the same loss.
+    written = path.read_text().replace('  loss_fn: fused_crossentropy\n', '')
+    path.write_text(written)
+    assert planned(path)['parameters'] == PARAMETERS
+
+
+def test_one_setting_is_changed_and_the_other_kept():
+    recipe = REPO / 'yamls' / 'pretrain' / '270m_tst.yaml'
+    made = planned(recipe, '--bag-size', 8)
+    assert [(phase['bag_size'], phase['steps']) for phase in made['phases']] == [(8, 6000), (1, 14000)]
+    made = planned(QUICKSTART / 'tst.yaml', '--bag-size', 4, '--duration', '0.2dur')
+    assert [(phase['bag_size'], phase['steps']) for phase in made['phases']] == [(4, 600), (1, 2400)]
+
+
+def test_a_mixture_is_counted_by_its_active_experts():
+    made = planned(REPO / 'yamls' / 'pretrain' / '10b_a1b_tst.yaml')
+    layer = 2 * 1024 * 2048 + 2 * 1024 * 512 + 2 * 128 + 128 * 1024 + 2 * 1024
+    expert = 3 * 1024 * 864
+    assert made['parameters'] == 2 * 128256 * 1024 + 28 * (layer + 128 * expert) + 1024
+    assert made['active_parameters'] == 2 * 128256 * 1024 + 28 * (layer + 8 * expert) + 1024
+    assert '1.01B active' in run(REPO / 'yamls' / 'pretrain' / '10b_a1b_tst.yaml').stdout
+
+
+def test_mixtures_that_say_so_of_their_feed_forward_layers(tmp_path: Path):
+    from transformers import DbrxConfig
+
+    layers = {'ffn_type': 'torch_dmoe', 'moe_num_experts': 8, 'moe_top_k': 2, 'mlp_type': 'mlp', 'moe_jitter_eps': 0}
+    layers |= {'moe_normalize_expert_weights': 1, 'uniform_expert_assignment': False}
+    made = planned(QUICKSTART / 'baseline.yaml', f'model.ffn_config={json.dumps(layers)}'.replace('"', ''))
+    experts = made['parameters'] - made['active_parameters']
+    assert experts > 0
+    every_layer = 2 * 8 * 2 * 128 * 512  # 2 layers, a matrix up and one down
+    assert experts == every_layer * 6 // 8
+
+    shape: dict[str, Any] = {'d_model': 64, 'n_heads': 2, 'n_layers': 2, 'vocab_size': 2048}
+    shape |= {'attn_config': {'kv_n_heads': 2}}
+    shape |= {'ffn_config': {'ffn_hidden_size': 128, 'moe_num_experts': 16, 'moe_top_k': 4}}
+    DbrxConfig(**shape).save_pretrained(tmp_path)
+    model = [f'model={{name: hf_causal_lm, pretrained_model_name_or_path: {tmp_path}}}']
+    made = planned(QUICKSTART / 'baseline.yaml', *model)
+    assert made['parameters'] - made['active_parameters'] == 2 * 12 * 3 * 64 * 128
+
+
+def test_a_mixture_whose_experts_cannot_be_told_is_refused(tmp_path: Path):
+    from transformers import GraniteMoeConfig
+
+    GraniteMoeConfig(num_hidden_layers=1, num_local_experts=4).save_pretrained(tmp_path)
+    model = [f'model={{name: hf_causal_lm, pretrained_model_name_or_path: {tmp_path}}}']
+    result = run(QUICKSTART / 'baseline.yaml', *model)
+    assert result.exit_code == 1
+    assert 'experts this cannot tell from the rest' in result.stderr
+
+
+@pytest.mark.parametrize(
+    ('settings', 'drawn', 'positions', 'length'),
+    [
+        ({'expand': 'batch'}, 4, 4 * 16 * 16, 16),
+        ({'expand': 'none'}, 1, 16 * 16, 16),
+        ({'expand': 'none', 'superpose': 'output'}, 1, 16 * 64, 64),
+        ({'superpose': 'input'}, 4, 16 * 64, 64),
+    ],
+)
+def test_what_a_superposed_step_costs(settings: dict[str, str], drawn: int, positions: int, length: int):
+    given = [f'algorithms.token_superposition.{key}={value}' for key, value in settings.items()]
+    made = planned(QUICKSTART / 'baseline.yaml', *given, '--bag-size', 4, '--duration', '1000ba')
+    superposed, plain = made['phases']
+    assert superposed['data_tokens'] == 1000 * drawn * 16 * 64
+    assert superposed['positions'] == 1000 * positions
+    assert superposed['flops_per_step'] == flops(positions, length)
+    total = 1000 * flops(positions, length) + 2000 * flops(16 * 64, 64)
+    assert made['flops'] == pytest.approx(total)
+    assert made['equivalent_tokens'] == pytest.approx(16 * 64 * total / flops(16 * 64, 64))
+    assert plain['steps'] == 2000
+
+
+def test_shards_are_counted_against_the_data_there_is(tmp_path: Path):
+    stats = {'seq_len': 64, 'splits': {'train': {'rows': 16000, 'tokens': 1_024_000, 'bytes': 2_048_000}}}
+    path = tmp_path / 'stats.json'
+    path.write_text(json.dumps(stats))
+    made = planned(QUICKSTART / 'baseline.yaml', '--stats', path)
+    assert made['passes_over_data'] == 3
+    assert made['shard_bytes'] == 3000 * 16 * 64 * 2
+    assert 'data repeats' in run(QUICKSTART / 'baseline.yaml', '--stats', path).stdout
+    assert planned(QUICKSTART / 'baseline.yaml', '--stats', path, 'max_duration=2ep')['steps'] == 2000
+    # Every cell of a sweep that reads more than there is is marked: 1,000 steps' data for 3,000.
+    swept = run(QUICKSTART / 'baseline.yaml', '--stats', path, '--sweep').stdout
+    assert swept.count('! ') == swept.count('\ns = ') * 4 + 1
+    path.write_text(json.dumps(stats | {'seq_len': 128}))
+    result = run(QUICKSTART / 'baseline.yaml', '--stats', path)
+    assert 'its rows have 128 tokens and max_seq_len is 64' in result.stderr
+
+
+MODEL = Model(267_000_000, 267_000_000, 193_000_000, 30 * 576)
+BATCH = Run(1024, 2048, Time.from_batch(20000), (), 'both', 'sequence', 'uniform')
+
+
+def test_expected_loss_is_read_off_the_published_grid_of_the_nearest_scale():
+    found = expect(BATCH, MODEL, 42e9, 20_000, 0.3, 6)
+    assert found is not None
+    # 270M, 20k steps: 3.1423 against 3.2124; the other grids with uniform weights span the range.
+    assert found.change == pytest.approx(3.1423 - 3.2124)
+    assert found.source == 'final_loss_270m_20k'
+    # 3B gains most, 270M in 100k steps least.
+    assert found.low == pytest.approx(2.676 - 2.808, abs=1e-4)
+    assert found.high == pytest.approx(-0.0441, abs=1e-4)
+    assert found.extrapolation == ''
+    between = expect(BATCH, MODEL, 42e9, 20_000, 0.3, 6.5)
+    assert between is not None
+    assert between.change == pytest.approx((3.1423 + 3.1392) / 2 - 3.2124)
+    # At no superposed step at all there is no change, and half way to the first share half of its change.
+    half = expect(BATCH, MODEL, 42e9, 20_000, 0.05, 2)
+    assert half is not None
+    assert half.change == pytest.approx((3.1847 - 3.2124) / 2)
+
+
+def test_expected_loss_elsewhere_is_called_an_extrapolation():
+    large = Model(3_000_000_000, 3_000_000_000, 2_700_000_000, 36 * 2048)
+    pair = expect(BATCH, large, 42e9, 20_000, 0.3, 6)
+    assert pair is not None
+    assert (pair.source, pair.extrapolation) == ('the published pair of 3B', '')
+    found = expect(BATCH, large, 42e9, 20_000, 0.3, 8)
+    assert found is not None
+    assert found.source == 'final_loss_600m_20k'
+    assert 'the nearest published model has 600M' in found.extrapolation
+    assert expect(BATCH, MODEL, 42e9, 20_000, 0.3, 40) is None
+    shorter = expect(BATCH, MODEL, 42e9, 10_000, 0.3, 6)
+    assert shorter is not None
+    assert shorter.extrapolation == 'the nearest published run has 20,000 steps'
+
+
+def test_expected_loss_is_a_measured_one_where_that_is_nearer(monkeypatch: pytest.MonkeyPatch):
+    few = Measured(0.2, 0.05, 3, 'prose', 400_000, 1, 400)
+    more = Measured(-0.05, 0.02, 4, 'prose', 400_000, 20, 8_000)
+    every = [([6], [0.3], 'sequence', each) for each in (few, more)]
+    monkeypatch.setattr('composer_tst.cli.plan.expected.read_measured', lambda: every)
+    small = replace(MODEL, parameters=400_000)
+    found = expect(BATCH, small, 20 * 400_000, 8_000, 0.3, 6, [few, more])
+    assert found is not None
+    assert (found.change, found.low, found.high) == pytest.approx((-0.05, -0.07, -0.03))
+    assert found.range == 'a standard deviation over 4 seeds'
+    assert (found.source, found.tokens_per_parameter) == ('a Llama of 400k parameters on prose', 20)
+    assert (found.steps, found.extrapolation) == (8_000, '')
+    beyond = expect(BATCH, replace(small, parameters=4_000_000), 400_000, 1_000, 0.3, 40, [few, more])
+    assert beyond is not None
+    assert beyond.change == 0.2
+    assert beyond.extrapolation == (
+        'the nearest measured model has 400k parameters; the nearest measured run has 400 steps'
+    )
+    # What is known of these bags is farther than what was measured of others.
+    assert expect(BATCH, small, 20 * 400_000, 8_000, 0.3, 8) is None
+    assert expect(BATCH, small, 20 * 400_000, 8_000, 0.3, 8, [few]) is None
+    # A run of a published size is told by the grids.
+    grids = expect(BATCH, MODEL, 42e9, 20_000, 0.3, 6, [few, more])
+    assert grids is not None
+    assert grids.source == 'final_loss_270m_20k'
+
+
+def test_what_was_measured_is_that_of_the_same_bags_at_every_budget(monkeypatch: pytest.MonkeyPatch):
+    def of(budget: float, steps: int) -> Measured:
+        return Measured(-0.01, 0.02, 3, 'prose', 10, budget, steps)
+
+    lines = [
+        ([6], [0.3], 'sequence', of(28, 10_000)),
+        ([6], [0.3], 'sequence', of(1.0, 350)),
+        ([8, 2], [0.1, 0.3], 'batch', of(5, 1_000)),
+    ]
+    monkeypatch.setattr('composer_tst.cli.plan.measured.read_measured', lambda: lines)
+    bags_of_6 = replace(BATCH, phases=(Phase(6, Time.from_timestring('0.3dur')),))
+    assert same_bags(bags_of_6, [0.304]) == [of(1.0, 350), of(28, 10_000)]
+    assert same_bags(bags_of_6, [0.4]) == []
+    for other in ({'expand': 'batch'}, {'weighting': 'power_law'}, {'superpose': 'input'}):
+        assert same_bags(replace(bags_of_6, **other), [0.3]) == []
+    phases = (Phase(8, Time.from_timestring('0.1dur')), Phase(2, Time.from_timestring('0.3dur')))
+    two = replace(BATCH, phases=phases, expand='batch')
+    assert same_bags(two, [0.1, 0.3]) == [of(5, 1_000)]
+    assert same_bags(two, [0.2, 0.3]) == []
+
+
+def test_a_run_of_few_steps_is_warned_where_nothing_was_gained(monkeypatch: pytest.MonkeyPatch):
+    worse, unsure, better = (
+        Measured(change, 0.02, 3, 'prose', 10, budget, steps)
+        for change, budget, steps in ((0.05, 1, 350), (-0.03, 5, 1_800), (-0.05, 20, 7_100))
+    )
+    found = [worse, unsure, better]
+    monkeypatch.setattr('composer_tst.cli.plan.measured.read_measured', lambda: [([], [], '', each) for each in found])
+    assert warning(found, 2, 500) == (
+        'At the nearest measured budget, 1 tokens per parameter in 350 steps, it ended worse, though a small MPT '
+        'gained in 2,000 (docs/evidence_mpt.md): compare with a plain run first.'
+    )
+    assert '5 tokens per parameter in 1,800 steps, no gain of it was sure' in warning(found, 5, 2_000)
+    assert '5 tokens per parameter in 1,800 steps, no gain of it was sure' in warning(found, 2.5, 7_101)
+    assert warning(found, 20, 7_000) == warning(found, 20, 12_000) == ''
+    # Between budgets that differ, the one of fewer steps tells too, though the other is nearer.
+    assert warning(found, 20, 4_000).startswith('At the nearest measured budget of fewer steps, 5 tokens per parameter')
+    # Bags that were run at other budgets alone, or nowhere, are judged by what was run at this one.
+    assert 'in 350 steps, all that was tried ended worse,' in warning([better], 1, 300)
+    assert 'in 350 steps, all that was tried ended worse,' in warning([], 1, 300)
+    assert warning([], 20, 7_000) == ''
+    # As many steps are published, of as many tokens.
+    assert warning([worse], 14, 20_000) == ''
+    assert 'no gain' in warning([worse], 1, 20_000)
+
+
+def test_what_was_measured_comes_with_its_budgets():
+    plan = {
+        'measured': [asdict(Measured(-0.0123, 0.02, 3, 'prose', 362_816, 5.08, 1_800))],
+        'parameters': 3e9,
+        'measured_warning': 'A warning.',
+    }
+    assert measured_lines(plan) == [
+        'measured            in nats, on a Llama of 363k parameters (docs/evidence.md), where this run has 3B:',
+        '                    -0.012 ± 0.020 at 5.1 tokens per parameter, 1,800 steps of prose, 3 seeds',
+        '                    A warning.',
+    ]
+
+
+def test_a_sweep_of_a_small_run_has_what_was_measured_there():
+    points: Any = planned(QUICKSTART / 'baseline.yaml', '--sweep')
+    stated = {(point['bag_size'], point['share']) for point in points if point['expected']}
+    assert stated == {(2, 0.4), (4, 0.3), (6, 0.3)}
+    assert {point['expected']['steps'] for point in points if point['expected']} == {1_800}
+    shown = run(QUICKSTART / 'baseline.yaml', '--sweep').stdout
+    assert 'By a Llama of 363k parameters on Python source.' in shown
+    assert all(point['measured_warning'] in shown for point in points)
+    assert 'At the nearest measured budget, ' in points[0]['measured_warning']
+
+
+def test_the_sweep_has_every_point():
+    points: Any = planned(PRETRAIN / '270m_baseline.yaml', 'max_duration=12000ba', '--sweep')
+    assert len(points) == len(SWEEP_BAGS) * len(SWEEP_SHARES)
+    point = next(point for point in points if (point['bag_size'], point['share']) == (6, 0.2))
+    assert point['data_tokens'] == (2400 * 6 + 9600) * 1024 * 2048
+    shown = run(PRETRAIN / '270m_baseline.yaml', 'max_duration=12000ba', '--sweep').stdout
+    # All of it is one, and the lowest of the published losses at the nearest scale is marked.
+    assert '*' not in shown
+    assert 'All of it is an extrapolation: the nearest published budget' in shown
+    assert 'By final_loss_270m_20k.' in shown
+    best = min((point for point in points if point['expected']), key=lambda point: point['expected']['change'])
+    row = next(line for line in shown.splitlines() if line.startswith(f's = {best["bag_size"]} '))
+    assert row.count('>') == shown.count('>') - 1 == 1
+    assert 's is the bag size, r the share of steps' in shown
+    none: Any = planned(
+        QUICKSTART / 'baseline.yaml', '--sweep', '--bag-size', 6, '--duration', '0.2dur',
+        'algorithms.token_superposition.expand=none',
+    )  # fmt: skip
+    assert {point['data_tokens'] for point in none} == {3000 * 16 * 64}
+    # Which reads less than a plain run of equal cost: nothing that is known tells of it.
+    assert all(point['expected'] is None for point in none)
+
+
+def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path):
+    path = tmp_path / 'new.yaml'
+    result = run(
+        QUICKSTART / 'baseline.yaml', f'max_duration={1000 * 16 * 64}tok', 'scheduler.name=constant_with_warmup',
+        '--bag-size', 6, '--duration', '0.3dur', '--write', path,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    made: Any = OmegaConf.load(path)
+    assert made.algorithms.token_superposition == {'bag_size': 6, 'duration': '0.3dur'}
+    assert made.max_duration == '1000ba'
+    assert made.scheduler == {'name': 'warmup_stable_decay', 't_warmup': '100ba', 't_decay': '0.1dur', 'alpha_f': 0.0}
+    assert OmegaConf.to_container(made)['train_loader']['dataset']['local'] == '${variables.data}'  # pyright: ignore
+    assert [phase['steps'] for phase in planned(path)['phases']] == [300, 700]
+    # What is printed is what is written.
+    assert re.findall(r'^(?:superposed|plain) +\d+ +(\d+)', result.stdout, re.M) == ['300', '700']
+    for said in (
+        'max_duration is 1000ba and was 1024000tok: the steps of a plain run of that length',
+        'scheduler is {name: warmup_stable_decay, t_warmup: 100ba, t_decay: 0.1dur, alpha_f: 0.0} and was constant',
+        'scheduler.t_warmup is 100ba and was 100ba',
+        'The baseline needs the same scheduler',
+        'algorithms.token_superposition is {bag_size: 6, duration: 0.3dur}',
+    ):
+        assert said in result.stdout
+    assert 'it exists' in run(path, '--write', path).stderr
+    # What is in order is left as it is, and nothing is said of it.
+    kept = run(QUICKSTART / 'tst.yaml', '--write', tmp_path / 'kept.yaml').stdout
+    assert 'scheduler' not in kept
+    assert 'max_duration' not in kept
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['max_seq_len=null'], 'max_seq_len is missing: give the tokens of a row'),
+        (['global_train_batch_size=many'], "global_train_batch_size is 'many': give the rows"),
+        (['max_duration=3000steps'], "max_duration is '3000steps': give a Composer Time"),
+        (['max_duration=2ep'], 'needs --stats'),
+        (['scheduler.t_warmup=2800ba'], 't_warmup=2800ba and t_decay=0.1dur overlap in max_duration=3000ba'),
+        (['scheduler.t_decay=5000tok'], 't_decay=5000tok cannot be counted back from max_duration=3000ba'),
+        (['algorithms.token_superposition.bagsize=4'], 'bagsize is no setting (did you mean bag_size?)'),
+        (
+            ['model={name: hf_causal_lm, pretrained_model_name_or_path: meta-llama/Llama-3.2-1B}'],
+            "is 'meta-llama/Llama-3.2-1B', which is no folder with a config.json, and the hub does not answer",
+        ),
+        (['model.name=gpt'], "model.name is 'gpt': this reads"),
+        (['model.n_layers=two'], 'model: mpt_causal_lm refuses these settings'),
+        (['max_seq_len=${nothing}'], 'nothing'),
+        (['--bag-size', '1', '--duration', '0.3dur'], 'bag_size is 1: give an integer of at least 2'),
+        (['--bag-size', '4'], 'bag_size is 4 but there is no duration'),
+        (['algorithms.token_superposition=4'], 'algorithms.token_superposition is 4: give its settings by name'),
+        (['algorithms=[token_superposition]', '--bag-size', '4'], 'algorithms is ['),
+        (['algorithms.token_superposition.phases=3'], 'algorithms.token_superposition: '),
+        (
+            ['algorithms.token_superposition.weighting=powerlaw', '--bag-size', '4', '--duration', '0.3dur'],
+            "weighting is 'powerlaw'",
+        ),
+        (['train_loader.dataset=rows'], "train_loader.dataset is 'rows': give its settings by name"),
+        (['algorithms.token_superposition.bags=4'], 'token_superposition.bags is no setting'),
+        (['algorithms.token_superposition.expand=rows', '--bag-size', '4', '--duration', '0.3dur'], "expand is 'rows'"),
+        (['--bag-size', '4', '--duration', '3000ba'], 'leave some for recovery'),
+        (['--gpu', 'abacus'], '--gpu abacus: give one of'),
+        (['--mfu', '40'], '--mfu 40'),
+        (['--stats', 'nowhere.json'], '--stats nowhere.json: cannot be read'),
+        (['--write', 'new.yaml'], '--write needs a superposition'),
+        (
+            [
+                '--write',
+                'new.yaml',
+                '--bag-size',
+                '4',
+                '--duration',
+                '0.3dur',
+                'scheduler.t_decay=102400tok',
+                'max_duration=3072000tok',
+            ],
+            'scheduler.t_decay is 102400tok: give it in dur or ba',
+        ),
+        (['max_duration=0ba'], 'max_duration is 0ba: give a positive time'),
+        (['max_duration=-5ba'], 'max_duration is -5ba: give a positive time'),
+        (['algorithms.token_superposition={}'], 'needs bag_size and duration'),
+        (['algorithms.token_superposition=null'], 'needs bag_size and duration'),
+        (
+            ['algorithms.token_superposition.expand=batch', '--bag-size', '33', '--duration', '0.3dur'],
+            'max_seq_len is 64, and a row by itself needs 66 tokens for bags of 33',
+        ),
+    ],
+)
+def test_what_is_wrong_gets_one_sentence(arguments: list[str], message: str):
+    result = run(QUICKSTART / 'baseline.yaml', *arguments)
+    assert result.exit_code == 1, result.output
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith('error: ')
+    assert message in line
+
+
+def test_stats_of_something_else_get_one_sentence(tmp_path: Path):
+    path = tmp_path / 'stats.json'
+    path.write_text('[]')
+    assert 'it is not what prepare-data writes' in run(QUICKSTART / 'tst.yaml', '--stats', path, '--sweep').stderr
+
+
+def test_a_file_that_is_not_there_gets_one_sentence():
+    assert 'cannot read nowhere.yaml: No such file' in run('nowhere.yaml').stderr
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'says'),
+    [
+        (['scheduler.t_warmup=1000ba'], 'warms up until step 1,000, and superposition lasts until step 900 alone'),
+        (['scheduler.t_decay=0.8dur'], 'decays from step 600, and superposition lasts until step 900'),
+        (['algorithms.token_superposition.phases=[{bag_size: 4, until: 0.6dur}]'], 'Recovery has 1,200 of 3,000 steps'),
+    ],
+)
+def test_a_plan_warns_of_what_training_warns_of(overrides: list[str], says: str):
+    (remark,) = planned(QUICKSTART / 'tst.yaml', *overrides)['remarks']
+    assert says in remark
+    assert remark in run(QUICKSTART / 'tst.yaml', *overrides).stdout
+
+
+def test_a_plan_warns_of_a_cosine(tmp_path: Path):
+    config: Any = OmegaConf.load(QUICKSTART / 'tst.yaml')
+    config.scheduler = {'name': 'cosine_with_warmup', 't_warmup': '100ba'}
+    OmegaConf.save(config, tmp_path / 'cosine.yaml')
+    (remark,) = planned(tmp_path / 'cosine.yaml')['remarks']
+    assert 'decays from step 100, and superposition lasts until step 900' in remark
+
+
+def test_a_plan_of_the_quickstart_has_nothing_to_remark():
+    assert planned(QUICKSTART / 'tst.yaml')['remarks'] == []
+    assert planned(QUICKSTART / 'tst.yaml', 'scheduler.name=of_the_users_own')['remarks'] == []
+
+
+def test_a_warmup_that_is_filled_in_ends_while_superposed(tmp_path: Path):
+    options = ['scheduler={name: cosine_with_warmup, t_warmup: 10ba}', '--bag-size', 6, '--duration', '0.05dur']
+    result = run(QUICKSTART / 'baseline.yaml', *options, '--write', tmp_path / 'new.yaml')
+    assert result.exit_code == 0, result.output
+    written: Any = OmegaConf.load(tmp_path / 'new.yaml')
+    assert written.scheduler.t_warmup == '150ba'  # of 3,000 steps 0.05, not a tenth
+
+
+def test_a_sweep_says_where_no_step_is_superposed():
+    short = ('--sweep', 'max_duration=3ba', 'scheduler.t_warmup=0ba', 'scheduler.t_decay=0ba')
+    lines = run(QUICKSTART / 'baseline.yaml', *short).stdout.splitlines()
+    # 0.1, 0.2 and 0.3 of 3 steps are none; 0.4 is one step of 2 loader batches.
+    assert lines[1].split()[:11] == ['s', '=', '2', *['no', 'step', '3.07k'] * 2, 'no', 'step']
+    assert lines[1].count('no step') == 3
+    assert lines[1].count('4.1k') == 2
+
+
+@pytest.mark.parametrize('split', [5, {'rows': 1}, {'rows': 1, 'tokens': 64}, {'rows': 1, 'tokens': 'x', 'bytes': 1}])
+def test_stats_of_another_program_are_refused(split: Any, tmp_path: Path):
+    (tmp_path / 'stats.json').write_text(json.dumps({'seq_len': 64, 'splits': {'train': split}}))
+    result = run(QUICKSTART / 'tst.yaml', '--stats', tmp_path / 'stats.json')
+    assert result.exit_code == 1
+    assert "split 'train' lacks rows, tokens or bytes: give what prepare-data wrote" in result.stderr

@@ -1,0 +1,288 @@
+"""composer-tst prepare-data: what comes out is what the definition says, whatever happens on the way."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from common.preparing import (
+    SETTINGS,
+    SPLITS,
+    L,
+    define_rows,
+    make_text,
+    of_split,
+    prepare,
+    prepare_until_killed,
+    read_rows,
+    sources_of,
+    succeed,
+    tree,
+    write_jsonl,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+from composer_tst.cli.main import CommandError
+from composer_tst.cli.prepare_data import convert, parts, shards, split, tokenizer
+from composer_tst.cli.prepare_data.output import Output
+
+pytest_plugins = ['common.preparing_fixtures']
+
+TEXT = st.text(min_size=1, max_size=80).filter(lambda text: text.encode(errors='ignore').decode() == text)
+
+
+# What comes out
+
+
+def test_a_folder_of_text_becomes_the_rows_of_the_definition(corpus: Path, tokenizer_dir: str, tmp_path: Path):
+    out = tmp_path / 'out'
+    result = succeed(
+        corpus, '--output', out, '--seq-len', L, '--tokenizer', tokenizer_dir,
+        '--split', 'train=0.8,val=0.2', '--verify',
+    )  # fmt: skip
+    texts = [path.read_text() for path in sorted(corpus.rglob('*.txt'))]
+    stats = json.loads((out / 'stats.json').read_text())
+    for name in ('train', 'val'):
+        expected = define_rows(of_split(texts, name), tokenizer_dir)
+        assert read_rows(out / name) == expected
+        counted = stats['splits'][name]
+        assert counted['documents'] == len(of_split(texts, name))
+        assert counted['rows'] == len(expected)
+        assert counted['tokens'] == len(expected) * L
+        assert counted['bytes'] == sum(path.stat().st_size for path in (out / name).glob('*.mds'))
+        assert f'{name}: {counted["documents"]} documents' in result.output
+    assert stats['bad_documents'] == 0
+    assert sorted(path.name for path in out.iterdir()) == ['.records', 'stats.json', 'train', 'val']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['corpus', 'out']
+
+
+def test_a_trained_tokenizer_is_saved_beside_the_shards_and_is_always_the_same(corpus: Path, tmp_path: Path):
+    outs = [tmp_path / 'one', tmp_path / 'two']
+    for out in outs:
+        succeed(corpus, '--output', out, '--seq-len', L, '--train-tokenizer', 300)
+    hf = AutoTokenizer.from_pretrained(str(outs[0] / 'tokenizer'))
+    assert len(hf) == 300
+    assert hf.eos_token == '<|endoftext|>'
+    assert hf.pad_token is not None
+    assert hf.pad_token_id != hf.eos_token_id
+    assert hf.decode(hf('naïve 東京 🙂\n')['input_ids']) == 'naïve 東京 🙂\n'
+    assert tree(outs[0]) == tree(outs[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(TEXT, min_size=1, max_size=8), length=st.integers(1, 9))
+def test_rows_of_random_unicode_documents_concatenate_to_the_tokens(
+    bpe: tokenizer.TextTokenizer, tokenizer_dir: str, tmp_path_factory: pytest.TempPathFactory, texts, length
+):
+    path = write_jsonl(tmp_path_factory.mktemp('random') / 'random.jsonl', texts)
+    options = parts.Settings(length, SPLITS, 'text', False)
+    count = parts.PartCount.zero(options)
+    (part,) = parts.plan_parts(sources_of(path))
+    rows: dict[str, list] = {name: [] for name, _ in SPLITS}
+    for name, some in parts.pack_part(part, bpe, options, count, lambda _: None):
+        rows[name] += some.tolist()
+    for name, _ in SPLITS:
+        assert rows[name] == define_rows(of_split(texts, name), tokenizer_dir, length)
+        assert count.splits[name].documents == len(of_split(texts, name))
+
+
+# Splits
+
+
+def test_no_text_is_in_two_splits_and_shares_are_kept():
+    many = [make_text(number, 3) for number in range(4000)]
+    parts = (('a', 0.25), ('b', 0.7), ('c', 0.05))
+    placed = {name: [] for name, _ in parts}
+    for text in many:
+        placed[split.choose_split(hashlib.blake2b(text.encode(), digest_size=8).digest(), parts)].append(text)
+    assert placed == {name: of_split(many, name, parts) for name in placed}
+    assert [len(placed[name]) for name in 'abc'] == pytest.approx([1000, 2800, 200], abs=120)
+
+
+@pytest.mark.parametrize(
+    'text',
+    ['train', 'train=0.5', 'train=0.5,train=0.5', 'train=0.5,Train=0.5', 'train=2,val=-1', 'a b=1', 'a/b=1', '..=1',
+     'train=nan', 'tokenizer=1', '-a=1', ''],
+)  # fmt: skip
+def test_splits_that_make_no_sense_are_refused(text: str):
+    with pytest.raises(CommandError, match='--split'):
+        split.parse_splits(text)
+
+
+def test_names_of_splits_may_be_index_and_hold_a_dash(corpus: Path, tokenizer_dir: str, tmp_path: Path):
+    common = [
+        '--output',
+        tmp_path / 'out',
+        '--seq-len',
+        L,
+        '--tokenizer',
+        tokenizer_dir,
+        '--split',
+        'index=0.5,a-b=0.5',
+    ]
+    succeed(corpus, *common)
+    assert read_rows(tmp_path / 'out' / 'index')
+    assert read_rows(tmp_path / 'out' / 'a-b')
+
+
+# Interruptions
+
+
+def test_killed_and_run_again_it_ends_with_the_same_data_set(
+    corpus: Path, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(parts, 'PART_BYTES', 1000)
+    write_jsonl(corpus / 'lines.jsonl', [make_text(number) for number in range(100, 150)])
+    out = tmp_path / 'killed'
+    arguments = [corpus, '--seq-len', L, '--tokenizer', tokenizer_dir, '--hashes', 'sha1', '--compression', 'zstd']
+    prepare_until_killed(*arguments, '--output', out)
+    finished = sorted(out.glob('.records/part.*.json'))
+    assert len(finished) >= 3
+    assert not list(out.glob('*/index.json'))
+
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob('train/*.zstd')}
+    records = [json.loads(path.read_text())['record'] for path in finished]
+    succeed(*arguments, '--output', out)
+    for record in records:
+        for file in record['files']['train']:
+            assert (out / 'train' / file['name']).stat().st_mtime_ns == before[file['name']], 'converted again'
+    # On one core, with nothing in between.
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        succeed(*arguments, '--output', tmp_path / 'whole')
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert tree(out) == tree(tmp_path / 'whole')
+    assert len(tree(out)) > 20
+
+
+def test_a_split_that_parts_are_too_small_for_is_said_before_tokenising(
+    corpus: Path, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(parts, 'PART_BYTES', 2000)
+    write_jsonl(corpus / 'lines.jsonl', [make_text(number) for number in range(100, 200)])
+    common = [corpus, '--seq-len', 16, '--tokenizer', tokenizer_dir]
+    result = prepare(*common, '--output', tmp_path / 'small', '--split', 'train=0.99,val=0.01')
+    line = next(line for line in result.stderr.splitlines() if 'split val' in line)
+    assert line.startswith('warning: split val has some ')
+    assert 'less than a row of --seq-len 16' in line
+    assert result.stderr.index('split val') < result.stderr.index('read: '), 'said too late'
+    result = prepare(*common, '--output', tmp_path / 'large', '--split', 'train=0.5,val=0.5')
+    assert 'in each part' not in result.stderr
+
+
+# Bad documents
+
+
+def test_a_bad_document_ends_the_run_and_nothing_is_visible(corpus: Path, tokenizer_dir: str, tmp_path: Path):
+    (corpus / '20.txt').write_bytes(b'\xff')
+    arguments = [corpus, '--output', tmp_path / 'out', '--seq-len', L, '--tokenizer', tokenizer_dir]
+    result = prepare(*arguments)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith(f'error: {corpus}/20.txt: invalid UTF-8 (with --skip-bad')
+    assert 'Traceback' not in result.output
+    assert not list((tmp_path / 'out').glob('*/index.json'))
+
+
+def test_skipped_bad_documents_are_listed_and_counted(corpus: Path, tokenizer_dir: str, tmp_path: Path):
+    (corpus / '20.txt').write_bytes(b'\xff')
+    (corpus / '21.txt').write_bytes(b'')
+    (corpus / '22.txt').unlink()
+    (corpus / '22.txt').symlink_to('nowhere')
+    out = tmp_path / 'out'
+    result = succeed(corpus, '--output', out, '--seq-len', L, '--tokenizer', tokenizer_dir, '--skip-bad', '--verify')
+    expected = ['20.txt: invalid UTF-8', '21.txt: empty document', '22.txt: it is not there']
+    assert (out / 'bad_documents.txt').read_text().splitlines() == [f'{corpus}/{line}' for line in expected]
+    assert all(f'skipped {corpus}/{line}' in result.stderr for line in expected)
+    stats = json.loads((out / 'stats.json').read_text())
+    assert stats['bad_documents'] == 3
+    assert sum(counted['documents'] for counted in stats['splits'].values()) == 37
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ([], 'no input: name at least one'),
+        (['nowhere.txt'], 'cannot read nowhere.txt: it is not there'),
+        (['*.nothing'], 'no input: *.nothing matches no file'),
+        (['corpus', '--seq-len', '0'], '--seq-len 0: a row needs at least one token'),
+        (['corpus', '--train-tokenizer', '300'], 'give one of --tokenizer and --train-tokenizer'),
+        (['corpus', '--tokenizer', './nowhere'], '--tokenizer ./nowhere: '),
+        (['corpus/01.txt/'], 'corpus/01.txt/ is a file'),
+        (['gs://bucket/text'], 'gs://bucket/text: only paths'),
+        (['S3://bucket/text'], 'S3://bucket/text: only paths'),
+        (['file:///etc/hosts'], 'file:///etc/hosts: only paths'),
+        (['s3://'], 's3:// names no bucket'),
+        (['corpus', '--output', 'gs://bucket/out'], 'gs://bucket/out: only paths'),
+        (['corpus', '--output', 'corpus'], 'corpus lies in the input'),
+        (['corpus', '--output', 'corpus/deeper/out'], 'corpus/deeper/out lies in the input'),
+        (['corpus/*', '--output', 'corpus/deeper/out'], 'corpus/deeper/out lies in the input'),
+        (['**/*.json', '--output', 'out'], 'out lies in the input'),
+        (['corpus', '--output', 'corpus/01.txt'], 'corpus/01.txt exists and is no folder'),
+        (['corpus/02.txt', '--output', 'corpus/01.txt/out'], 'Not a directory'),
+        (['corpus/02.txt', '--output', '.'], 'holds corpus and was not begun by this command'),
+        (['corpus', '--seq-len', '1000000'], 'too small: no split fills a row of --seq-len 1000000'),
+        (['corpus', '--compression', 'zip'], '--compression zip'),
+        (['corpus', '--hashes', 'sha1,nonsense'], '--hashes nonsense'),
+        (['corpus', '--split', 'train=0.5'], '--split train=0.5'),
+    ],
+)
+def test_bad_arguments_get_one_sentence(
+    corpus: Path, tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+):
+    monkeypatch.chdir(corpus.parent)
+    before = tree(corpus.parent)
+    defaults = {'--output': 'out', '--seq-len': L, '--tokenizer': tokenizer_dir}
+    given_defaults = [item for pair in defaults.items() if pair[0] not in arguments for item in pair]
+    result = prepare(*arguments, *given_defaults)
+    assert result.exit_code == 1
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith('error: ')
+    assert message in line
+    assert {name: data for name, data in tree(corpus.parent).items() if '.records/' not in name} == before
+
+
+def test_a_vocabulary_too_small_for_every_byte_is_refused(corpus: Path, tmp_path: Path):
+    result = prepare(corpus, '--output', tmp_path / 'out', '--train-tokenizer', 100)
+    assert result.exit_code == 1
+    assert 'at least 258' in result.stderr
+
+
+def _convert_on_a_full_disk(job: convert.Job, part: parts.Part, answer) -> None:
+    # What a full disk does to a write, without one: the kernel refuses it.
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    try:
+        convert.convert_part(job, (0, part), lambda _: None)
+    except CommandError as error:
+        answer.send(str(error))
+
+
+def test_a_disk_that_fills_up_gets_one_sentence(corpus: Path, bpe: tokenizer.TextTokenizer, tmp_path: Path):
+    job = convert.Job(bpe, SETTINGS, shards.ShardOptions(None, []), Output(str(tmp_path / 'out'), ''))
+    (part,) = parts.plan_parts(sources_of(corpus))
+    context = multiprocessing.get_context('fork')
+    receiver, sender = context.Pipe()
+    process = context.Process(target=_convert_on_a_full_disk, args=(job, part, sender))
+    process.start()
+    assert receiver.poll(30)
+    assert receiver.recv() == f'cannot write {tmp_path}/out/train/shard.00000.00000.mds: File too large'
+    process.join()
+    # What was written of the file is completed.
+    convert.convert_part(job, (0, part), lambda _: None)
+    assert len(read_rows_of(tmp_path / 'out' / 'train' / 'shard.00000.00000.mds', job)) > 10
+
+
+def read_rows_of(path: Path, job: convert.Job) -> np.ndarray:
+    record = job.output.recorded('part.000000.json')
+    (file,) = record['files']['train']
+    assert file['sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
+    return job.shards.decode(path.read_bytes(), file['rows'], L)

@@ -1,0 +1,326 @@
+"""Where composer-tst prepare-data writes: nothing of anyone's is touched, nothing is lost, on disk as on S3."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from common.preparing import COMMAND, TEXTS, Bucket, Folder, L, prepare_until_killed, refuse, succeed, write_jsonl
+
+from composer_tst.cli.prepare_data import disk, parts, tokenizer
+from composer_tst.cli.prepare_data.lock import locked
+
+pytest_plugins = ['common.preparing_fixtures']
+
+
+def test_what_is_there_before_is_a_reason_to_refuse(place: Folder | Bucket, common: list[object]):
+    place.put('out/mine.txt', b'mine')
+    before = place.files()
+    sentence = refuse(*common, '--output', f'{place.root}/out')
+    assert 'out holds mine.txt and was not begun by this command: name an empty or a new folder' in sentence
+    assert place.files() == before
+    # Not even a lock is left there.
+    assert isinstance(place, Bucket) or os.listdir(f'{place.root}/out') == ['mine.txt']
+
+
+@pytest.mark.parametrize('name', ['out[1]', 'o?t', 'a#b%20'])
+def test_whatever_is_beside_or_put_there_meanwhile_stays(place: Folder | Bucket, common: list[object], name: str):
+    foreign = {
+        'out1/data.txt': b'beside', 'oxt/data.txt': b'beside', 'outer': b'beside',
+        f'.{name}.partial/data.txt': b'hidden beside', f'{name}/.mine': b'hidden inside',
+    }  # fmt: skip
+    if isinstance(place, Bucket):
+        foreign[name] = b'an object of the name'
+    for path, data in foreign.items():
+        place.put(path, data)
+    # A bad document ends it half way; then others put files below.
+    lines = Path(str(common[0]))
+    lines.write_bytes(lines.read_bytes() + b'oops\n')
+    assert 'malformed JSON' in refuse(*common, '--output', f'{place.root}/{name}')
+    foreign |= {
+        f'{name}/train/notes.txt': b'meanwhile',
+        f'{name}/.records/notes.txt': b'meanwhile',
+        f'{name}/x/y': b'z',
+    }
+    for path, data in foreign.items():
+        place.put(path, data)
+    succeed(*common, '--output', f'{place.root}/{name}', '--skip-bad', '--verify')
+    made = place.files()
+    assert {path: made[path] for path in foreign} == foreign
+    assert f'{name}/train/index.json' in made
+
+
+def test_a_bucket_itself_may_be_the_output_and_stays(place: Folder | Bucket, common: list[object], tmp_path: Path):
+    lines = Path(str(common[0]))
+    whole = lines.read_bytes()
+    lines.write_bytes(whole + b'oops\n')
+    refuse(*common, '--output', place.root)
+    place.put('meanwhile', b'mine')
+    # Once this began anew, by deleting all that was there.
+    lines.write_bytes(whole)
+    assert 'begun with another listing of INPUT' in refuse(*common, '--output', place.root)
+    assert place.files()['meanwhile'] == b'mine'
+    lines.write_bytes(whole + b'oops\n')
+    assert 'begun with another listing' in refuse(*common, '--output', place.root), 'by its time'
+
+
+def test_a_file_that_is_where_a_shard_goes_stays(place: Folder | Bucket, common: list[object]):
+    lines = Path(str(common[0]))
+    lines.write_bytes(lines.read_bytes() + b'oops\n')
+    refuse(*common, '--output', f'{place.root}/out')
+    name = sorted(name for name in place.files() if name.endswith('.mds'))[-1]
+    number = int(name.split('.')[1])
+    place.put(f'out/.records/part.{number:06}.json', b'')
+    place.put(name, b'mine')
+    sentence = refuse(*common, '--output', f'{place.root}/out', '--skip-bad')
+    assert f'{name} is there already and is not what this run writes: move it away' in sentence
+    assert place.files()[name] == b'mine'
+    for other in ('out/train/index.json', 'out/stats.json'):
+        place.delete(name) if name in place.files() else None
+        place.put(other, b'mine')
+        assert f'{other} is there already' in refuse(*common, '--output', f'{place.root}/out', '--skip-bad')
+        assert place.files()[other] == b'mine'
+        place.delete(other)
+    succeed(*common, '--output', f'{place.root}/out', '--skip-bad', '--verify')
+
+
+@pytest.mark.parametrize('compression', [[], ['--compression', 'zstd', '--hashes', 'sha1,xxh64']])
+def test_what_is_gone_or_damaged_is_found_and_made_anew(
+    place: Folder | Bucket, common: list[object], compression: list[str]
+):
+    arguments = [*common, *compression, '--output', f'{place.root}/out']
+    succeed(*arguments)
+    whole = place.files()
+    names = sorted(name for name in whole if '.mds' in name)
+    assert len(names) > 3
+    # Finished already.
+    succeed(*arguments, '--verify')
+    assert place.files() == whole
+    # A shard, an index, the summary, or a record that is gone.
+    for name in (names[1], 'out/train/index.json', 'out/stats.json', 'out/.records/part.000002.json'):
+        place.delete(name)
+    succeed(*arguments)
+    assert place.files() == whole
+    # Two of equal size exchanged, or one id altered; and too short.
+    altered = bytearray(whole[names[0]])
+    altered[-4] ^= 1
+    twins = [
+        (one, two) for one in names for two in names
+        if one < two and len(whole[one]) == len(whole[two]) and whole[one] != whole[two]
+    ]  # fmt: skip
+    cases = [{names[0]: bytes(altered)}]
+    if not compression:
+        assert twins
+        cases.append({twins[0][0]: whole[twins[0][1]], twins[0][1]: whole[twins[0][0]]})
+    for case in cases:
+        for name, data in case.items():
+            place.put(name, data)
+        assert 'does not hold what was written' in refuse(*arguments, '--verify')
+        for name, data in case.items():
+            assert place.files()[name] == data
+            place.delete(name)
+        succeed(*arguments, '--verify')
+        assert place.files() == whole
+
+
+def test_damaged_records_count_as_absent(place: Folder | Bucket, common: list[object]):
+    arguments = [*common, '--output', f'{place.root}/out']
+    succeed(*arguments)
+    whole = place.files()
+    records = [name for name in whole if '.records/part' in name]
+    damages = [b'', b'{', b'null', b'[1]', b'{"sha256": "", "record": {}}', whole[records[1]][:-1]]
+    for name, damage in zip(records, damages, strict=False):
+        place.put(name, damage)
+    succeed(*arguments, '--verify')
+    assert place.files() == whole
+
+
+@pytest.mark.parametrize(
+    ('change', 'named'),
+    [
+        (['--seq-len', L + 1], '--seq-len'),
+        (['--split', 'train=0.5,val=0.5'], '--split'),
+        (['--text-key', 'body'], '--text-key'),
+        (['--compression', 'gz'], '--compression'),
+        (['--hashes', 'md5'], '--hashes'),
+        (['other end of text'], '--tokenizer'),
+        (['another input'], 'listing of INPUT'),
+        (['another plan'], 'plan of parts'),
+    ],
+)
+def test_other_inputs_or_settings_are_refused_by_name(
+    place: Folder | Bucket, common: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bpe: Any,
+    change: list, named: str,
+):  # fmt: skip
+    succeed(*common, '--output', f'{place.root}/out')
+    before = place.files()
+    if change == ['other end of text']:
+        monkeypatch.setattr(tokenizer, 'END_OF_TEXT', '<|padding|>')
+        monkeypatch.setattr(tokenizer, 'PADDING', '<|endoftext|>')
+        tokenizer.save_tokenizer(bpe, str(tmp_path / 'other'))
+        change = ['--tokenizer', tmp_path / 'other']
+    elif change == ['another input']:
+        change = [write_jsonl(tmp_path / 'b.jsonl', TEXTS)]
+    elif change == ['another plan']:
+        monkeypatch.setattr(parts, 'PART_BYTES', 1500)
+        change = []
+    sentence = refuse(*common, *change, '--output', f'{place.root}/out')
+    assert f'out was begun with another {named}' in sentence
+    assert 'name another output' in sentence
+    assert place.files() == before
+
+
+def test_skip_bad_goes_on_from_what_is_finished(place: Folder | Bucket, common: list[object]):
+    lines = Path(str(common[0]))
+    lines.write_bytes(lines.read_bytes() + b'oops\n')
+    arguments = [*common, '--output', f'{place.root}/out']
+    assert f'{lines}, line 41: malformed JSON (with --skip-bad, the same command goes on' in refuse(*arguments)
+    finished = {name: data for name, data in place.files().items() if '.records/part' in name}
+    assert finished
+    succeed(*arguments, '--skip-bad')
+    assert finished.items() <= place.files().items()
+    assert place.files()['out/bad_documents.txt'].decode() == f'{lines}, line 41: malformed JSON\n'
+    # Without it, what was skipped is a fault again.
+    assert 'line 41: malformed JSON' in refuse(*arguments)
+
+
+def test_a_killed_run_is_taken_up(place: Folder | Bucket, common: list[object], tokenizer_dir: str, tmp_path: Path):
+    arguments = [*common, '--output', f'{place.root}/out']
+    prepare_until_killed(*arguments)
+    left = place.files()
+    assert not any('index.json' in name for name in left)
+    records = {name: data for name, data in left.items() if '.records/part' in name}
+    assert len(records) >= 3
+    succeed(*arguments, '--verify')
+    assert records.items() <= place.files().items()
+    succeed(*common, '--output', f'{place.root}/whole')
+    assert place.files('out') == place.files('whole')
+
+
+def test_a_second_run_is_refused_while_the_first_lives(place: Folder | Bucket, common: list[object]):
+    with locked(f'{place.root}/out'):
+        before = place.files()
+        sentence = refuse(*common, '--output', f'{place.root}/out')
+        assert f'another run is writing to {place.root}/out (process {os.getpid()} on ' in sentence
+        assert place.files() == before
+    succeed(*common, '--output', f'{place.root}/out')
+    if isinstance(place, Bucket):
+        keys = place.client.list_objects_v2(Bucket=place.name)['Contents']
+        assert not [item for item in keys if item['Key'].endswith('lock')]
+
+
+@pytest.mark.parametrize('place', ['s3'], indirect=True)  # on a disk the system holds the lock
+def test_a_run_whose_lock_was_taken_over_makes_no_index(common: list[object], tmp_path: Path, place: Bucket):
+    from composer_tst.cli.prepare_data import pipeline
+
+    def stolen(*arguments: Any) -> Any:
+        place.put('out/.records/lock', b'another')
+        time.sleep(0.5)
+        return convert(*arguments)
+
+    convert = pipeline.convert
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, 'convert', stolen)
+        assert 'another run took over' in refuse(*common, '--output', f'{place.root}/out')
+    assert not any('index.json' in name for name in place.files())
+
+
+def test_records_of_another_beginning_are_none(place: Folder | Bucket, common: list[object]):
+    """As when what the output was begun with is damaged, and it is begun again with other inputs."""
+    lines = Path(str(common[0]))
+    whole = lines.read_bytes()
+    lines.write_bytes(b'{"text": "short"}\n')
+    assert 'too small' in refuse(*common, '--output', f'{place.root}/out')
+    place.put('out/.records/begun.json', b'')
+    lines.write_bytes(whole)
+    succeed(*common, '--output', f'{place.root}/out', '--verify')
+    stats = json.loads(place.files()['out/stats.json'])
+    assert stats['splits']['train']['documents'] == len(TEXTS)
+
+
+def test_records_that_were_exchanged_are_none(place: Folder | Bucket, common: list[object]):
+    succeed(*common, '--output', f'{place.root}/out')
+    files = place.files('out/.records')
+    place.put('out/.records/part.000000.json', files['part.000001.json'])
+    place.put('out/.records/part.000001.json', files['part.000000.json'])
+    succeed(*common, '--output', f'{place.root}/out', '--verify')
+    assert place.files('out/.records') == files
+
+
+def test_hidden_files_of_others_in_an_output_stay(common: list[object], tmp_path: Path):
+    mine = tmp_path / 'mine.txt'
+    mine.write_text('precious')
+    for name in (
+        'out/.records/lock',
+        'out/.stats.json.new',
+        'out/train/.index.json.new',
+        'out/.records/.begun.json.new',
+    ):
+        for make in (lambda path: path.symlink_to(mine), lambda path: path.write_text('precious')):
+            path = tmp_path / name
+            path.parent.mkdir(parents=True)
+            make(path)
+            if name == 'out/.records/.begun.json.new' and not path.is_symlink():
+                continue  # what a killed run of ours leaves
+            refuse(*common, '--output', tmp_path / 'out')
+            assert path.read_text() == mine.read_text() == 'precious'
+            shutil.rmtree(tmp_path / 'out')
+
+
+def test_an_object_that_marks_the_folder_is_no_reason_to_refuse(place: Folder | Bucket, common: list[object]):
+    if isinstance(place, Bucket):
+        place.put('out/', b'')
+    else:
+        Path(place.root, 'out').mkdir(parents=True)
+    succeed(*common, '--output', f'{place.root}/out/')
+
+
+def test_a_file_that_goes_while_a_folder_is_listed_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in 'abc':
+        (tmp_path / name).write_text('x')
+    listed = os.scandir
+
+    def going(folder: str) -> list[os.DirEntry]:
+        entries = list(listed(folder))
+        (tmp_path / 'b').unlink()
+        return entries
+
+    monkeypatch.setattr(os, 'scandir', going)
+    assert disk.Disk().sizes(str(tmp_path)) == {'a': 1, 'c': 1}
+
+
+def test_a_screen_that_cannot_be_written_to_is_no_fault_of_the_program(common: list[object], tmp_path: Path):
+    command = [*COMMAND, *map(str, common), '--output', str(tmp_path / 'out')]
+    with open('/dev/full', 'w') as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith('error: cannot write to the screen what was done, which is whole')
+    assert (tmp_path / 'out' / 'train' / 'index.json').exists()
+    # Without any stderr, as of a service.
+    result = subprocess.run(['bash', '-c', '"$@" 2>&-', '_', *command[:-1], str(tmp_path / 'again')])
+    assert result.returncode == 0
+    assert (tmp_path / 'again' / 'train' / 'index.json').exists()
+
+
+@pytest.mark.parametrize(
+    ('name', 'value', 'said'),
+    [
+        ('TMPDIR', 'x' * 100, 'cannot start worker processes, with TMPDIR '),
+        ('S3_ENDPOINT_URL', 'localhost:9000', 'cannot use S3 with S3_ENDPOINT_URL=localhost:9000'),
+        ('AWS_MAX_ATTEMPTS', 'x', 'the settings of AWS'),
+    ],
+)
+def test_an_odd_environment_gets_one_sentence(name: str, value: str, said: str, common: list[object], tmp_path: Path):
+    if name == 'TMPDIR':
+        value = str(tmp_path / value)
+        os.mkdir(value)
+    output = str(tmp_path / 'out') if name == 'TMPDIR' else 's3://bucket/out'
+    command = [*COMMAND, *map(str, common), '--output', output]
+    result = subprocess.run(command, env=os.environ | {name: value}, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert 'Traceback' not in result.stderr
+    assert said in result.stderr.splitlines()[-1]

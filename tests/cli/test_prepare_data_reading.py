@@ -1,0 +1,470 @@
+# Where documents are read, each may be a bad one, which pyright would have every test ask.
+# pyright: reportAttributeAccessIssue=false
+"""What composer-tst prepare-data reads: every document once, and what is wrong with the others."""
+
+import bz2
+import codecs
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from common.preparing import make_text, refuse, source, sources_of, succeed, write_jsonl
+
+from composer_tst.cli.main import CommandError
+from composer_tst.cli.prepare_data import disk, documents, parts, reading
+
+pytest_plugins = ['common.preparing_fixtures']
+
+
+def test_one_file_longer_than_memory_should_hold_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reading, 'BLOCK_BYTES', 1000)
+    monkeypatch.setattr(documents, 'HELD_BYTES', 4000)
+    path = tmp_path / 'long.txt'
+    path.write_text(make_text(5, 5000))
+    (document,) = documents.read_documents(documents.Piece(source(path)), 'text')
+    chunks = list(document.chunks)
+    assert len(chunks) > 20
+    assert ''.join(chunks) == path.read_text()
+    assert document.digest == hashlib.blake2b(path.read_bytes(), digest_size=8).digest()
+
+
+# What is read
+
+
+def parquet_bytes(texts: list[str], **options) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({'id': range(len(texts)), 'text': texts}), buffer, **options)
+    return buffer.getvalue()
+
+
+def invalid_parquet() -> bytes:
+    """A column of strings of which the second is not UTF-8, as some writers leave unchecked."""
+    buffers = pa.array([b'good', b'caf\xe9', b'good'], pa.binary()).buffers()
+    strings: Any = pa.Array.from_buffers(pa.string(), 3, buffers)
+    return parquet_bytes(strings)
+
+
+@pytest.mark.parametrize(
+    ('name', 'encode'),
+    [
+        ('a.jsonl', lambda data, texts: data),
+        ('a.jsonl', lambda data, texts: codecs.BOM_UTF8 + data),
+        ('a.json', lambda data, texts: data),
+        ('a.jsonl.gz', lambda data, texts: gzip.compress(data[:50]) + gzip.compress(data[50:])),
+        ('a.ndjson.zst', lambda data, texts: zstandard.compress(data[:50]) + zstandard.compress(data[50:])),
+        ('a.jsonl.GZ', lambda data, texts: gzip.compress(data) + bytes(512)),
+        ('a.JSONL.bz2', lambda data, texts: bz2.compress(data[:50]) + bz2.compress(data[50:])),
+        ('a.jsonl.xz', lambda data, texts: lzma.compress(data[:50]) + lzma.compress(data[50:])),
+        ('a.jsonl', lambda data, texts: data.replace(b'"id": 1', b'"id": ' + b'7' * 5000)),
+        ('a.parquet', lambda data, texts: parquet_bytes(texts, compression='zstd', row_group_size=3)),
+        ('a.parquet.gz', lambda data, texts: gzip.compress(parquet_bytes(texts, compression='gzip'))),
+    ],
+)
+def test_every_format_gives_the_same_documents(tmp_path: Path, name: str, encode):
+    texts = [make_text(number) for number in range(10)]
+    data = ''.join(json.dumps({'text': text, 'id': 1}, ensure_ascii=False) + '\n' for text in texts)
+    (tmp_path / name).write_bytes(encode(data.encode(), texts))
+    read = list(documents.read_documents(documents.Piece(source(tmp_path / name)), 'text'))
+    assert [''.join(document.chunks) for document in read] == texts
+
+
+@pytest.mark.parametrize('window', [27, 28])
+def test_zstd_over_long_windows_is_read_or_refused(tmp_path: Path, window: int):
+    options = zstandard.ZstdCompressionParameters.from_level(3, window_log=window, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=options).compressobj()  # which writes no size
+    path = tmp_path / 'a.jsonl.zst'
+    path.write_bytes(packer.compress(b'{"text": "good"}\n') + packer.flush())
+    read = documents.read_documents(documents.Piece(source(path)), 'text')
+    if window == 27:
+        assert [''.join(document.chunks) for document in read] == ['good']
+    else:
+        with pytest.raises(CommandError, match=r'windows of 256 MiB, and at most 128 can be read: compress it again'):
+            list(read)
+
+
+def test_text_files_may_be_compressed(tmp_path: Path):
+    (tmp_path / 'a.py.gz').write_bytes(gzip.compress(b'print(1)\n'))
+    (document,) = documents.read_documents(documents.Piece(source(tmp_path / 'a.py.gz')), 'text')
+    assert list(document.chunks) == ['print(1)\n']
+
+
+def test_pieces_of_a_file_give_every_document_once(tmp_path: Path):
+    texts = [make_text(number, number) for number in range(30)]
+    jsonl = write_jsonl(tmp_path / 'a.jsonl', texts)
+    (tmp_path / 'a.parquet').write_bytes(parquet_bytes(texts, row_group_size=3))
+    for path in (jsonl, tmp_path / 'a.parquet'):
+        for size in (1, 97, 600, 1 << 20):
+            planned = list(parts._pieces(source(path), size))
+            read = [document for piece in planned for document in documents.read_documents(piece, 'text')]
+            assert [''.join(document.chunks) for document in read] == texts
+
+
+def test_inputs_are_files_folders_and_globs_each_file_once(corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    (corpus / '.hidden').write_text('not found')
+    (corpus / 'link.txt').symlink_to(corpus / '01.txt')
+    monkeypatch.chdir(corpus)
+    found = sources_of('deeper', '0*.txt', '**/copy.txt', 'link.txt')
+    assert [os.path.relpath(found_source.path) for found_source in found] == [
+        *(f'0{number}.txt' for number in range(10)),
+        'deeper/copy.txt',
+    ]
+    assert len(sources_of('.')) == 40
+
+
+# Bad input
+
+GOOD = b'{"text": "good"}\n'
+
+
+@pytest.mark.parametrize(
+    ('name', 'data', 'message'),
+    [
+        ('a.txt', b'caf\xe9', 'a.txt: invalid UTF-8'),
+        ('a.txt', b'', 'a.txt: empty document'),
+        ('a.jsonl', GOOD + b'{"text": "caf\xe9"}\n', 'a.jsonl, line 2: invalid UTF-8'),
+        ('a.jsonl', GOOD * 2 + b'{"text": "x"\n', 'a.jsonl, line 3: malformed JSON'),
+        ('a.jsonl', GOOD + b'["text"]\n', 'a.jsonl, line 2: not a JSON object'),
+        ('a.jsonl', GOOD + b'\n{"body": "x"}\n', 'a.jsonl, line 3: no text in "text"'),
+        ('a.jsonl', GOOD + b'{"text": 3}\n', 'a.jsonl, line 2: "text" is not a string'),
+        ('a.jsonl', GOOD + b'{"text": ""}\n', 'a.jsonl, line 2: empty document'),
+        ('a.jsonl', GOOD + b'{"text": "\\ud800"}\n', 'a.jsonl, line 2: invalid Unicode'),
+        ('a.txt', 'UTF-16'.encode('utf-16-le'), 'a.txt: NUL bytes, as in UTF-16'),
+        ('a.txt', codecs.BOM_UTF8, 'a.txt: empty document'),
+        ('a.jsonl', GOOD + 'x'.encode('utf-16-le'), 'a.jsonl, line 2: malformed JSON (NUL bytes, as in UTF-16)'),
+        ('a.json', GOOD + b'{\n', 'a.json, line 2: malformed JSON (an object over several lines'),
+        ('a.txt.gz', b'', 'a.txt.gz: damaged gzip data (an empty file)'),
+        ('a.jsonl.zst', b'', 'a.jsonl.zst: damaged zstd data (an empty file)'),
+        ('a.jsonl.bz2', bz2.compress(GOOD)[:-3], 'a.jsonl.bz2: damaged bzip2 data'),
+        ('a.jsonl.xz', lzma.compress(GOOD)[:-3], 'a.jsonl.xz: damaged xz data'),
+        ('a.jsonl.xz', GOOD, 'a.jsonl.xz: damaged xz data'),
+        # Without the time, which would name the test differently in each process that collects it.
+        ('a.jsonl.gz', gzip.compress(GOOD, mtime=0)[:-9], 'a.jsonl.gz: damaged gzip data'),
+        ('a.txt.zst', zstandard.compress(GOOD)[:-2], 'a.txt.zst: damaged zstd data'),
+        ('a.txt.gz', GOOD, 'a.txt.gz: damaged gzip data'),
+        ('a.parquet', GOOD, 'a.parquet: damaged parquet data'),
+        ('a.parquet', parquet_bytes([]).replace(b'text', b'body'), 'a.parquet: no column "text"'),
+        ('a.parquet', invalid_parquet(), 'a.parquet, row 2: invalid UTF-8'),
+        ('a.parquet', parquet_bytes(['x', None]), 'a.parquet, row 2: no text in "text"'),  # pyright: ignore
+    ],
+)
+def test_bad_documents_stop_with_one_sentence_or_are_counted(tmp_path: Path, name: str, data: bytes, message: str):
+    (tmp_path / name).write_bytes(data)
+    read = list(documents.read_documents(documents.Piece(source(tmp_path / name)), 'text'))
+    (bad,) = [document for document in read if isinstance(document, documents.BadDocument)]
+    assert f'{bad.where}: {bad.why}'.startswith(f'{tmp_path}/{message}')
+
+
+def test_how_much_of_a_piece_has_been_read(tmp_path: Path):
+    texts = [make_text(number, number) for number in range(300)]
+    jsonl = write_jsonl(tmp_path / 'a.jsonl', texts)
+    (tmp_path / 'a.parquet').write_bytes(parquet_bytes(texts, row_group_size=30))
+    (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(jsonl.read_bytes()))
+    (tmp_path / 'a.txt').write_text(''.join(texts) * 40)
+    for name in ('a.jsonl', 'a.parquet', 'a.jsonl.gz', 'a.txt'):
+        planned = list(parts._pieces(source(tmp_path / name), 30_000))
+        assert sum(piece.size for piece in planned) == (tmp_path / name).stat().st_size or name == 'a.parquet'
+        for piece in planned:
+            meter, read = reading.Meter(), []
+            for document in documents.read_documents(piece, 'text', meter):
+                for _ in document.chunks:
+                    read.append(meter.bytes_of(piece.start, piece.size))
+            assert read == sorted(read)
+            assert read[-1] == piece.size
+
+
+def test_a_bad_line_is_named_by_its_number_in_the_file(tmp_path: Path):
+    path = tmp_path / 'a.jsonl'
+    path.write_bytes(GOOD * 50 + b'oops\n' + GOOD * 50)
+    for size in (30, 100, 1000):
+        read = [
+            document
+            for piece in parts._pieces(source(path), size)
+            for document in documents.read_documents(piece, 'text')
+        ]
+        assert len(read) == 101
+        assert read[50].where == f'{path}, line 51'
+
+
+def test_a_pipe_is_refused_rather_than_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / 'pipe')
+    for text in (tmp_path, tmp_path / 'pipe'):
+        with pytest.raises(CommandError, match='pipe: it is a pipe or a device'):
+            sources_of(text)
+
+
+def test_a_folder_that_may_not_be_read_is_not_passed_over(corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    scandir = os.scandir
+
+    # What the kernel answers all but the superuser, whom it refuses nothing.
+    def refuse(path: Any) -> Any:
+        if os.path.basename(path) == 'deeper':
+            raise PermissionError(13, 'Permission denied', path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    with pytest.raises(CommandError, match=f'cannot read {corpus}/deeper: access denied'):
+        sources_of(corpus)
+
+
+def damaged_parquet(texts: list[str]) -> bytes:
+    """Parquet of which a bit of the second row group is not what its page's checksum says."""
+    options = {'compression': 'none', 'use_dictionary': False, 'write_page_checksum': True}
+    data = bytearray(parquet_bytes(texts, row_group_size=4, **options))
+    data[data.index(texts[5].encode())] ^= 1
+    return bytes(data)
+
+
+def test_damage_in_parquet_is_seen_by_its_checksum_and_costs_one_row_group(tmp_path: Path):
+    texts = [f'text number {number}' for number in range(12)]
+    (tmp_path / 'a.parquet').write_bytes(damaged_parquet(texts))
+    read = list(documents.read_documents(documents.Piece(source(tmp_path / 'a.parquet')), 'text'))
+    assert [''.join(document.chunks) for document in read if isinstance(document, documents.Document)] == [
+        *texts[:4], *texts[8:],
+    ]  # fmt: skip
+    (bad,) = [document for document in read if isinstance(document, documents.BadDocument)]
+    assert (bad.where, bad.why) == (f'{tmp_path}/a.parquet, rows 5 to 8', 'damaged parquet data')
+
+
+def test_a_mark_before_text_is_no_text(tmp_path: Path):
+    (tmp_path / 'a.txt').write_bytes(codecs.BOM_UTF8 + b'text')
+    (document,) = documents.read_documents(documents.Piece(source(tmp_path / 'a.txt')), 'text')
+    assert list(document.chunks) == ['text']
+    assert document.digest == hashlib.blake2b(b'text', digest_size=8).digest()
+
+
+# What is searched
+
+
+def names_of(*inputs: object) -> list[str]:
+    return [os.path.relpath(found.path) for found in sources_of(*inputs)]
+
+
+def test_a_pattern_means_the_same_whether_the_shell_or_this_program_expands_it(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(corpus)
+    (corpus / 'deeper' / 'deepest').mkdir()
+    (corpus / 'deeper' / 'deepest' / 'x.txt').write_text('x')
+    (corpus / 'deeper' / '.hidden').write_text('not found')
+    assert names_of('*') == names_of(*os.listdir('.')) == names_of('.')
+    assert names_of('deep*') == names_of('deeper') == ['deeper/copy.txt', 'deeper/deepest/x.txt']
+    assert names_of('**/x.txt') == names_of('*/*/x.txt') == names_of('deeper/**/[w-y].txt') == ['deeper/deepest/x.txt']
+    assert names_of('deeper/.h*') == ['deeper/.hidden']
+    assert names_of('*/') == names_of('deeper')
+
+
+def test_a_name_that_exists_comes_before_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('a[1].txt', 'a1.txt', 'in[1]/b.txt', 'in1/c.txt', 'what?.txt', 'whatx.txt'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert names_of('a[1].txt', 'in[1]', 'what?.txt') == ['a[1].txt', 'in[1]/b.txt', 'what?.txt']
+    assert names_of('a[[]1].txt') == ['a[1].txt']
+
+
+def test_folder_links_in_a_circle_come_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [tmp_path / name for name in 'abcdefgh']
+    for folder in folders:
+        folder.mkdir()
+        (folder / f'{folder.name}.txt').write_text(folder.name)
+    for folder in folders:
+        for other in folders:
+            (folder / f'to-{other.name}').symlink_to(other)
+    start = time.monotonic()
+    for text in ('.', '**/*.txt', '*/**/*.txt'):
+        assert names_of(text) == [f'{name}/{name}.txt' for name in 'abcdefgh']
+    assert time.monotonic() - start < 5
+    assert names_of('a/to-b/*.txt') == ['a/to-b/b.txt']
+
+
+def test_a_file_behind_links_in_a_circle_is_a_bad_document(tmp_path: Path, tokenizer_dir: str):
+    for name, other in (('a.txt', 'b.txt'), ('b.txt', 'a.txt'), ('c.txt', 'c.txt')):
+        (tmp_path / name).symlink_to(tmp_path / other)
+    common = ('--seq-len', 4, '--tokenizer', tokenizer_dir, '--output', tmp_path / 'out')
+    for path in (tmp_path / 'a.txt', tmp_path / 'c.txt', tmp_path / '*.txt'):
+        assert 'txt: it is not there (with --skip-bad' in refuse(path, *common)
+        shutil.rmtree(tmp_path / 'out')
+
+
+def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ('a.txt', '_SUCCESS', '.hidden', '_committed_123', '__init__.py', '_under.txt'):
+        (tmp_path / name).write_text(name)
+    (tmp_path / '.git').mkdir()
+    found = [Path(each.path).name for each in sources_of(tmp_path)]
+    assert found == ['__init__.py', '_under.txt', 'a.txt']
+    assert f'left out: 4 hidden files and markers, as {tmp_path}/.git' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['a.zip', 'a.jsonl.tar', 'a.TGZ', 'a.jsonl.lz4', 'a.7z'])
+def test_what_is_packed_in_another_way_is_refused(tmp_path: Path, name: str):
+    (tmp_path / name).write_text('x')
+    with pytest.raises(CommandError, match='is packed in a way that is not read here'):
+        sources_of(tmp_path)
+
+
+# Through the whole command
+
+
+def test_names_that_are_no_utf8_are_read_and_written_down(tmp_path: Path, tokenizer_dir: str):
+    for name in (b'caf\xe9.txt', b'new\nline.txt', b'bad\xff.txt'):
+        with open(os.path.join(os.fsencode(tmp_path), name), 'wb') as file:
+            file.write(b'\xff' if b'bad' in name else b'the text of it ' * 9)
+    common = [tmp_path / '*.txt', '--seq-len', 4, '--tokenizer', tokenizer_dir, '--output', tmp_path / 'out']
+    assert refuse(*common).startswith(f'{tmp_path}/bad\\udcff.txt: invalid UTF-8')
+    succeed(*common, '--skip-bad')
+    assert (tmp_path / 'out' / 'bad_documents.txt').read_text() == f'{tmp_path}/bad\\udcff.txt: invalid UTF-8\n'
+    assert json.loads((tmp_path / 'out' / 'stats.json').read_text())['splits']['train']['documents'] == 2
+
+
+def test_inputs_that_are_all_bad_are_not_called_too_small(tmp_path: Path, tokenizer_dir: str):
+    write_jsonl(tmp_path / 'a.jsonl', ['one', 'two'])
+    common = ['--seq-len', 1, '--tokenizer', tokenizer_dir, '--output', tmp_path / 'out', '--skip-bad']
+    sentence = refuse(tmp_path / 'a.jsonl', *common, '--text-key', 'body')
+    assert sentence == f'none of 2 documents is good; the first: {tmp_path}/a.jsonl, line 1: no text in "body"'
+
+
+@pytest.mark.parametrize('grown', ['a.txt', 'a.jsonl', 'a.parquet'])
+def test_an_input_that_changes_while_it_is_read_is_refused(tmp_path: Path, grown: str):
+    path = tmp_path / grown
+    data = {'a.txt': b'text', 'a.jsonl': GOOD * 3, 'a.parquet': parquet_bytes(['x'] * 300)}[grown]
+    path.write_bytes(data)
+    listed = source(path)
+    reading_it = documents.read_documents(documents.Piece(listed), 'text')
+    path.write_bytes(data + data)
+    with pytest.raises(CommandError, match=f'{grown} changed after it was listed'):
+        list(reading_it)
+    if grown == 'a.txt':
+        return  # its one document is whole before it is handed on
+    # Between the first document and the last.
+    path.write_bytes(data)
+    reading_it = documents.read_documents(documents.Piece(source(path)), 'text')
+    next(reading_it)
+    path.write_bytes(data + data)
+    with pytest.raises(CommandError, match=f'{grown} changed after it was listed'):
+        list(reading_it)
+
+
+def test_a_disk_that_fails_is_never_bad_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write_jsonl(tmp_path / 'a.jsonl.gz', ['text'] * 1000)
+    listed = source(path)
+
+    class Failing:
+        def __init__(self, path: str):
+            self.file = open(path, 'rb', 0)  # noqa: SIM115
+            self.fileno, self.close = self.file.fileno, self.file.close
+
+        def readinto(self, buffer: Any) -> int:
+            raise TimeoutError('timed out')
+
+    monkeypatch.setattr(disk.io, 'FileIO', Failing)
+    with pytest.raises(CommandError, match=f'cannot read {path}: timed out'):
+        list(documents.read_documents(documents.Piece(listed), 'text'))
+
+
+def read(path: Path) -> tuple[list[str], list[str]]:
+    """The documents of a file, and what is bad of it."""
+    found = list(documents.read_documents(documents.Piece(source(path)), 'text'))
+    good = [''.join(document.chunks) for document in found if isinstance(document, documents.Document)]
+    return good, [document.why for document in found if isinstance(document, documents.BadDocument)]
+
+
+MEMBERS = [b''.join(b'{"text": "%d in %d"}\n' % (line, member) for line in range(50)) for member in range(3)]
+TEXTS_OF_MEMBERS = [f'{line} in {member}' for member in range(3) for line in range(50)]
+
+
+@pytest.mark.parametrize(
+    ('suffix', 'compress'),
+    [('.gz', gzip.compress), ('.bz2', bz2.compress), ('.xz', lzma.compress), ('.zst', zstandard.compress)],
+)
+@pytest.mark.parametrize('block', [7, 1 << 20])
+def test_every_member_is_read_and_damage_in_any_is_seen(
+    suffix: str, compress: Callable[[bytes], bytes], block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if suffix in ('.bz2', '.xz'):
+        monkeypatch.setattr(reading, 'BLOCK_BYTES', block)
+    packed = [compress(data) for data in MEMBERS]
+    path = tmp_path / f'a.jsonl{suffix}'
+    path.write_bytes(b''.join(packed))
+    assert read(path) == (TEXTS_OF_MEMBERS, [])
+    for at in (0, 3, len(packed[1]) // 2):
+        damaged = bytearray(packed[1])
+        damaged[at] ^= 0x10
+        path.write_bytes(packed[0] + bytes(damaged) + packed[2])
+        assert read(path)[1], f'byte {at} of the second member'
+    path.write_bytes(packed[0] + packed[1][:-3])
+    assert read(path)[1]
+
+
+def test_zeros_after_an_xz_member_are_padding(tmp_path: Path):
+    path = tmp_path / 'a.jsonl.xz'
+    path.write_bytes(lzma.compress(MEMBERS[0]) + bytes(8) + lzma.compress(MEMBERS[1]) + bytes(4))
+    assert read(path) == (TEXTS_OF_MEMBERS[:100], [])
+
+
+def test_no_row_of_parquet_is_lost_to_a_damaged_footer(tmp_path: Path):
+    texts = [f'text number {number}' for number in range(40)]
+    path = tmp_path / 'a.parquet'
+    data = parquet_bytes(texts, row_group_size=10, compression='none', write_page_checksum=True)
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], 'little')
+    seen = 0
+    for at in range(footer, len(data) - 8, 5):
+        damaged = bytearray(data)
+        damaged[at] ^= 4
+        path.write_bytes(bytes(damaged))
+        good, bad = read(path)
+        assert bad or good == texts, f'byte {at - footer} of the footer'
+        seen += bool(bad)
+    assert seen > 10
+
+
+def test_a_column_of_dates_is_not_text(tmp_path: Path):
+    path = tmp_path / 'a.parquet'
+    pq.write_table(pa.table({'text': pa.array([2**62, 0], pa.timestamp('s'))}), path)
+    assert read(path) == ([], ['"text" is not a string'] * 2)
+
+
+def test_a_temporary_folder_that_fails_is_never_bad_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / 'a.parquet.gz'
+    path.write_bytes(gzip.compress(parquet_bytes(['text'])))
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'gone'))
+    with pytest.raises(CommandError, match='cannot write the temporary folder .*gone: it is not there'):
+        read(path)
+
+
+@pytest.mark.parametrize('pattern', ['lang/*/val/*', 'up', '**/*.gz', 'lang/**'])
+def test_an_output_that_the_next_run_would_read_is_refused(
+    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / 'lang' / 'de' / 'val').mkdir(parents=True)
+    (tmp_path / 'lang' / 'de' / 'val' / 'a.txt').write_text('text')
+    (tmp_path / 'lang' / 'a.txt.gz').write_bytes(gzip.compress(b'text'))
+    (tmp_path / 'up').mkdir()
+    (tmp_path / 'up' / 'link').symlink_to('..')
+    monkeypatch.chdir(tmp_path)
+    arguments = ['--output', 'lang/out', '--seq-len', 4, '--train-tokenizer', 300, '--split', 'train=0.5,val=0.5']
+    sentence = refuse(pattern, *arguments, '--compression', 'gz')
+    assert 'the output ' in sentence
+    assert 'which would be read with it' in sentence
+    assert not (tmp_path / 'lang' / 'out').exists()
+
+
+@pytest.mark.parametrize('output', [' s3://bucket/x', ' file:/x', 's3://bucket/caf\udce9'])
+def test_an_odd_address_is_refused(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / 'a.txt').write_text('text')
+    monkeypatch.chdir(tmp_path)
+    refuse('a.txt', '--output', output, '--seq-len', 4, '--train-tokenizer', 300)
+    assert os.listdir(tmp_path) == ['a.txt']

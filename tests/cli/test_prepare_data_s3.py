@@ -1,0 +1,367 @@
+"""composer-tst prepare-data against a real S3 server, up to a training run that streams what it made."""
+
+import gzip
+import http.client
+import http.server
+import io
+import json
+import os
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from common.preparing import prepare, refuse, source, sources_of, succeed, tree
+from common.s3 import BUCKET, s3_server  # noqa: F401
+from composer.utils.object_store import S3ObjectStore
+from llmfoundry.command_utils import train_from_yaml
+
+from composer_tst.cli.main import CommandError
+from composer_tst.cli.prepare_data import documents, lock, output, parts, reading, s3, tokenizer
+
+pytestmark = pytest.mark.streaming
+
+L = 16
+TEXTS = [f'document {number}: ' + 'streams of superposed tokens, ' * (number % 7 + 1) for number in range(60)]
+
+
+@pytest.fixture(scope='module')
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp('tokenizer'))
+    tokenizer.save_tokenizer(tokenizer.train_tokenizer(TEXTS, 300), folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def client(s3_server: str) -> Any:  # noqa: F811
+    return boto3.client('s3', endpoint_url=s3_server)
+
+
+def put_jsonl(client: Any, key: str, texts: list[str]) -> None:
+    data = ''.join(json.dumps({'body': text}) + '\n' for text in texts).encode()
+    client.put_object(Bucket=BUCKET, Key=key, Body=gzip.compress(data, mtime=0) if key.endswith('.gz') else data)
+
+
+def objects(client: Any, prefix: str) -> dict[str, bytes]:
+    found = client.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get('Contents', [])
+    return {
+        item['Key'].removeprefix(prefix): client.get_object(Bucket=BUCKET, Key=item['Key'])['Body'].read()
+        for item in found
+    }
+
+
+def test_from_text_in_a_bucket_to_a_superposed_training_run(
+    client: Any, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By what `llmfoundry train` calls."""
+    monkeypatch.chdir(tmp_path)
+    put_jsonl(client, 'raw/a.jsonl', TEXTS[:30])
+    put_jsonl(client, 'raw/b.jsonl.gz', TEXTS[30:])
+    for hidden in ('raw/.DS_Store', 'raw/.parts/a.jsonl'):
+        client.put_object(Bucket=BUCKET, Key=hidden, Body=b'no document')
+    result = prepare(
+        f's3://{BUCKET}/raw', '--text-key', 'body', '--output', f's3://{BUCKET}/data', '--seq-len', L,
+        '--tokenizer', tokenizer_dir, '--split', 'train=0.8,val=0.2', '--hashes', 'sha1', '--verify',
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    made = [name for name in objects(client, 'data/') if not name.startswith('.records/')]
+    shards = sorted(name for name in made if name.endswith('.mds'))
+    assert sorted(made) == sorted([*shards, 'stats.json', 'train/index.json', 'val/index.json'])
+
+    config = {
+        'seed': 1,
+        'max_seq_len': L,
+        'max_duration': '4ba',
+        'algorithms': {'token_superposition': {'bag_size': 2, 'duration': '0.5dur'}},
+        'model': {
+            'name': 'mpt_causal_lm',
+            'd_model': 16,
+            'n_heads': 2,
+            'n_layers': 1,
+            'expansion_ratio': 2,
+            'max_seq_len': L,
+            'vocab_size': 300,
+            'loss_fn': 'torch_crossentropy',
+            'attn_config': {'attn_impl': 'torch'},
+        },
+        'tokenizer': {'name': tokenizer_dir, 'kwargs': {'model_max_length': L}},
+        'train_loader': {
+            'name': 'text',
+            'dataset': {
+                'remote': f's3://{BUCKET}/data',
+                'local': str(tmp_path / 'cache'),
+                'split': 'train',
+                'shuffle': True,
+                'max_seq_len': L,
+                'validate_hash': 'sha1',
+            },
+            'drop_last': True,
+            'num_workers': 0,
+            'prefetch_factor': None,
+            'persistent_workers': False,
+        },
+        'optimizer': {'name': 'decoupled_adamw', 'lr': 1e-3},
+        'scheduler': {'name': 'constant_with_warmup', 't_warmup': '0ba'},
+        'precision': 'fp32',
+        'global_train_batch_size': 2,
+        'device_train_microbatch_size': 2,
+        'eval_interval': 0,
+        'loggers': {'tensorboard': {'log_dir': str(tmp_path / 'logs')}},
+        'progress_bar': False,
+        'log_to_console': False,
+    }
+    path = tmp_path / 'train.yaml'
+    path.write_text(yaml.safe_dump(config))
+    train_from_yaml(str(path)).close()
+    streamed = {path.name for path in (tmp_path / 'cache' / 'train').iterdir()}
+    assert {Path(name).name for name in shards if name.startswith('train/')} <= streamed
+    # Composer, which would keep checkpoints there, finds the same server.
+    assert f'data/{shards[0]}' in S3ObjectStore(BUCKET).list_objects('data/')
+
+
+def test_no_index_is_in_the_bucket_before_everything_else_is(
+    client: Any, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(parts, 'PART_BYTES', 1000)
+    put_jsonl(client, 'late/a.jsonl', TEXTS)
+    client.put_object(Bucket=BUCKET, Key='late/z.jsonl', Body=b'{"body": "x"}\noops\n')
+    arguments = [f's3://{BUCKET}/late/*.jsonl', '--text-key', 'body', '--seq-len', L, '--tokenizer', tokenizer_dir]
+    sentence = refuse(*arguments, '--output', f's3://{BUCKET}/late-data')
+    assert sentence.startswith(f's3://{BUCKET}/late/z.jsonl, line 2: malformed JSON')
+    left = objects(client, 'late-data/')
+    assert '.records/begun.json' in left
+    assert not any(name.endswith('index.json') for name in left)
+    succeed(*arguments, '--output', f's3://{BUCKET}/late-data', '--skip-bad')
+    succeed(*arguments, '--output', tmp_path / 'local', '--skip-bad')
+    assert objects(client, 'late-data/') == tree(tmp_path / 'local')
+
+
+# Inputs in a bucket
+
+ODD = [
+    'a[1].txt',
+    'a1.txt',
+    'what?.txt',
+    'whatx.txt',
+    'a.txt?versionId=7',
+    'b c+d%20.txt',
+    'dir//x.txt',
+    'é.txt',
+    '#.txt',
+]
+
+
+def texts_of(*inputs: str) -> list[str]:
+    found = []
+    for each in sources_of(*inputs):
+        for document in documents.read_documents(documents.Piece(each), 'body'):
+            assert isinstance(document, documents.Document), document
+            found.append(''.join(document.chunks))
+    return found
+
+
+def test_every_key_is_read_as_what_it_is(client: Any):
+    root = f's3://{BUCKET}/odd'
+    for key in ODD:
+        client.put_object(Bucket=BUCKET, Key=f'odd/{key}', Body=key.encode())
+    client.put_object(Bucket=BUCKET, Key='odd/folder/', Body=b'')
+    for key in ODD:
+        assert texts_of(f'{root}/{key}') == [key]
+    for folder in (root, f'{root}/', f'{root}/*', f's3://{BUCKET}/od?'):
+        assert texts_of(folder) == sorted(ODD)
+    assert texts_of(f'{root}/a[[]*') == ['a[1].txt']
+    assert texts_of(f'{root}/*x.txt') == ['whatx.txt']
+    assert texts_of(f'{root}/**/x.txt') == ['dir//x.txt']
+
+
+def test_a_prefix_that_is_an_object_too(client: Any, capsys: pytest.CaptureFixture[str]):
+    for key in ('both', 'both/x.txt', 'both/y.txt', 'bother.txt'):
+        client.put_object(Bucket=BUCKET, Key=key, Body=key.encode())
+    assert texts_of(f's3://{BUCKET}/both') == ['both']
+    assert f's3://{BUCKET}/both is an object and a folder: only the object is read' in capsys.readouterr().err
+    assert texts_of(f's3://{BUCKET}/both/') == ['both/x.txt', 'both/y.txt']
+
+
+def test_an_object_that_changes_while_it_is_read_is_refused(client: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(s3, 'BLOCK_BYTES', 100)
+    put_jsonl(client, 'changing.jsonl', TEXTS)
+    reading_it = documents.read_documents(documents.Piece(source(f's3://{BUCKET}/changing.jsonl')), 'body')
+    monkeypatch.setattr(reading, 'BLOCK_BYTES', 100)
+    put_jsonl(client, 'changing.jsonl', TEXTS[::-1])
+    with pytest.raises(CommandError, match='changed after it was listed'):
+        list(reading_it)
+
+
+class Faulty:
+    """Stands before the real server and cuts the first answers to GETs short, or lets them time out."""
+
+    def __init__(self, url: str, fault: str, faults: int):
+        host = urllib.parse.urlsplit(url)
+        outer = self
+        self.faults = faults
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = 'HTTP/1.1'
+
+            def pass_on(self) -> None:
+                connection = http.client.HTTPConnection(str(host.hostname), host.port)
+                connection.request(self.command, self.path, headers=dict(self.headers))
+                answer = connection.getresponse()
+                body = answer.read()
+                self.send_response(answer.status)
+                for name, value in answer.getheaders():
+                    if name.lower() not in ('connection', 'transfer-encoding', 'date', 'server'):
+                        self.send_header(name, value)
+                self.end_headers()
+                if self.command == 'GET' and 'Range' in self.headers and outer.faults > 0:
+                    outer.faults -= 1
+                    self.wfile.write(body[: len(body) // 2])
+                    if fault == 'timeout':
+                        self.wfile.flush()
+                        time.sleep(1.5)
+                    self.close_connection = True
+                elif self.command != 'HEAD':
+                    self.wfile.write(body)
+
+            do_GET = do_HEAD = pass_on
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.url = f'http://127.0.0.1:{self.server.server_port}'
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.mark.parametrize('name', ['faulty.jsonl', 'faulty.jsonl.gz', 'faulty.parquet'])
+@pytest.mark.parametrize('fault', ['cut', 'timeout'])
+def test_a_body_that_is_cut_short_is_fetched_again_and_is_never_bad_data(
+    client: Any, s3_server: str, name: str, fault: str, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+):  # fmt: skip
+    if name.endswith('parquet'):
+        buffer = io.BytesIO()
+        pq.write_table(pa.table({'body': TEXTS}), buffer)
+        client.put_object(Bucket=BUCKET, Key=name, Body=buffer.getvalue())
+    else:
+        put_jsonl(client, name, TEXTS)
+    monkeypatch.setattr(s3, 'FIRST_PAUSE', 0.01)
+    monkeypatch.setattr(s3, 'READ_SECONDS', 0.5)
+    monkeypatch.setattr(s3, 'FETCHES', 3)
+    server = Faulty(s3_server, fault, 2)
+    monkeypatch.setenv('S3_ENDPOINT_URL', server.url)
+    assert texts_of(f's3://{BUCKET}/{name}') == TEXTS
+    server.faults = 1000
+    with pytest.raises(CommandError, match=f'cannot read s3://{BUCKET}/{name}: .*, 3 times; when it can be reached'):
+        texts_of(f's3://{BUCKET}/{name}')
+    server.server.shutdown()
+
+
+def test_a_lock_whose_renewal_got_no_answer_is_still_held(client: Any, monkeypatch: pytest.MonkeyPatch):
+    """boto asks again, and by then the condition does not hold any more."""
+    monkeypatch.setattr(lock, 'BEAT', 0.1)
+    put, answers = s3.S3.put, []
+
+    def unanswered(self: Any, path: str, data: bytes, condition: dict) -> str:
+        answers.append(put(self, path, data, condition))
+        if len(answers) == 2:
+            raise FileExistsError(path)
+        return answers[-1]
+
+    monkeypatch.setattr(s3.S3, 'put', unanswered)
+    with lock.locked(f's3://{BUCKET}/held') as held:
+        deadline = time.monotonic() + 20
+        while len(answers) < 5 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        held.check()
+    assert len(answers) >= 5
+    assert 'held/.records/lock' not in objects(client, '')
+
+
+@pytest.mark.parametrize('gone', [False, True])
+def test_a_record_that_is_written_anew_or_deleted_while_it_is_read(
+    client: Any, monkeypatch: pytest.MonkeyPatch, gone: bool
+):
+    address, head = f's3://{BUCKET}/anew/lock', s3.S3.head
+    client.put_object(Bucket=BUCKET, Key='anew/lock', Body=b'first')
+
+    def then_it_changes(self: s3.S3, path: str) -> tuple[int, str]:
+        found = head(self, path)
+        monkeypatch.setattr(s3.S3, 'head', head)
+        if gone:
+            client.delete_object(Bucket=BUCKET, Key='anew/lock')
+        else:
+            client.put_object(Bucket=BUCKET, Key='anew/lock', Body=b'second')
+        return found
+
+    monkeypatch.setattr(s3.S3, 'head', then_it_changes)
+    assert s3.S3().read(address) == (None if gone else b'second')
+
+
+def test_many_records_are_read_at_once_without_a_warning(client: Any, caplog: pytest.LogCaptureFixture):
+    out = output.Output(f's3://{BUCKET}/many', '')
+    for number in range(50):
+        out.record(output.part_name(number), {'count': {}, 'files': {}, 'shards': {}})
+    assert len(out.part_records(50, ['train'])) == 50
+    assert not caplog.records
+
+
+def test_lines_from_a_bucket_come_fast(client: Any):
+    """Once, each line copied all that was fetched: 8 MB for each of these lines would take minutes."""
+    put_jsonl(client, 'many.jsonl', ['line'] * 200_000)
+    start = time.monotonic()
+    assert len(texts_of(f's3://{BUCKET}/many.jsonl')) == 200_000
+    assert time.monotonic() - start < 30
+
+
+def test_a_bucket_that_is_not_there_gets_one_sentence(client: Any, tokenizer_dir: str):
+    put_jsonl(client, 'one/a.jsonl', TEXTS)
+    options = ['--tokenizer', tokenizer_dir, '--seq-len', L, '--text-key', 'body']
+    for arguments in (
+        ['s3://nowhere/raw', '--output', f's3://{BUCKET}/out'],
+        [f's3://{BUCKET}/one', '--output', 's3://nowhere/out'],
+    ):
+        result = prepare(*arguments, *options)
+        assert result.exit_code == 1
+        assert 'there is no bucket nowhere' in result.stderr.splitlines()[-1]
+    result = prepare(f's3://{BUCKET}/nothing', '--output', f's3://{BUCKET}/out', *options)
+    assert result.stderr.splitlines()[-1] == f'error: no input: s3://{BUCKET}/nothing matches no file'
+
+
+@contextmanager
+def credentials_checked(url: str) -> Iterator[None]:
+    """Have the server refuse keys that it did not give out, as ours."""
+
+    def allow(actions: str) -> None:
+        request = urllib.request.Request(
+            f'{url}/moto-api/reset-auth', actions.encode(), {'Content-Type': 'text/plain'}, method='POST'
+        )
+        urllib.request.urlopen(request).close()
+
+    allow('0')
+    try:
+        yield
+    finally:
+        allow('inf')
+
+
+def test_refused_credentials_get_one_sentence(s3_server: str, client: Any, tokenizer_dir: str, tmp_path: Path):  # noqa: F811
+    put_jsonl(client, 'secret/a.jsonl', TEXTS)
+    (tmp_path / 'a.txt').write_text(TEXTS[0])
+    options = ['--tokenizer', tokenizer_dir, '--seq-len', L]
+    with credentials_checked(s3_server):
+        result = prepare(f's3://{BUCKET}/secret', '--output', tmp_path / 'out', *options)
+        assert result.exit_code == 1
+        assert result.stderr.splitlines()[-1] == f'error: cannot use s3://{BUCKET}/secret: access denied'
+        result = prepare(tmp_path / 'a.txt', '--output', f's3://{BUCKET}/out', *options)
+        assert result.exit_code == 1
+        assert result.stderr.splitlines()[-1] == f'error: cannot use s3://{BUCKET}/out: access denied'
+    assert not os.path.exists(tmp_path / 'out')

@@ -1,0 +1,168 @@
+"""Runs of one llm-foundry YAML under every kind of parallelism, in the processes it is launched in.
+
+Started by test_parallel.py: `composer -n 2 parallel_runs.py OUTPUT TST_YAML BASELINE_YAML OVERRIDE...`. Rank 0 writes
+what the runs came to, as JSON.
+"""
+
+import gc
+import json
+import os
+import sys
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from composer.loggers import InMemoryLogger
+from composer.utils import dist
+from llmfoundry.command_utils.train import train_from_yaml
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp._common_utils import clean_tensor_name
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from composer_tst import TokenSuperposition
+from composer_tst.ops.fold import fold_batch
+from composer_tst.surgery import Attachment
+
+FULL_SHARD = ['fsdp_config.sharding_strategy=FULL_SHARD']
+CHECKPOINTED = [*FULL_SHARD, 'fsdp_config.activation_checkpointing=true']
+TIED = ['model.tie_word_embeddings=true']
+SEQUENCE = ['algorithms.token_superposition.expand=sequence']
+
+
+class Case(NamedTuple):
+    """A run on two processes, and the run on two that it must equal; if none, the same on one process."""
+
+    overrides: list[str]
+    fsdp_version: int = 1
+    equals: str | None = None
+
+
+CASES = {
+    'ddp': Case([]),
+    'ddp, packed, uneven microbatches': Case(
+        [
+            'device_train_microbatch_size=3',
+            'train_loader.dataset.eos_token_id=222',  # a space: many short sequences in a row
+            'train_loader.dataset.override_eos_token_id_mismatch_error=true',
+            'model.attn_config.attn_uses_sequence_id=true',
+        ]
+    ),
+    'ddp, tied': Case(TIED),
+    'fsdp1': Case(FULL_SHARD, 1, 'ddp'),
+    'fsdp1, tied, shard_grad_op': Case([*TIED, 'fsdp_config.sharding_strategy=SHARD_GRAD_OP'], 1, 'ddp, tied'),
+    'fsdp2': Case(FULL_SHARD, 2, 'ddp'),
+    'fsdp2, tied, checkpointed, mixed': Case([*TIED, *CHECKPOINTED, 'model.init_device=mixed'], 2, 'ddp, tied'),
+    # Weights made on the meta device are drawn otherwise than on a single process.
+    'fsdp1, checkpointed, meta': Case([*CHECKPOINTED, 'model.init_device=meta'], 1, 'fsdp2, checkpointed, meta'),
+    'fsdp2, checkpointed, meta': Case([*CHECKPOINTED, 'model.init_device=meta'], 2, 'fsdp1, checkpointed, meta'),
+    # Which rows a process joins depends on the rows that it is dealt.
+    'ddp, sequence': Case(SEQUENCE, 1, 'fsdp2, sequence'),
+    'fsdp2, sequence': Case([*FULL_SHARD, *SEQUENCE], 2, 'ddp, sequence'),
+}
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that are called, from Python or from DDP's reducer."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if 'c10d' in func.namespace:
+            self.counts[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, float]:
+    """The sum of the magnitudes of each parameter, whole, under its name in a model that is not wrapped."""
+    wrapped = any(isinstance(module, FSDP1) for module in model.modules())
+    with FSDP1.summon_full_params(model, writeback=False) if wrapped else nullcontext():
+        weights = {}
+        for name, weight in model.named_parameters():
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            weights[clean_tensor_name(name).removeprefix('module.')] = float(whole.detach().double().abs().sum())
+    return weights
+
+
+def run(yaml: str, overrides: list[str]) -> dict[str, Any]:
+    trainer = train_from_yaml(yaml, overrides)
+    logger = next(d for d in trainer.logger.destinations if isinstance(d, InMemoryLogger))
+    return {
+        'losses': [float(value) for _, value in logger.data['loss/train/total']],
+        'eval': [float(value) for _, value in logger.data['metrics/eval/LanguageCrossEntropy']],
+        'weights': weights_of(trainer.state.model),
+        'counts': {
+            key: [float(value) for _, value in logger.data[f'superposition/{key}']]
+            for key in ('bag_size', 'data_tokens', 's_tokens', 'samples_left_out')
+            if f'superposition/{key}' in logger.data
+        },
+    }
+
+
+def counts_of_epochs() -> dict[str, list[float]]:
+    """What is counted where a run in epochs leaves samples out, on any ranks, and drops the ends of rows."""
+    from common.trainers import Rows, llama, logged, make_trainer
+
+    dataset = Rows(22, 9)
+    ranks = dist.get_world_size()
+    sampler = dist.get_sampler(dataset, drop_last=True)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4 // ranks, sampler=sampler, drop_last=True)
+    algorithm = TokenSuperposition(4, '0.5dur', expand='batch')
+    trainer, logger = make_trainer(llama(), loader, algorithm, '3ep')
+    trainer.fit()
+    keys = ('bag_size', 'data_tokens', 's_tokens', 'samples_left_out')
+    return {key: logged(logger, f'superposition/{key}') for key in keys}
+
+
+def tensor_parallel_embedding() -> str:
+    """What superposition says to an embedding of which each process has a part."""
+    from common.trainers import llama
+
+    model = llama()
+    mesh = init_device_mesh('cpu', (dist.get_world_size(),))
+    parallelize_module(model.model, mesh, {'model.embed_tokens': RowwiseParallel(input_layouts=Replicate())})
+    superposition = Attachment(model)
+    batch = fold_batch({key: torch.ones(4, 6, dtype=torch.long) for key in ('input_ids', 'labels')}, 2)
+    try:
+        model(superposition.begin(batch))
+    except ValueError as error:
+        return str(error)
+    finally:
+        superposition.remove()
+    return ''
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    gc.freeze()  # a training collects garbage as it begins: not among all that was imported
+    # FSDP1 asks CUDA for the device, and Composer makes parameters there that were on the meta device: on a CPU,
+    # that is all that stands in the way of both.
+    torch.cuda.current_device = lambda: torch.device('cpu')  # type: ignore
+    to_empty = torch.nn.Module.to_empty
+    torch.nn.Module.to_empty = lambda self, *, device, recurse=True: to_empty(self, device='cpu', recurse=recurse)
+
+    output, yaml, plain_yaml, *overrides = sys.argv[1:]
+    results: dict[str, Any] = {'runs': {}, 'collectives': {}}
+    for name, case in CASES.items():
+        os.environ['FSDP_VERSION'] = str(case.fsdp_version)
+        with Collectives() as collectives:
+            results['runs'][name] = run(yaml, [*overrides, *case.overrides])
+        if name in ('ddp', 'fsdp1', 'fsdp2'):
+            plain = [override for override in overrides if not override.startswith('algorithms')]
+            with Collectives() as of_plain_run:
+                run(plain_yaml, [*plain, *case.overrides])
+            results['collectives'][name] = collectives.counts, of_plain_run.counts
+    results['tensor parallel embedding'] = tensor_parallel_embedding()
+    results['counts of epochs'] = counts_of_epochs()
+    if dist.get_global_rank() == 0:
+        Path(output).write_text(json.dumps(results))
+
+
+if __name__ == '__main__':
+    main()

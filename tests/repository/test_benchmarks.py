@@ -1,0 +1,205 @@
+"""tools/benchmarks/run.py: what it compares computes the same, and its table says what was measured."""
+
+import dataclasses
+import json
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from torch import Tensor
+from typer.testing import CliRunner
+
+from composer_tst import TokenSuperposition
+from composer_tst.ops.cross_entropy import multi_hot_cross_entropy
+from composer_tst.ops.embedding import bag_embedding
+from tools.benchmarks import host, measure, operations, stepping
+from tools.benchmarks import run as benchmark
+
+pytestmark = pytest.mark.streaming
+
+
+def same(ours: Tensor, other: Tensor, of: Tensor, tolerance: float) -> None:
+    upstream = torch.randn_like(ours)
+    torch.testing.assert_close(other, ours, rtol=tolerance, atol=tolerance)
+    (gradient,) = torch.autograd.grad(ours, of, upstream)
+    (expected,) = torch.autograd.grad(other, of, upstream)
+    torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('listing', [operations.loop_of_cross_entropies, operations.one_log_softmax])
+def test_the_listings_compute_the_loss(listing, dtype: torch.dtype):
+    logits, targets = torch.randn(5, 19).to(dtype).requires_grad_(), torch.randint(0, 19, (5, 4))
+    same(
+        multi_hot_cross_entropy(logits, targets),
+        listing(logits, targets),
+        logits,
+        2e-2 if dtype.itemsize == 2 else 1e-5,
+    )
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('listing', [operations.loop_of_lookups, operations.mean_of_lookups])
+def test_the_listings_compute_the_embedding(listing, dtype: torch.dtype):
+    weight, ids = torch.randn(19, 8).to(dtype).requires_grad_(), torch.randint(0, 19, (5, 3))
+    same(bag_embedding(weight, ids), listing(weight, ids), weight, 3e-2 if dtype.itemsize == 2 else 1e-5)
+
+
+def test_time_and_memory_are_compared():
+    """One that takes a quarter of the time and half of the memory, beside one that takes none."""
+
+    def spend(seconds: float, elements: int) -> None:
+        buffer = torch.empty(elements)
+        time.sleep(seconds)
+        del buffer
+
+    others = (
+        measure.Other('more', lambda: spend(0.02, 1 << 19), time_at_most=0.5, memory_at_most=0.4),
+        measure.Other('none', lambda: None),
+    )
+    case = measure.Case('a', lambda: spend(0.005, 1 << 18), others, seconds=0.1)
+    more, none = measure.compare(case, torch.device('cpu'))
+    assert more.time_ratio < 1
+    assert (more.ours_mib, more.other_mib, more.memory_ratio) == (1, 2, 0.5)
+    assert none.memory_ratio is None
+    text = benchmark.table([more, none])
+    assert '<= 0.5: met' in text
+    assert '<= 0.4: MISSED' in text
+
+
+def test_what_one_call_leaves_and_the_next_frees_counts_once():
+    kept: list[Tensor] = []
+
+    def step() -> None:
+        kept.clear()
+        kept.append(torch.empty(1 << 18))
+
+    case = measure.Case('a', step, (measure.Other('b', step),), seconds=0.0)
+    (result,) = measure.compare(case, torch.device('cpu'))
+    assert result.ours_mib == result.other_mib == 1
+
+
+def test_variants_that_are_apart_are_never_alive_together():
+    alive: list[str] = []
+
+    class Training:
+        def __init__(self, name: str):
+            alive.append(name)
+            assert len(alive) == 1
+            time.sleep(0.01)
+
+        def __call__(self) -> None:
+            assert alive
+
+        def close(self) -> None:
+            alive.clear()
+
+    others = tuple(measure.Other(name, lambda name=name: Training(name)) for name in ('b', 'c'))
+    results = measure.compare(measure.Case('a', lambda: Training('a'), others, 0.0, apart=True), torch.device('cpu'))
+    assert [result.other for result in results] == ['b', 'c']
+    assert not alive
+    # Making is no part of the time of a call.
+    assert all(result.ours_first_ms >= 10 > result.ours_ms for result in results)
+
+
+def test_the_first_call_is_apart_from_the_others():
+    calls: list[float] = []
+
+    def compiles_first() -> None:
+        time.sleep(0.05 if not calls else 0.001)
+        calls.append(0)
+
+    case = measure.Case('a', compiles_first, (measure.Other('b', lambda: time.sleep(0.001)),), seconds=0.0)
+    (result,) = measure.compare(case, torch.device('cpu'))
+    assert result.ours_first_ms >= 50 > result.ours_ms
+    assert result.other_first_ms < 50
+
+
+def test_a_share_of_a_copys_bandwidth():
+    """Half again as much to move as the copy has, in three times its time: at half of its bandwidth."""
+    copy = measure.Other('copy', lambda: time.sleep(0.01), moves=1.5)
+    case = measure.Case('a', lambda: time.sleep(0.03), (copy,), seconds=0.0)
+    (result,) = measure.compare(case, torch.device('cpu'))
+    assert result.bandwidth_share == pytest.approx(1.5 / result.time_ratio)
+    assert f'| {result.bandwidth_share:.0%} |' in benchmark.table([result])
+    assert measure.copy_bandwidth(torch.device('cpu')) > 0.1
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_each_part_of_the_operations_runs(dtype: torch.dtype, device: torch.device):
+    for case in (
+        operations.loss_case(device, dtype, 5, 19, 6, peers=False),
+        operations.embedding_case(device, dtype, 19, 8, 7, 3),
+        operations.embedding_case(device, dtype, 19, 8, 7, 3, half_one_token=True),
+    ):
+        results = measure.compare(dataclasses.replace(case, seconds=0.0), device)
+        assert len(results) == len(case.others) >= 3
+
+
+def test_more_shapes_than_the_compiler_keeps_are_compiled(device: torch.device):
+    def double(x: Tensor) -> Tensor:
+        return 2 * x
+
+    for size in range(2, 14):  # dynamo gives up at the ninth
+        torch._dynamo.utils.counters.clear()
+        compiled = torch.compile(double, fullgraph=True, dynamic=False, backend='eager')
+        assert compiled(torch.ones(size, device=device)).sum() == 2 * size
+        assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+        measure.clear(device)
+
+
+@pytest.mark.slow
+def test_what_is_called_compiled_is_compiled(device: torch.device):
+    measure.clear(device)
+    case = operations.loss_case(device, torch.float32, 5, 20, 2, peers=True)
+    torch._dynamo.utils.counters.clear()
+    measure.compare(dataclasses.replace(case, seconds=0.0), device)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2
+
+
+def test_trainings_go_step_by_step_and_leave_nothing(device: torch.device):
+    shape = stepping.Shape(batch_size=2, length=12, width=64, layers=1, vocabulary=300)
+    for algorithm in (None, TokenSuperposition(3, stepping.SUPERPOSED)):
+        steps = stepping.Steps(device, shape, algorithm)
+        state = steps._trainer.state
+        model = weakref.ref(state.model)
+        at = [int(state.timestamp.batch)]
+        for _ in range(3):
+            steps()
+            at.append(int(state.timestamp.batch))
+        assert at == list(range(at[0], at[0] + 4))
+        steps.close()
+        del steps, state
+        measure.clear(device)
+        assert model() is None
+
+
+def test_the_hosts_work_is_counted(device: torch.device):
+    shape = stepping.Shape(batch_size=2, length=12, width=64, layers=1, vocabulary=300)
+    work = host.host_work(device, shape)
+    assert work['plain'].waits > 0
+    if device.type == 'cuda':  # on a CPU, reading the values of the host's own batch counts too
+        assert work['superposed'].waits <= work['plain'].waits
+        assert work['superposed'].copies <= work['plain'].copies
+    text = benchmark.host_table({'steps': {k: dataclasses.asdict(v) for k, v in work.items()}, 'fold_ms': 1.0})
+    assert f'| superposed | {work["superposed"].waits:.1f} |' in text
+    assert host.fold_milliseconds(shape) > 0
+
+
+def test_the_command_writes_its_table_and_strict_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def cases(device: torch.device):
+        logits, targets = torch.randn(4, 64, device=device, requires_grad=True), torch.randint(0, 64, (4, 2))
+        loss = lambda: torch.autograd.grad(multi_hot_cross_entropy(logits, targets), logits)  # noqa: E731
+        yield measure.Case('tiny', loss, (measure.Other('nothing', lambda: None),), seconds=0.0)
+
+    monkeypatch.setitem(benchmark.CASES, benchmark.Part.loss, cases)
+    app = typer.Typer()
+    app.command()(benchmark.main)
+    result = CliRunner().invoke(app, ['loss', '--json', str(tmp_path / 'made.json')])
+    assert result.exit_code == 0, result.output
+    assert '| tiny | nothing |' in result.stdout
+    made = json.loads((tmp_path / 'made.json').read_text(), parse_constant=pytest.fail)
+    assert made['results'][0]['rounds'] == measure.MIN_ROUNDS
