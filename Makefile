@@ -91,11 +91,12 @@ test: install ## the test suite (DEVICE=cpu)
 # llm-foundry, which admits one torch alone. Runs what needs none, and torch.compile with its own compiler.
 TORCH ?=
 NEXT := .venv-next$(addprefix -,$(TORCH))
-NEXT_TESTS := attach benchmark embedding epoch_ends families folding functional loader loss loss_triton \
-	phase_checkpointer plain_code schedule scheduler superposition turns used_again weighting
+NEXT_TESTS := tests/ops tests/unit tests/integration/test_epoch_ends.py tests/integration/test_families.py \
+	tests/integration/test_phase_checkpointer.py tests/integration/test_plain_code.py \
+	tests/integration/test_superposition.py tests/integration/test_used_again.py tests/repository/test_benchmarks.py
 
 test-next: $(NEXT)/.installed ## what needs no llm-foundry, on the newest torch (TORCH=2.11 for another)
-	PYTHONPATH=$(CURDIR) $(NEXT)/bin/python -m pytest -m 'not faults' -rsfE $(NEXT_TESTS:%=tests/test_%.py)
+	PYTHONPATH=$(CURDIR) $(NEXT)/bin/python -m pytest -m 'not faults' -rsfE $(NEXT_TESTS)
 	$(NEXT)/bin/python tests/common/versions.py
 
 $(NEXT)/.installed: pyproject.toml
@@ -113,10 +114,10 @@ test-faults: install ## kills, lost nodes, a lost server; five to ten minutes
 	$(PYTHON) -m pytest -m faults -rP
 
 test-fuzz: install ## random runs against a plain simulation (SEED=17 MINUTES=15)
-	cd tests && $(abspath $(PYTHON)) fuzz_runs.py --seed $(SEED) --minutes $(MINUTES)
+	PYTHONPATH=tests $(PYTHON) tests/slow/fuzz_runs.py --seed $(SEED) --minutes $(MINUTES)
 
 mutants: install ## changes of the core that no test notices
-	cd tests && $(abspath $(PYTHON)) mutants.py
+	$(PYTHON) -m tools.mutants
 
 test-pythons: install ## an environment and a short test for every Python that is found
 	bash tests/slow/pythons.sh $(abspath $(VENV)/bin/uv)
@@ -124,9 +125,9 @@ test-pythons: install ## an environment and a short test for every Python that i
 test-slow: install ## torch.compile with its own compiler, a loss of 13 GB, checkpoints on S3
 	$(PYTHON) -m pytest -m slow --device $(DEVICE)
 
-# Random inputs, outputs and mishaps of prepare_data.py, for MINUTES from SEED on.
+# Random inputs, outputs and mishaps of `composer-tst prepare-data`, for MINUTES from SEED on.
 test-fuzz-data: install ## random inputs and kills of prepare-data
-	$(PYTHON) tests/slow/fuzz_prepare_data.py --seed $(SEED) --minutes $(MINUTES)
+	PYTHONPATH=tests $(PYTHON) tests/slow/fuzz_prepare_data.py --seed $(SEED) --minutes $(MINUTES)
 
 lint: install ## formatting, lint and type check
 	$(VENV)/bin/ruff format --check .

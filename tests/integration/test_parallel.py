@@ -44,18 +44,13 @@ def on_two(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     output = tmp_path_factory.mktemp('parallel') / 'results.json'
     composer = [str(Path(sys.executable).parent / 'composer'), '-n', '2']
     script = [str(REPO / 'tests/common/parallel_runs.py'), str(output), *YAMLS]
+    path = os.pathsep.join(map(str, (REPO, REPO / 'tests')))
     launched = subprocess.run(
         [*composer, *script, *RUN, f'variables.data={dataset}', f'device_eval_batch_size={EVAL_ROWS // 2}'],
         capture_output=True,
         text=True,
         cwd=output.parent,
-        env=os.environ
-        | {
-            'OMP_NUM_THREADS': '1',
-            'COLUMNS': '500',
-            'CUDA_VISIBLE_DEVICES': '',
-            'PYTHONPATH': f'{REPO}:{REPO / "tests"}',
-        },
+        env=os.environ | {'OMP_NUM_THREADS': '1', 'COLUMNS': '500', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': path},
     )
     assert launched.returncode == 0, launched.stdout[-3000:] + launched.stderr[-3000:]
     return json.loads(output.read_text())

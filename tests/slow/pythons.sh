@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set the package up and run a short test with every Python from 3.10 to 3.13 that is found: on the PATH, by uv, by pyenv.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 uv=$1
 failed=0
 for version in 3.10 3.11 3.12 3.13; do
