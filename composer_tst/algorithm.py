@@ -198,7 +198,7 @@ class TokenSuperposition(Algorithm):
         elif event == Event.AFTER_LOSS:
             run.microbatches.after_loss()
         elif event == Event.AFTER_BACKWARD:
-            run.microbatches.after_backward(state)
+            run.microbatches.after_backward()
         elif event == Event.BATCH_END:
             run.end_step(logger)
         elif event == Event.EPOCH_END:
@@ -353,10 +353,7 @@ class Run:
     def _superpose(self) -> None:
         """Change the model, the train metrics and the microbatch size, until recovery."""
         state = self._state
-        model: Any = state.model
-        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            model = model.module
-        self.microbatches = Microbatches(model, self._settings)
+        self.microbatches = Microbatches(state, self._settings)
         self._undo.callback(self.microbatches.remove)
         # Composer computes them at the end of an epoch, also one that superposition ends with.
         self._undo_later.callback(put_train_metrics_aside(state))

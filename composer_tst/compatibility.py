@@ -4,14 +4,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from composer import algorithms
 from composer.callbacks import EarlyStopper, ThresholdStopper
 from composer.core import Algorithm, Callback, State
 from composer.models import ComposerModel, HuggingFaceModel
-from torch import nn
 
-from composer_tst.surgery import find_embedding, with_lookup
+from composer_tst.ops.embedding import NOT_FOR_BAGS
+from composer_tst.ops.superposed import find_embedding
 
 _IMAGES = 'it changes images, and superposition trains on tokens'
 _REFUSED = {
@@ -172,9 +171,8 @@ def check_model(model: Any) -> None:
     """Refuse a model that cannot be trained superposed.
 
     Raises:
-        ValueError: If it is no causal language model with one input embedding, is wrapped by PEFT, has an
-            embedding that does not look up through ``nn.Embedding`` or changes what it looks up, or keeps a loss of its
-            own outside its outputs.
+        ValueError: If it is no causal language model with one input embedding, is wrapped by PEFT, has an embedding
+            that changes what it looks up, or keeps a loss of its own outside its outputs.
     """
     name = type(model).__name__
     if not isinstance(model, ComposerModel):
@@ -197,34 +195,8 @@ def check_model(model: Any) -> None:
                 'would lose it: use a Hugging Face mixture of experts.'
             )
     embedding = find_embedding(model)
-    for option in ('max_norm', 'scale_grad_by_freq', 'sparse'):
+    for option in NOT_FOR_BAGS:
         if getattr(embedding, option):
             raise ValueError(
                 f'The input embedding of {name} has {option}, which is not defined for bags: make it without.'
             )
-    if not _looks_up_through_embedding(embedding):
-        raise ValueError(
-            f'{type(embedding).__name__} does not look ids up through nn.Embedding.forward: call super().forward(ids) '
-            'in its forward.'
-        )
-
-
-def _looks_up_through_embedding(embedding: nn.Embedding) -> bool:
-    """Whether the embedding's forward reaches ``nn.Embedding.forward``, tried on one id."""
-    cls = type(embedding)
-    if cls.forward is nn.Embedding.forward:
-        return True
-    reached = []
-
-    class Probe(nn.Embedding):
-        def forward(self, input: torch.Tensor) -> torch.Tensor:
-            reached.append(True)
-            return super().forward(input)
-
-    embedding.__class__ = with_lookup(cls, Probe)
-    try:
-        with torch.no_grad():
-            embedding(torch.zeros(1, 1, dtype=torch.long, device=embedding.weight.device))
-    finally:
-        embedding.__class__ = cls
-    return bool(reached)

@@ -4,7 +4,7 @@ import copy
 import itertools
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -17,7 +17,8 @@ from streaming import StreamingDataset
 from torch.utils.data import DataLoader, IterableDataset
 
 from composer_tst.compatibility import check_loader
-from composer_tst.ops.fold import check_kinds, is_plain
+from composer_tst.ops.draw import merge_batches
+from composer_tst.ops.fold import is_plain
 from composer_tst.schedule import Data, Moment, Progress, too_short
 
 log = logging.getLogger(__name__)
@@ -175,49 +176,6 @@ def same_random_numbers() -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-
-
-def merge_batches(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Join loader batches, one after another, along the rows.
-
-    Args:
-        batches: Mappings of tensors ``(rows, ...)``, lists one entry a row, and plain numbers, strings or flags.
-
-    Returns:
-        dict: The same keys; tensors and lists are as long as all batches together.
-
-    Raises:
-        ValueError: If the batches are no mappings with input_ids, or differ in their keys, row lengths or
-            plain values.
-    """
-    first = batches[0]
-    for batch in batches:
-        if not isinstance(batch, Mapping) or 'input_ids' not in batch:
-            kind = ', '.join(batch) if isinstance(batch, Mapping) else type(batch).__name__
-            raise ValueError(
-                f'The train loader yields {kind}: superposition needs a mapping with input_ids and labels.'
-            )
-        if batch.keys() != first.keys():
-            raise ValueError(
-                f'Of the batches of one step one has {", ".join(first)}, another {", ".join(batch)}: have the collator '
-                'give all of them the same.'
-            )
-    merged: dict[str, Any] = {}
-    check_kinds(first)
-    for key, value in first.items():
-        values: list[Any] = [batch[key] for batch in batches]
-        if isinstance(value, torch.Tensor) and value.ndim:
-            if any(not isinstance(v, torch.Tensor) or v.shape[1:] != value.shape[1:] for v in values):
-                shapes = [tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in values]
-                raise ValueError(f'{key} comes in shapes {shapes}: have the collator pad every batch to one length.')
-            merged[key] = torch.cat(values)
-        elif isinstance(value, (list, tuple)):
-            merged[key] = list(itertools.chain.from_iterable(values))
-        elif all(v == value for v in values):
-            merged[key] = value
-        else:
-            raise ValueError(f'{key} differs between the batches of one step ({values}): leave it out of the batch.')
-    return merged
 
 
 def check_epoch_is_whole(loader: Any, length: int, drawn: int) -> None:

@@ -12,7 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
+# Options of `nn.Embedding` that are not defined for bags.
+NOT_FOR_BAGS = ('max_norm', 'sparse', 'scale_grad_by_freq')
 # Float32 elements summed at a time for a low-precision weight on CPU (1 MiB): the sums stay in the cache.
 _CHUNK_ELEMENTS = 1 << 18
 
@@ -39,10 +42,15 @@ def bag_embedding(embedding: nn.Module | Tensor, input_ids: Tensor, mask: Tensor
     if isinstance(embedding, Tensor):
         weight, padding_idx = embedding, None
     else:
-        for option in ('max_norm', 'sparse', 'scale_grad_by_freq'):
+        for option in NOT_FOR_BAGS:
             if getattr(embedding, option, None):
                 raise ValueError(f'An embedding with {option} cannot be averaged over bags; switch {option} off.')
         weight, padding_idx = cast(Tensor, embedding.weight), getattr(embedding, 'padding_idx', None)
+    if isinstance(weight, DTensor):
+        raise ValueError(
+            "The embedding's weight is sharded, and its rows are on several ranks: call the model inside "
+            'superposed(model, folded), which looks bags up where the weight is whole.'
+        )
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f'input_ids must be int64 or int32, but are {input_ids.dtype}.')
     if input_ids.ndim == 0 or input_ids.shape[-1] == 0:

@@ -51,6 +51,17 @@ def check_fold_settings(expand: str, superpose: str) -> None:
         )
 
 
+def check_bag_size(value: Any) -> int:
+    """A bag size, if it is one.
+
+    Raises:
+        ValueError: If it is no integer of at least 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f'bag_size is {value!r}: give an integer, the tokens in a bag, or 1 for plain training.')
+    return value
+
+
 def is_plain(value: Any) -> bool:
     """Whether a batch's value is one for all rows: a number, a string, a flag, or a tensor without dimensions."""
     return isinstance(value, (int, float, str)) or (isinstance(value, torch.Tensor) and value.ndim == 0)
@@ -84,7 +95,7 @@ def fold_batch(
             ``attention_mask`` and ``sequence_id``, ``(R, L)``; llm-foundry's lists ``total_tokens`` and
             ``loss_generating_tokens``, ``R`` long; plain numbers, strings and flags, which are kept;
             ``token_type_ids`` of nothing but 0, which are left out.
-        bag_size: Tokens in a bag, ``s``.
+        bag_size: Tokens in a bag, ``s``; 1 for plain training.
         expand: ``sequence``, ``batch`` or ``none``.
         superpose: ``both``, ``input`` or ``output``.
 
@@ -128,6 +139,7 @@ def lay_out(
     Raises:
         ValueError: As :func:`fold_batch`.
     """
+    check_bag_size(bag_size)
     check_fold_settings(expand, superpose)
     _check_batch(batch, bag_size, expand, superpose)
     rows, length = batch['input_ids'].shape
@@ -225,9 +237,7 @@ def _targets(labels: torch.Tensor, bag_size: int, superpose: str) -> torch.Tenso
 
 def _check_batch(batch: Mapping[str, Any], bag_size: int, expand: str, superpose: str) -> None:
     if not isinstance(batch, Mapping):
-        raise ValueError(
-            f'The train loader yields {type(batch).__name__}: superposition needs a mapping with input_ids and labels.'
-        )
+        raise ValueError(f'The batch is a {type(batch).__name__}: give a mapping with input_ids and labels.')
     if 'inputs_embeds' in batch:
         raise ValueError('The batch has inputs_embeds: superposition bags token ids, give input_ids instead.')
     if 'input_ids' not in batch:

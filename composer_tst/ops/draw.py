@@ -1,0 +1,104 @@
+"""Drawing the s-fold data: several batches of a loader as one."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from composer_tst.ops.fold import check_bag_size, check_kinds
+
+
+class draw:
+    """Draw the batches of a loader, as many as a bag has tokens as one.
+
+    .. code-block:: python
+
+        batches = draw(loader, lambda step: 6 if step < 6000 else 1)
+        for batch in batches:
+            folded = fold_batch(batch, batches.bag_size)
+
+    Nothing is read ahead: the bag size of a step is asked for when the step is drawn, and a change amid an epoch
+    loses or repeats no row. Steps are counted over epochs. At the end of an epoch fewer batches than a step needs may
+    be left: they make no step, and their samples are counted.
+
+    Args:
+        loader: A loader, of which each loop over this draws an epoch; or an iterator, which goes on where it stands.
+            Its batches are mappings of tensors ``(rows, ...)``, lists one entry a row, and plain numbers, strings or
+            flags.
+        bag_size: Tokens in a bag, ``s``; or a function of the step, counted from 0, that gives it. 1 draws batch by
+            batch.
+
+    Attributes:
+        bag_size: That of the batch drawn last.
+        left_out: Samples left out so far, in tails.
+
+    Raises:
+        ValueError: If a bag size is no integer of at least 1, or the batches of a step cannot be joined.
+    """
+
+    def __init__(self, loader: Iterable[Any], bag_size: int | Callable[[int], int]):
+        self._loader = loader
+        self._bag_size_at = bag_size if callable(bag_size) else lambda step: bag_size
+        self._step = 0
+        self.left_out = 0
+        self.bag_size = check_bag_size(self._bag_size_at(0))
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batch of each step."""
+        batches = iter(self._loader)
+        while True:
+            self.bag_size = check_bag_size(self._bag_size_at(self._step))
+            group = list(itertools.islice(batches, self.bag_size))
+            if len(group) < self.bag_size:
+                self.left_out += sum(map(_samples, group))
+                return
+            self._step += 1
+            yield merge_batches(group) if len(group) > 1 else group[0]
+
+
+def _samples(batch: Any) -> int:
+    return len(batch['input_ids'] if isinstance(batch, Mapping) else batch)
+
+
+def merge_batches(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Join loader batches, one after another, along the rows.
+
+    Args:
+        batches: Mappings of tensors ``(rows, ...)``, lists one entry a row, and plain numbers, strings or flags.
+
+    Returns:
+        dict: The same keys; tensors and lists are as long as all batches together.
+
+    Raises:
+        ValueError: If the batches are no mappings with input_ids, or differ in their keys, row lengths or
+            plain values.
+    """
+    first = batches[0]
+    for batch in batches:
+        if not isinstance(batch, Mapping) or 'input_ids' not in batch:
+            kind = ', '.join(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(
+                f'The train loader yields {kind}: superposition needs a mapping with input_ids and labels.'
+            )
+        if batch.keys() != first.keys():
+            raise ValueError(
+                f'Of the batches of one step one has {", ".join(first)}, another {", ".join(batch)}: have the collator '
+                'give all of them the same.'
+            )
+    merged: dict[str, Any] = {}
+    check_kinds(first)
+    for key, value in first.items():
+        values: list[Any] = [batch[key] for batch in batches]
+        if isinstance(value, torch.Tensor) and value.ndim:
+            if any(not isinstance(v, torch.Tensor) or v.shape[1:] != value.shape[1:] for v in values):
+                shapes = [tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in values]
+                raise ValueError(f'{key} comes in shapes {shapes}: have the collator pad every batch to one length.')
+            merged[key] = torch.cat(values)
+        elif isinstance(value, (list, tuple)):
+            merged[key] = list(itertools.chain.from_iterable(values))
+        elif all(v == value for v in values):
+            merged[key] = value
+        else:
+            raise ValueError(f'{key} differs between the batches of one step ({values}): leave it out of the batch.')
+    return merged
