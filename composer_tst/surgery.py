@@ -83,9 +83,12 @@ class Microbatches:
 
     def before_forward(self, state: State) -> None:
         """Fold the microbatch, and give the model's embedding its bags."""
-        self._plain = state.batch
         check_keys(state.batch)
-        folded = bag_rows(state.batch, self._bag_size, self._settings.superpose, self._padded(state.batch))
+        self.begin(state, bag_rows(state.batch, self._bag_size, self._settings.superpose, self._padded(state.batch)))
+
+    def begin(self, state: State, folded: Mapping[str, Any]) -> None:
+        """Give the model's embedding the bags of a folded microbatch, and the model what it is to read."""
+        self._plain = state.batch
         self._pass, self._targets = superposed(state.model, folded), folded['labels']
         self._inputs = self._pass.__enter__()
         if not isinstance(self._model, HuggingFaceModel):  # which would compute its loss of any labels

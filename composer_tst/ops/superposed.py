@@ -97,7 +97,7 @@ class superposed:
         if kind is not None:
             return
         name = type(self._model).__name__
-        if not_called:
+        if not_called and self._tables:
             raise ValueError(
                 f'superposed was given {name}, which was not called in its block: give it the module that you call.'
             )
@@ -272,9 +272,14 @@ class _FirstCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         _stop_waiting(self._model)
+        if not any(value is self._given or _stands_for(value) for value in tree_leaves((args, kwargs))):
+            try:  # a call beside the pass, on plain ids
+                return self._model(*args, **kwargs)
+            finally:
+                _watch_next_call(self._model, self._given, self._tables)
         again = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, (args, kwargs))
         watch = _Watch(self._model, self._tables, [self._given, *tree_leaves(again)])
-        with torch.no_grad(), torch.compiler.set_stance('force_eager'), _put_back(self._model), watch:
+        with torch.no_grad(), torch.compiler.set_stance('force_eager'), _leaving_no_trace(self._model), watch:
             self._model(*again[0], **again[1])
         watch.check()
         _WATCHED.add(self._model)
@@ -297,9 +302,16 @@ def _stop_waiting(model: nn.Module) -> bool:
     return True
 
 
+def _stands_for(value: Any) -> str | None:
+    """Whether a value holds ids or labels that stand for bags."""
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64) or not value.numel():
+        return None
+    return 'ids' if bool((value >= BASE).any()) else 'labels' if bool((value == NO_LABEL).any()) else None
+
+
 @contextlib.contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
-    """Leave no trace in random numbers and in buffers."""
+def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Put random numbers and buffers back, and cache no weight that autocast has cast without a gradient."""
     numpy: Any = sys.modules.get('numpy')
     states = random.getstate(), numpy and numpy.random.get_state()
     buffers = [
@@ -308,10 +320,13 @@ def _put_back(model: nn.Module) -> Iterator[None]:
         for name, b in module._buffers.items()
         if b is not None
     ]
+    caches = torch.is_autocast_cache_enabled()
     with torch.random.fork_rng():
         try:
+            torch.set_autocast_cache_enabled(False)
             yield
         finally:
+            torch.set_autocast_cache_enabled(caches)
             random.setstate(states[0])
             if numpy:
                 numpy.random.set_state(states[1])
@@ -356,11 +371,8 @@ class _Watch(TorchDispatchMode):
         self._held: dict[int, tuple[StorageWeakRef, str]] = {}
         self._looked_up = False
         for value in values:
-            if isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64) and value.numel():
-                if bool((value >= BASE).any()):
-                    self._hold(value, 'ids')
-                elif bool((value == NO_LABEL).any()):
-                    self._hold(value, 'labels')
+            if what := _stands_for(value):
+                self._hold(value, what)
 
     def check(self) -> None:
         """Refuse a pass in which no ids were looked up in the input embedding."""

@@ -25,8 +25,7 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from composer_tst import TokenSuperposition
-from composer_tst.ops.fold import fold_batch
-from composer_tst.surgery import Attachment
+from composer_tst.functional import fold_batch, superposed
 
 FULL_SHARD = ['fsdp_config.sharding_strategy=FULL_SHARD']
 CHECKPOINTED = [*FULL_SHARD, 'fsdp_config.activation_checkpointing=true']
@@ -127,14 +126,12 @@ def tensor_parallel_embedding() -> str:
     model = llama()
     mesh = init_device_mesh('cpu', (dist.get_world_size(),))
     parallelize_module(model.model, mesh, {'model.embed_tokens': RowwiseParallel(input_layouts=Replicate())})
-    superposition = Attachment(model)
     batch = fold_batch({key: torch.ones(4, 6, dtype=torch.long) for key in ('input_ids', 'labels')}, 2)
     try:
-        model(superposition.begin(batch))
+        with superposed(model, batch) as inputs:
+            model(inputs)
     except ValueError as error:
         return str(error)
-    finally:
-        superposition.remove()
     return ''
 
 

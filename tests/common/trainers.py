@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,8 @@ from composer.utils import collect_env
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from composer_tst.surgery import Attachment
+from composer_tst.settings import parse_settings
+from composer_tst.surgery import Microbatches, unwrapped
 
 # Some tests run where there is no llm-foundry.
 if TYPE_CHECKING:
@@ -107,11 +109,31 @@ def text_loader(
     return build_dataloader(config, tokenizer, batch_size)
 
 
-def superposed_loss(attachment: Attachment, model: Any, folded: dict[str, Any]) -> torch.Tensor:
-    """The loss of a folded microbatch, through what a superposed step goes through before its backward pass."""
-    outputs = model(attachment.begin(folded))
-    attachment.check_forward()
-    return attachment.loss(outputs)
+class Superposed:
+    """A superposed microbatch of a model, event by event, without a Trainer."""
+
+    def __init__(self, model: Any, weighting: Any = 'uniform', bag_size: int = 2):
+        settings = parse_settings(bag_size, '1ba', 'both', 'sequence', weighting, None)
+        self.state: Any = SimpleNamespace(model=model, batch={}, outputs=None, algorithms=[], callbacks=[])
+        self.microbatches = Microbatches(self.state, settings)
+        self.microbatches.enter_phase(bag_size)
+
+    def loss(self, folded: dict[str, Any]) -> torch.Tensor:
+        """Its loss, after the events that come before the backward pass."""
+        self.microbatches.begin(self.state, folded)
+        self.state.outputs = self.state.model(self.state.batch)
+        self.microbatches.after_forward(self.state)
+        self.microbatches.before_loss(self.state)
+        loss = unwrapped(self.state.model).loss(self.state.outputs, self.state.batch)
+        self.microbatches.after_loss()
+        return loss
+
+    def step(self, folded: dict[str, Any]) -> torch.Tensor:
+        """Its loss, once its backward pass is done."""
+        loss = self.loss(folded)
+        loss.backward()
+        self.microbatches.after_backward()
+        return loss
 
 
 class Grads(Callback):

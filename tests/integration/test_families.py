@@ -10,13 +10,12 @@ import pytest
 import torch
 import transformers
 from common import reference
-from common.trainers import VOCAB_SIZE, hugging_face, logged, make_trainer, mpt, random_loader, superposed_loss
+from common.trainers import VOCAB_SIZE, Superposed, hugging_face, logged, make_trainer, mpt, random_loader
 from composer.models import ComposerModel
 from transformers import PreTrainedTokenizerBase
 
 from composer_tst import TokenSuperposition
 from composer_tst.ops.fold import fold_batch
-from composer_tst.surgery import Attachment
 
 S, L, ROWS = 3, 8, 6
 
@@ -123,12 +122,11 @@ def check_superposed_is_the_definition(
     expected.backward()
     expected_grads = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
 
-    superposition = Attachment(model)
+    superposition = Superposed(model, bag_size=S)
     torch.manual_seed(5)
-    loss = superposed_loss(superposition, model, on(device, fold_batch(batch, S)))
-    assert len(superposition.router_losses) == (1 if hasattr(plain.model.config, 'router_aux_loss_coef') else 0)
-    loss.backward()
-    superposition.remove()
+    loss = superposition.step(on(device, fold_batch(batch, S)))
+    logs = superposition.microbatches.end_batch()
+    assert ('superposition/router_loss' in logs) == hasattr(plain.model.config, 'router_aux_loss_coef')
     torch.testing.assert_close(loss.detach().cpu(), expected.detach(), rtol=tolerance / 100, atol=1e-6)
     grads = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
     assert grads.keys() == expected_grads.keys()
@@ -147,13 +145,13 @@ def check_the_rest_is_plain(make: Callable[[], Any], batch: dict[str, torch.Tens
     """Evaluation while superposed, and training afterwards, are to the bit those of a model that never was."""
     model, plain = make().train().to(device), make().to(device)
     batch = on(device, batch)
-    superposition = Attachment(model)
-    superposed_loss(superposition, model, fold_batch(batch, S))
+    superposition = Superposed(model, bag_size=S)
+    superposition.loss(fold_batch(batch, S))
     with torch.no_grad():
         mine = model.eval().eval_forward(dict(batch))
         theirs = plain.eval().eval_forward(dict(batch))
     assert torch.equal(mine, theirs)
-    superposition.remove()
+    superposition.microbatches.remove()
 
     losses = []
     for each in (model.train(), plain.train()):

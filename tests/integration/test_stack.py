@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from common import REPO, reference
-from common.trainers import VOCAB_SIZE, Grads, hugging_face, logged, make_trainer, random_loader, superposed_loss
+from common.trainers import VOCAB_SIZE, Grads, Superposed, hugging_face, logged, make_trainer, random_loader
 from composer import algorithms
 from composer.algorithms.low_precision_groupnorm import apply_low_precision_groupnorm
 from composer.algorithms.low_precision_layernorm import apply_low_precision_layernorm
@@ -22,7 +22,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from composer_tst import PhaseCheckpointer, TokenSuperposition
 from composer_tst.ops.fold import fold_batch
-from composer_tst.surgery import Attachment
 
 L, S = 12, 3
 
@@ -162,7 +161,7 @@ def test_low_precision_norms_under_autocast_equal_the_definition(apply: Callable
     with torch.autocast('cpu', torch.bfloat16):
         expected = reference.loss_of(model.model, reference.fold(batches, S), [1.0] * S)
         batch = fold_batch({key: torch.cat([b[key] for b in batches]) for key in batches[0]}, S)
-        loss = superposed_loss(Attachment(model), model, batch)
+        loss = Superposed(model, bag_size=S).loss(batch)
     assert float(loss) == pytest.approx(float(expected), rel=1e-3)
 
 

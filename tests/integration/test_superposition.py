@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import PreTrainedTokenizerBase
 
 from composer_tst import PhaseCheckpointer, TokenSuperposition
-from composer_tst.surgery import find_embedding
+from composer_tst.ops.superposed import find_embedding
 
 pytestmark = pytest.mark.streaming
 

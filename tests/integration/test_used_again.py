@@ -14,7 +14,7 @@ from composer.core import Event
 from torch import nn
 
 from composer_tst import TokenSuperposition, surgery
-from composer_tst.surgery import find_embedding
+from composer_tst.ops.superposed import find_embedding
 
 
 class Fails(Callback):

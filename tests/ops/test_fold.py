@@ -156,7 +156,7 @@ ids = torch.zeros(4, 6, dtype=torch.long)
     [
         ({'labels': ids}, {}, 'The batch has no input_ids'),
         ({'input_ids': ids, 'labels': ids, 'inputs_embeds': ids}, {}, 'inputs_embeds'),
-        ((ids, ids), {}, 'yields tuple'),
+        ((ids, ids), {}, 'The batch is a tuple'),
         ({'input_ids': ids, 'labels': ids, 'position_ids': ids}, {}, 'cannot fold position_ids'),
         ({'input_ids': ids, 'labels': ids[:, :5]}, {}, 'labels has shape'),
         ({'input_ids': ids[0], 'labels': ids[0]}, {}, r'input_ids has shape \(6,\)'),

@@ -45,7 +45,7 @@ h = F.bag_embedding(weight, batch['input_ids'])
 F.multi_hot_cross_entropy((h @ weight.t()).flatten(0, 1), batch['labels'].flatten(0, 1)).backward()
 assert weight.grad.any()
 """
-    assert run(code).split() == ['composer_tst']
+    assert set(run(code).split()) <= {'composer_tst', 'torch'}
 
 
 def test_what_needs_composer_is_imported_when_it_is_asked_for():
