@@ -5,6 +5,7 @@ import contextlib
 import gc
 import importlib.util
 import os
+import random
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
+import numpy
 import pytest
 import torch
 from common import SEQ_LEN, VOCAB_SIZE
@@ -109,6 +111,8 @@ def shared_memory(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
 @pytest.fixture(autouse=True)
 def seed():
     """A test that fails fails again."""
+    random.seed(0)
+    numpy.random.seed(0)
     torch.manual_seed(0)
 
 

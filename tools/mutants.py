@@ -86,10 +86,27 @@ def mutants(count: int, seed: int, only: str | None) -> Iterator[tuple[str, int,
         yield name, line, source.splitlines()[line - 1].strip(), ast.unparse(ast.fix_missing_locations(changed))
 
 
-def test_file(name: str) -> Path:
-    """The file of a test."""
-    (path,) = (REPO / 'tests').glob(f'*/test_{name}.py')
-    return path
+def test_files(name: str) -> list[str]:
+    """The files of tests that cover a file of the package.
+
+    Raises:
+        SystemExit: If one that is named is not there, or is there twice.
+    """
+    found = {test: list((REPO / 'tests').glob(f'*/test_{test}.py')) for test in TESTS[name]}
+    if unknown := [test for test, paths in found.items() if len(paths) != 1]:
+        raise SystemExit(f'{name} is to be covered by {", ".join(unknown)}: name tests that there are, each once.')
+    return [str(path) for (path,) in found.values()]
+
+
+def check_tests(names: set[str]) -> None:
+    """See that the package passes as it is: else every change would seem to be noticed.
+
+    Raises:
+        SystemExit: If it does not.
+    """
+    for name in sorted(names):
+        if not lives(name, (PACKAGE / name).read_text()):
+            raise SystemExit(f'The tests that cover {name} fail as it is: mend them first.')
 
 
 def lives(name: str, source: str) -> bool:
@@ -106,7 +123,7 @@ def lives(name: str, source: str) -> bool:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
             os.dup2(null, 2)
-            files = [str(test_file(test)) for test in TESTS[name]]
+            files = test_files(name)
             # An endless loop is a death like others.
             import signal
 
@@ -122,8 +139,12 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--only')
     arguments = parser.parse_args()
+    for name in TESTS:
+        test_files(name)
+    sample = list(mutants(arguments.count, arguments.seed, arguments.only))
+    check_tests({name for name, *_ in sample})
     tried = alive = 0
-    for name, line, before, source in mutants(arguments.count, arguments.seed, arguments.only):
+    for name, line, before, source in sample:
         tried += 1
         if lives(name, source):
             alive += 1

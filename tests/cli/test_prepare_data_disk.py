@@ -1,6 +1,7 @@
 """An output of composer-tst prepare-data on a disk: locks, links, modes, and what a kill or a power loss leaves."""
 
 import fcntl
+import signal
 import subprocess
 import sys
 import threading
@@ -20,23 +21,29 @@ def test_a_lock_lives_as_long_as_any_worker_of_the_run(common: list[object], tmp
 import multiprocessing, os, sys, time
 sys.path.insert(0, {str(REPO)!r})
 from composer_tst.cli.prepare_data.lock import DiskLock
-def work(lock, path):
-    open(path, 'w').close()
-    time.sleep(2)
+def work(lock):
+    open({str(tmp_path / 'up')!r}, 'w').close()
+    while not os.path.exists({str(tmp_path / 'go')!r}):
+        time.sleep(0.01)
 if __name__ == '__main__':
     lock = DiskLock({str(tmp_path / 'out')!r})
-    process = multiprocessing.get_context('forkserver').Process(target=work, args=(lock, {str(tmp_path / 'up')!r}))
+    process = multiprocessing.get_context('forkserver').Process(target=work, args=(lock,))
     process.start()
     while not os.path.exists({str(tmp_path / 'up')!r}):
         time.sleep(0.01)
     os.kill(os.getpid(), 9)
 """
     (tmp_path / 'run.py').write_text(script)
-    subprocess.run([sys.executable, tmp_path / 'run.py'], check=False)
-    with open(tmp_path / 'out' / '.records' / 'lock') as file:
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        killed = subprocess.run([sys.executable, tmp_path / 'run.py'], check=False)
+        assert killed.returncode == -signal.SIGKILL
+        with open(tmp_path / 'out' / '.records' / 'lock') as file:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (tmp_path / 'go').touch()
+            fcntl.flock(file, fcntl.LOCK_EX)
+    finally:
+        (tmp_path / 'go').touch()
 
 
 def test_an_output_may_be_a_link_or_an_empty_mount_point(common: list[object], tmp_path: Path):
@@ -76,6 +83,7 @@ def test_what_a_kill_or_a_power_loss_left_of_a_shard_is_completed(common: list[o
 def test_modes_follow_the_umask(common: list[object], tmp_path: Path):
     command = [*COMMAND, *map(str, common), '--output', str(tmp_path / 'out')]
     subprocess.run(command, check=True, capture_output=True, umask=0o027)
+    assert (tmp_path / 'out' / 'train' / 'index.json').exists()
     for path in (tmp_path / 'out').rglob('*'):
         assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
 

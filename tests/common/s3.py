@@ -27,13 +27,23 @@ def s3_server() -> Iterator[str]:
         yield url
 
 
+def reserve_port() -> socket.socket:
+    """A free port of loopback that, until the socket is closed, nobody is given but who asks for it by number.
+
+    It does not listen, so that who sets SO_REUSEADDR, as torch's store and HTTP servers do, can.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(('127.0.0.1', 0))
+    return held
+
+
 @contextmanager
 def serve() -> Iterator[tuple[str, subprocess.Popen]]:
     """Start a server with an empty bucket, point the environment at it, and give its address and its process."""
     pytest.importorskip('moto', reason='moto[server] is not installed')
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
+    held = reserve_port()
+    port = held.getsockname()[1]
     url = f'http://127.0.0.1:{port}'
     environment = {**ENVIRONMENT, 'S3_ENDPOINT_URL': url}
     before = {name: os.environ.get(name) for name in environment}
@@ -50,6 +60,7 @@ def serve() -> Iterator[tuple[str, subprocess.Popen]]:
     finally:
         server.kill()
         server.wait()
+        held.close()
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

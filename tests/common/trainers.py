@@ -172,3 +172,21 @@ def make_trainer(
 def logged(logger: InMemoryLogger, key: str) -> list[float]:
     """All values of a metric, in order."""
     return [float(value) for _, value in logger.data.get(key, [])]
+
+
+def assert_same(mine: Any, other: Any, name: str) -> None:
+    """Two parts of checkpoints hold the same, to the bit, but for the time they took."""
+    assert type(mine) is type(other), name
+    if isinstance(mine, torch.Tensor):
+        assert torch.equal(mine, other), name
+    elif isinstance(mine, dict):
+        assert mine.keys() == other.keys(), name
+        for key in mine:
+            if not str(key).endswith('wct'):
+                assert_same(mine[key], other[key], f'{name}.{key}')
+    elif isinstance(mine, (list, tuple)):
+        assert len(mine) == len(other), name
+        for index, pair in enumerate(zip(mine, other, strict=True)):
+            assert_same(*pair, f'{name}.{index}')
+    else:
+        assert mine == other, f'{name}: {mine} != {other}'

@@ -219,7 +219,9 @@ def test_a_checkpoint_of_an_epochs_end_goes_on_with_the_next(duration: str, load
         return read_rows(TokenSuperposition(**tst), loader(FIRST, shuffle=True), '4ep', **settings)
 
     whole = run(**saved_in(tmp_path, '1ep'))
-    for step in sorted(int(path.stem[2:]) for path in tmp_path.glob('ba*.pt'))[:-1]:
+    *steps, last = sorted(int(path.stem[2:]) for path in tmp_path.glob('ba*.pt'))
+    assert (len(steps), last) == (3, len(whole))
+    for step in steps:
         path = tmp_path / f'ba{step}.pt'
         assert run(load_path=str(path)) == whole[step:], step
 

@@ -143,8 +143,9 @@ RUNS: list[tuple[str, dict[str, Any], str]] = [
     ('a small loader', {'train': random_loader(rows=12)}, 'loader has 3 batches but one superposed step reads 4: use'),
     ('an enormous bag', {'bag_size': 10**9}, 'loader has 12 batches but one superposed step reads 1000000000: use'),
     ('rows of tuples', {'train': rows_of(lambda row: tuple(row.values()))}, 'The train loader yields list'),
-    ('no labels', {'train': rows_of(lambda row: {'input_ids': row['input_ids']})}, 'labels'),
-    ('no input_ids', {'train': rows_of(lambda row: {'labels': row['labels']})}, 'input_ids'),
+    ('no labels', {'train': rows_of(lambda row: {'input_ids': row['input_ids']})},
+     'The batch has no labels (it has input_ids): have the collator add them.'),
+    ('no input_ids', {'train': rows_of(lambda row: {'labels': row['labels']})}, 'needs a mapping with input_ids'),
     ('an unknown key', {'train': rows_of(lambda row: row | {'weights': torch.ones(12)})}, 'cannot fold weights: have'),
     ('embeddings', {'train': rows_of(lambda row: row | {'inputs_embeds': torch.ones(12, 16)})}, 'give input_ids'),
     ('a short mask', {'train': rows_of(lambda row: row | {'attention_mask': torch.ones(6)})}, 'attention_mask has'),
@@ -259,7 +260,3 @@ def test_functions(call: Callable[[], Any], says: str):
     with pytest.raises(ValueError, match=re.escape(says)) as caught:
         call()
     one_sentence(caught.value, says)
-
-
-def test_there_are_enough_of_them():
-    assert len(SETTINGS) + len(SCHEDULER) + len(RUNS) + len(COMMANDS) >= 60

@@ -202,9 +202,6 @@ def test_a_model_of_ones_own_trains_as_defined(how: str):
     ],
 )
 def test_a_model_that_would_train_on_something_else_stops_at_its_first_step(how: str, message: str):
-    assert (
-        len(train(model=Own(how), algorithm=TokenSuperposition(S, '1ba'), max_duration='2ba') if how == '' else []) == 0
-    )
     model = Own(how)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):

@@ -8,8 +8,8 @@ from common import REPO
 
 from tools import draw_method
 
-OTHERS = ('.venv', '.venv-next', '.venv-pythons', 'data', 'runs', 'build')
-PAGES = [path for path in REPO.rglob('*.md') if not path.relative_to(REPO).parts[0].startswith(OTHERS)]
+OTHERS = ('.', 'data', 'runs', 'build', 'dist')  # hidden ones too: pytest's cache has a page
+PAGES = sorted(path for path in REPO.rglob('*.md') if not path.relative_to(REPO).parts[0].startswith(OTHERS))
 
 
 def anchors(path: Path) -> set[str]:

@@ -249,6 +249,7 @@ def test_what_is_finished_is_kept_and_what_changed_is_trained_again(
     evidence.main('cpu', dataset, tmp_path / 'runs', page.parent)
     files = sorted(results.glob('*.json'))
     assert len(files) == 6
+    assert len([path for path in results.iterdir() if path.is_dir()]) == 6  # what a training leaves, see the end
     times = [file.stat().st_mtime_ns for file in files]
     # At s = 4, 3 steps of 4 loader batches and 7 of one; a batch has 4 rows.
     (published,) = results.glob('s-4-r-0.3-lr-0.001-seed-17-*.json')
@@ -390,7 +391,9 @@ def test_other_data_need_a_page_of_their_own(dataset: Path):
     for docs in (evidence.DOCS, evidence.DOCS.resolve()):
         with pytest.raises(typer.BadParameter, match='give --docs'):
             evidence.main('tokens', dataset, docs=docs)
-    assert all(scale.data == 'some/folder' and '`folder`' in scale.about for scale in budgets.on(Path('some/folder')))
+    scales = budgets.on(Path('some/folder'))
+    assert len(scales) == len(budgets.BUDGETS)
+    assert all(scale.data == 'some/folder' and '`folder`' in scale.about for scale in scales)
 
 
 def test_other_text_than_the_records_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -13,8 +13,8 @@ from typing import Any
 import boto3
 import pytest
 import torch
-from common.runs import Run, assert_same, assert_same_end, config, drawn, free_port, write_rows
-from common.s3 import BUCKET, s3_server  # noqa: F401
+from common.runs import Run, assert_same, assert_same_end, config, drawn, write_rows
+from common.s3 import BUCKET, reserve_port, s3_server  # noqa: F401
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -63,11 +63,15 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(workers: int,
             while run.processes[0].is_alive() and (not rows.exists() or rows.stat().st_size == size):
                 time.sleep(0.01)
         time.sleep(random.uniform(0, longest))
-        assert run.processes[0].is_alive(), f'it ended before it could be killed\n{run.printed()[-3000:]}'
+        if not run.processes[0].is_alive():
+            break  # faster than the whole one was: most of the kills must have been had by then
         run.kill()
         kills += 1
         training += bool(rows.exists() and rows.stat().st_size > size)
-    run = start('killed').wait()
+    else:
+        run = start('killed')
+    run.wait()
+    assert kills >= 10, f'it ended before it could be killed\n{run.printed()[-3000:]}'
     assert_same_end(tmp_path / 'killed', tmp_path / 'whole')
     assert drawn(tmp_path / 'killed') == drawn(tmp_path / 'whole')
     print(f'{kills} kills, {training} of them while training; {run.printed().count("Autoresuming")} resumptions')
@@ -79,7 +83,8 @@ class Nodes:
     def __init__(self, made: list[dict[str, Any]], folder: Path, environment: dict[str, str]):
         self.launchers: list[subprocess.Popen] = []
         self.folder = folder
-        port = str(free_port())
+        self.port = reserve_port()
+        port = str(self.port.getsockname()[1])
         for node, settings in enumerate(made):
             yaml = folder / f'node{node}.yaml'
             place_of_its_own = folder / f'node{node}'  # where Composer's nodes leave signals that all name alike

@@ -60,6 +60,7 @@ def test_a_schedule_of_the_users_is_not_asked_ahead():
 
     trainer, _ = make_trainer(llama(), random_loader(), TokenSuperposition(2, '3ba'), '8ba', schedulers=remembers)
     trainer.fit()
+    assert asked
     assert asked == sorted(asked)
     assert turns_of(trainer.state, at, 8) == (None, None)
 
