@@ -34,7 +34,7 @@ TESTS = {
     'loader.py': ['loader', 'epoch_ends', 'used_again', 'superposition'],
     'ops/fold.py': ['fold', 'superposition', 'plain_code'],
     'schedule.py': ['schedule', 'changed_settings'],
-    'settings.py': ['schedule', 'weighting', 'changed_settings', 'superposition'],
+    'settings.py': ['mistakes', 'schedule', 'weighting', 'changed_settings', 'superposition'],
     'surgery.py': ['surgery', 'superposition', 'used_again', 'plain_code'],
 }
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,

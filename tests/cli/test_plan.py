@@ -397,8 +397,12 @@ def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path
         (['max_seq_len=null'], 'max_seq_len is missing: give the tokens of a row'),
         (['global_train_batch_size=many'], "global_train_batch_size is 'many': give the rows"),
         (['max_duration=3000steps'], "max_duration is '3000steps': give a Composer Time"),
+        (['max_duration=infba'], "max_duration is 'infba': give a Composer Time in ba"),
+        (['max_duration=2.5ba'], "max_duration is '2.5ba': give a Composer Time in ba"),
         (['max_duration=2ep'], 'needs --stats'),
         (['scheduler.t_warmup=2800ba'], 't_warmup=2800ba and t_decay=0.1dur overlap in max_duration=3000ba'),
+        (['scheduler=cosine'], "scheduler is 'cosine': give its settings by name"),
+        (['scheduler.alpha_f=2'], 'alpha_f=2 must be a number from 0 to 1'),
         (['scheduler.t_decay=5000tok'], 't_decay=5000tok cannot be counted back from max_duration=3000ba'),
         (['algorithms.token_superposition.bagsize=4'], 'bagsize is no setting (did you mean bag_size?)'),
         (
@@ -424,6 +428,7 @@ def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path
         (['--gpu', 'abacus'], '--gpu abacus: give one of'),
         (['--mfu', '40'], '--mfu 40'),
         (['--stats', 'nowhere.json'], '--stats nowhere.json: cannot be read'),
+        (['train_loader.dataset.streams=[a]', '--stats', 's.json'], 'train_loader.dataset.streams is '),
         (['--write', 'new.yaml'], '--write needs a superposition'),
         (
             [
@@ -448,12 +453,16 @@ def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path
         ),
     ],
 )
-def test_what_is_wrong_gets_one_sentence(arguments: list[str], message: str):
+def test_what_is_wrong_gets_one_sentence_and_writes_nothing(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
     result = run(QUICKSTART / 'baseline.yaml', *arguments)
     assert result.exit_code == 1, result.output
-    line = result.stderr.splitlines()[-1]
+    (line,) = result.stderr.splitlines()
     assert line.startswith('error: ')
     assert message in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_stats_of_something_else_get_one_sentence(tmp_path: Path):
@@ -463,7 +472,9 @@ def test_stats_of_something_else_get_one_sentence(tmp_path: Path):
 
 
 def test_a_file_that_is_not_there_gets_one_sentence():
-    assert 'cannot read nowhere.yaml: No such file' in run('nowhere.yaml').stderr
+    result = run('nowhere.yaml')
+    assert result.exit_code == 1
+    assert result.stderr.startswith('error: cannot read nowhere.yaml: No such file or directory')
 
 
 @pytest.mark.parametrize(

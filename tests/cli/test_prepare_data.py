@@ -263,12 +263,6 @@ def test_bad_arguments_get_one_sentence(
     assert {name: data for name, data in tree(corpus.parent).items() if '.records/' not in name} == before
 
 
-def test_a_vocabulary_too_small_for_every_byte_is_refused(corpus: Path, tmp_path: Path):
-    result = prepare(corpus, '--output', tmp_path / 'out', '--train-tokenizer', 100)
-    assert result.exit_code == 1
-    assert 'at least 258' in result.stderr
-
-
 def _convert_on_a_full_disk(job: convert.Job, part: parts.Part, answer) -> None:
     # What a full disk does to a write, without one: the kernel refuses it.
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -225,9 +225,12 @@ def test_what_a_fallback_to_some_bytes_drops_is_counted(tmp_path: Path):
     assert 'warning: 2 characters of split train' in result.stderr
 
 
-@pytest.mark.parametrize('size', [10, 10**12, 10**20])
-def test_a_vocabulary_of_no_sensible_size_is_refused_before_anything_is_written(size: int, tmp_path: Path):
+@pytest.mark.parametrize(
+    ('size', 'limit'), [(10, 'at least 258'), (257, 'at least 258'), (10**12, 'the largest'), (10**20, 'the largest')]
+)
+def test_a_vocabulary_of_no_sensible_size_is_refused_before_anything_is_written(size: int, limit: str, tmp_path: Path):
     path = write_jsonl(tmp_path / 'a.jsonl', ['the end'])
     sentence = refuse(path, '--output', tmp_path / 'out', '--seq-len', 2, '--train-tokenizer', size)
     assert sentence.startswith(f'--train-tokenizer {size}: ')
+    assert limit in sentence
     assert not (tmp_path / 'out').exists()

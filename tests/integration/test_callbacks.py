@@ -8,7 +8,7 @@ import torch
 from common import REPO, SEQ_LEN
 from common.trainers import llama, logged, make_trainer, random_loader
 from composer import Callback
-from composer.callbacks import EarlyStopper
+from composer.callbacks import EarlyStopper, ThresholdStopper
 from composer.loggers import InMemoryLogger
 from llmfoundry.callbacks import KillLossSpike
 from llmfoundry.callbacks.async_eval_callback import get_eval_parameters
@@ -90,6 +90,10 @@ def test_a_curriculum_changes_the_data_of_a_superposed_run(tiny_quickstart: list
     [
         (LossPerpVsContextLengthLogger(1, 1), 'loss_perp_v_len cannot be combined with token_superposition'),
         (EarlyStopper('LanguageCrossEntropy', 'train'), 'set its dataloader_label to eval'),
+        (
+            ThresholdStopper('LanguageCrossEntropy', 'train', 1.0, comp='less', stop_on_batch=True),  # pyright: ignore
+            'threshold_stopper watches LanguageCrossEntropy of train, and there are no',
+        ),
     ],
 )
 def test_callbacks_that_need_what_bags_lack_are_refused(callback: Callback, message: str):

@@ -16,20 +16,18 @@ def phases(*pairs: tuple[int, str]) -> list[dict[str, Any]]:
     return [{'bag_size': bag_size, 'until': until} for bag_size, until in pairs]
 
 
-@pytest.fixture(scope='module')
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints after each of 8 steps: 0 to 2 with bags of 4, 2 to 4 with bags of 2, then recovery."""
-    folder = tmp_path_factory.mktemp('saved')
-    trainer, _ = make_trainer(
-        llama(),
-        random_loader(96),
-        TokenSuperposition(phases=TWO_PHASES),
-        save_folder=str(folder),
-        save_interval='1ba',
-    )
+def train_and_save(folder: Path, algorithm: TokenSuperposition, rows: int = 96, interval: str = '1ba') -> Path:
+    """The checkpoints of a run of 8 steps."""
+    trainer, _ = make_trainer(llama(), random_loader(rows), algorithm, save_folder=str(folder), save_interval=interval)
     trainer.fit()
     trainer.close()
     return folder
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints after each of 8 steps: 0 to 2 with bags of 4, 2 to 4 with bags of 2, then recovery."""
+    return train_and_save(tmp_path_factory.mktemp('saved'), TokenSuperposition(phases=TWO_PHASES))
 
 
 def resume(saved: Path, batch: int, max_duration: str = '8ba', **settings: Any) -> list[float]:
@@ -65,13 +63,7 @@ def test_what_was_trained_with_cannot_change(saved: Path, batch: int, settings: 
 @pytest.fixture(scope='module')
 def one_phase(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of a run with bags of 4 until step 2."""
-    folder = tmp_path_factory.mktemp('one')
-    trainer, _ = make_trainer(
-        llama(), random_loader(96), TokenSuperposition(4, '2ba'), save_folder=str(folder), save_interval='1ba'
-    )
-    trainer.fit()
-    trainer.close()
-    return folder
+    return train_and_save(tmp_path_factory.mktemp('one'), TokenSuperposition(4, '2ba'))
 
 
 def test_the_end_of_the_only_phase_is_that_it_was_trained_with(one_phase: Path):
@@ -147,15 +139,7 @@ def test_a_longer_run_moves_the_end_of_a_phase_under_way_but_begins_no_phase_aga
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     shares = phases((4, '0.25dur'), (2, '0.5dur'))
-    trainer, _ = make_trainer(
-        llama(),
-        random_loader(192),
-        TokenSuperposition(phases=shares),
-        save_folder=str(tmp_path),
-        save_interval='1ba',
-    )
-    trainer.fit()
-    trainer.close()
+    train_and_save(tmp_path, TokenSuperposition(phases=shares), rows=192)
 
     def resumed(batch: int) -> list[float]:
         load = {'load_path': str(tmp_path / f'ep0-ba{batch}-rank0.pt')}
@@ -178,11 +162,7 @@ def test_a_longer_run_moves_the_end_of_a_phase_under_way_but_begins_no_phase_aga
 def test_a_phase_that_ended_early_does_not_misplace_the_next_in_a_longer_run(tmp_path: Path):
     """0.25dur of 40ba would end after 4ba, where the second phase ends."""
     mixed = phases((4, '0.25dur'), (2, '4ba'))
-    trainer, _ = make_trainer(
-        llama(), random_loader(192), TokenSuperposition(phases=mixed), save_folder=str(tmp_path), save_interval='3ba'
-    )
-    trainer.fit()
-    trainer.close()
+    train_and_save(tmp_path, TokenSuperposition(phases=mixed), rows=192, interval='3ba')
     load = {'load_path': str(tmp_path / 'ep0-ba3-rank0.pt')}
     run, logger = make_trainer(llama(), random_loader(192), TokenSuperposition(phases=mixed), '40ba', **load)
     run.fit()

@@ -1,15 +1,13 @@
 """What a real run says at its start and its end, with nothing asked for."""
 
-import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 from common.runs import Run
 from common.trainers import llama, make_trainer, random_loader
 from composer import Trainer
 
-from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
+from composer_tst import TokenSuperposition
 
 pytestmark = pytest.mark.streaming
 
@@ -30,21 +28,3 @@ def test_a_plain_trainer_says_what_it_is_going_to_do(tmp_path: Path):
     assert 'the training loss jumps, in published runs by 1 to 2 nats' in said
     assert 'The run reads its data 8.3 times' in said
     assert 'Superposition: 40 steps read ' in said
-
-
-@pytest.mark.parametrize(
-    ('settings', 'warning'),
-    [
-        ({'t_warmup': '12ba', 't_decay': '10ba'}, 'The learning rate warms up until step 12, and'),
-        ({'t_warmup': '2ba', 't_decay': '36ba'}, 'The learning rate decays from step 4, and super'),
-    ],
-)  # fmt: skip
-def test_a_schedule_that_does_not_fit_is_warned_of(
-    settings: dict[str, Any], warning: str, caplog: pytest.LogCaptureFixture
-):
-    algorithm = TokenSuperposition(bag_size=2, duration='10ba')
-    schedulers = WarmupStableDecayScheduler(**settings)
-    trainer, _ = make_trainer(llama(), random_loader(rows=400), algorithm, '40ba', schedulers=schedulers)
-    with caplog.at_level(logging.WARNING, logger='composer_tst'):
-        trainer.fit()
-    assert [record.getMessage() for record in caplog.records if record.getMessage().startswith(warning)]

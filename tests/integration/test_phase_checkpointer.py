@@ -46,11 +46,6 @@ def test_each_change_is_saved_once_after_the_last_step_of_its_phase(phases: list
         assert {'model', 'optimizers', 'timestamp', 'algorithms'} <= set(state)
 
 
-def test_it_needs_superposition(tmp_path: Path):
-    with pytest.raises(ValueError, match='add token_superposition to algorithms'):
-        make_trainer(llama(), random_loader(), callbacks=[PhaseCheckpointer()], save_folder=str(tmp_path))
-
-
 def test_it_leaves_latest_alone_and_writes_over_what_it_wrote_before(tmp_path: Path):
     """A run that repeats the last step of a phase after a failure writes the same checkpoint again."""
 

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from common import reference
 from common.trainers import VOCAB_SIZE, Rows, llama, logged, make_trainer, mpt, random_loader
-from composer import Callback, Evaluator
+from composer import Callback
 from composer.algorithms import LabelSmoothing
-from composer.callbacks import ThresholdStopper
 from composer.core import DataSpec
 from composer.models import ComposerModel, HuggingFaceModel
 from torch import nn
@@ -352,17 +351,6 @@ def test_labels_below_0_that_are_not_ignored_are_refused(label: int):
     assert len(train(padded_loader(ignored=-100))) == 4
 
 
-def test_a_stopper_on_train_metrics_is_refused():
-    stopper = ThresholdStopper('LanguageCrossEntropy', 'train', 1.0, comp='less', stop_on_batch=True)  # pyright: ignore
-    with pytest.raises(ValueError, match='threshold_stopper watches LanguageCrossEntropy of train, and there are no'):
-        train(callbacks=[stopper])
-
-
-def test_two_algorithms_in_one_list_are_refused():
-    with pytest.raises(ValueError, match='algorithms has TokenSuperposition more than once: give one, with several ph'):
-        train(algorithm=[TokenSuperposition(4, '2ba'), TokenSuperposition(2, '3ba')])
-
-
 @pytest.mark.parametrize('kind', [np.array, torch.tensor, tuple, list, lambda w: [np.float32(x) for x in w]])
 def test_weights_of_any_kind(kind: Any):
     weights = [1.0, 0.5, 0.25]
@@ -435,16 +423,6 @@ def test_a_loss_of_the_models_class_is_said_to_be_left_out(caplog: pytest.LogCap
     assert 'has a loss of its own' not in caplog.text
     train(model=Own())
     assert caplog.text.count('The Own has a loss of its own: superposed steps train on the multi-hot cross-ent') == 1
-
-
-def test_evaluation_is_plain_with_a_loader_that_says_more_than_one_label():
-    evaluators = [Evaluator(label=name, dataloader=random_loader(rows=8), eval_interval='1ba') for name in ('a', 'b')]
-    trainer, logger = make_trainer(
-        llama(), random_loader(), TokenSuperposition(S, '2ba'), '3ba', eval_dataloader=evaluators
-    )
-    trainer.fit()
-    assert logged(logger, 'metrics/a/LanguageCrossEntropy') == logged(logger, 'metrics/b/LanguageCrossEntropy')
-    assert len(logged(logger, 'metrics/a/LanguageCrossEntropy')) >= 3
 
 
 class Flash(nn.Module):

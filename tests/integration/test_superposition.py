@@ -306,26 +306,32 @@ def test_train_metrics_are_absent_while_superposed_and_evaluation_is_plain():
 
     class Weights(Callback):
         def eval_start(self, state: Any, logger: Any) -> None:
-            weights.append(copy.deepcopy(state.model.model.state_dict()))
+            weights.append((state.dataloader_label, copy.deepcopy(state.model.model.state_dict())))
 
     val = random_loader(rows=8)
+    names = ['LanguageCrossEntropy']
     trainer, logger = make_trainer(
         llama(),
         random_loader(),
         TokenSuperposition(bag_size=3, duration='2ba'),
         '4ba',
-        eval_dataloader=val,
-        eval_interval='1ba',
+        eval_dataloader=[
+            Evaluator(label=label, dataloader=val, metric_names=names, eval_interval='1ba') for label in ('a', 'b')
+        ],
         callbacks=[Weights()],
     )
     trainer.fit()
     assert len(logged(logger, 'metrics/train/LanguageCrossEntropy')) == 2
     plain = llama().eval()
-    for state, value in zip(weights, logged(logger, 'metrics/eval/LanguageCrossEntropy'), strict=True):
-        plain.model.load_state_dict(state)
-        with torch.no_grad():
-            losses = torch.stack([plain.model(**batch).loss for batch in val])
-        assert value == pytest.approx(float(losses.mean()), rel=1e-5)
+    for label in ('a', 'b'):
+        values = logged(logger, f'metrics/{label}/LanguageCrossEntropy')
+        states = [state for name, state in weights if name == label]
+        assert len(states) >= 4
+        for state, value in zip(states, values, strict=True):
+            plain.model.load_state_dict(state)
+            with torch.no_grad():
+                losses = torch.stack([plain.model(**batch).loss for batch in val])
+            assert value == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
 class LambdaAfterMonitor(Callback):
@@ -334,45 +340,6 @@ class LambdaAfterMonitor(Callback):
 
     def batch_end(self, state: Any, logger: Any) -> None:
         self.call()
-
-
-def refuses(message: str, model: Any = None, train: Any = None, max_duration: str = '8ba', **settings: Any) -> None:
-    settings = {'bag_size': 3, 'duration': '2ba'} | settings
-
-    def train_it() -> None:
-        algorithm = TokenSuperposition(**settings)
-        loader = random_loader() if train is None else train
-        make_trainer(model or llama(), loader, algorithm, max_duration)[0].fit()
-
-    with pytest.raises(ValueError, match=message):
-        train_it()
-
-
-def test_what_cannot_be_superposed_is_refused_before_training():
-    refuses('there would be no recovery phase', duration='8ba')
-    refuses('there would be no recovery phase', duration='9ba')
-    refuses('there would be no recovery phase', duration='100sp', max_duration='8ba', expand='none')
-    refuses('has no steps', duration='0.01dur')
-    refuses('The train loader has 2 batches but one superposed step reads 3', train=random_loader(rows=8))
-    refuses('The train loader has 0 batches', train=random_loader(rows=3))
-    refuses('bag_size is 13 but a row has 12 tokens', bag_size=13, expand='none')
-    refuses('first token alone', superpose='input', weighting=[0, 1, 1])
-    refuses('weighting has 2 numbers but bag_size is 3', weighting=[1, 1])
-    refuses('weighting has 4 numbers but bag_size is 3', weighting=[1, 1, 1, 1])
-    refuses('set expand: none', superpose='output')
-
-
-def test_batches_without_ids_and_labels_are_refused():
-    class Loader(list):
-        batch_size = 4
-
-    ids = torch.zeros(4, 12, dtype=torch.long)
-    for batch, message in [
-        ({'input_ids': ids}, 'The batch has no labels'),
-        ({'labels': ids}, 'needs a mapping with input_ids'),
-        ({'input_ids': ids, 'labels': ids, 'inputs_embeds': torch.zeros(4, 12, 16)}, 'inputs_embeds'),
-    ]:
-        refuses(message, train=Loader([batch] * 12))
 
 
 def test_expand_batch_says_once_what_it_drops(caplog: pytest.LogCaptureFixture):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -389,8 +390,9 @@ def test_deterministic_algorithms_do_the_same_and_a_gpu_is_not_waited_for(dtype:
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(logits, targets, options, message: str):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         multi_hot_cross_entropy(torch.zeros(logits), torch.zeros(targets, dtype=torch.int64), **options)
+    assert re.fullmatch(r'[^\n]+\.', str(caught.value))
 
 
 @pytest.mark.parametrize('target', [7, -1, 10**9])

@@ -1,5 +1,6 @@
 """`fold_batch` against the fold written out with loops."""
 
+import re
 from typing import Any
 
 import pytest
@@ -172,5 +173,6 @@ ids = torch.zeros(4, 6, dtype=torch.long)
 )
 def test_what_cannot_be_folded_is_refused_in_one_sentence(batch: Any, settings: dict[str, Any], message: str):
     settings = {'bag_size': 2} | settings
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         F_tst.fold_batch(batch, **settings)
+    assert re.fullmatch(r'[^\n]+\.', str(caught.value))

@@ -154,24 +154,6 @@ def test_at_and_after_the_end_the_multiplier_is_alpha_f():
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        ({'t_warmup': '-1ba'}, 't_warmup=-1ba is negative'),
-        ({'t_warmup': '1ba', 't_decay': '-0.1dur'}, 't_decay=-0.1dur is negative'),
-        ({'t_warmup': '10sec'}, 't_warmup=10sec is on the wall clock'),
-        ({'t_warmup': '1ba', 't_decay': '10sec'}, 't_decay=10sec is on the wall clock'),
-        ({'t_warmup': 2000}, 't_warmup=2000 is not a Composer time'),
-        ({'t_warmup': 'soon'}, "t_warmup='soon' is not a Composer time"),
-        ({'t_warmup': '1ba', 'alpha_f': 1.1}, r'alpha_f=1\.1 must be a number from 0 to 1'),
-        ({'t_warmup': '1ba', 'alpha_f': -0.1}, r'alpha_f=-0\.1 must be a number from 0 to 1'),
-    ],
-)
-def test_bad_settings_are_refused_on_construction(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        WarmupStableDecayScheduler(**arguments)
-
-
-@pytest.mark.parametrize(
     ('max_duration', 't_warmup', 't_decay', 'message'),
     [
         ('20ba', '13ba', '8ba', 't_warmup=13ba and t_decay=8ba overlap in max_duration=20ba'),

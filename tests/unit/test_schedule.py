@@ -7,39 +7,7 @@ import pytest
 from composer.core import Time, Timestamp, TimeUnit
 
 from composer_tst.schedule import Data, Moment, Plan, Progress, Schedule, plan_steps, same, share_of
-from composer_tst.settings import Phase, Settings, parse_phases
-
-
-@pytest.mark.parametrize(
-    ('settings', 'message'),
-    [
-        ({}, 'needs bag_size and duration, or phases'),
-        ({'bag_size': 4}, 'bag_size is 4 but there is no duration: say when it ends, as duration: 0.3dur'),
-        ({'bag_size': 1, 'duration': '0.3dur'}, 'bag_size is 1: give an integer of at least 2'),
-        ({'bag_size': 2.0, 'duration': '0.3dur'}, 'bag_size is 2.0'),
-        ({'bag_size': True, 'duration': '0.3dur'}, 'bag_size is True'),
-        ({'bag_size': '4', 'duration': '0.3dur'}, "bag_size is '4'"),
-        ({'bag_size': 4, 'duration': 0.3}, 'duration is 0.3, which is no Composer Time'),
-        ({'bag_size': 4, 'duration': 'soon'}, 'no Composer Time'),
-        ({'bag_size': 4, 'duration': '10sec'}, 'give it in dur, ba, tok, sp or ep'),
-        ({'bag_size': 4, 'duration': '0ba'}, 'no step would be superposed'),
-        ({'bag_size': 4, 'duration': '-1ba'}, 'no step would be superposed'),
-        ({'bag_size': 4, 'duration': '1dur'}, 'leave no recovery phase'),
-        ({'bag_size': 4, 'duration': '1.5dur'}, 'leave no recovery phase'),
-        ({'bag_size': 4, 'duration': '1ba', 'phases': [{'bag_size': 4, 'until': '2ba'}]}, 'give phases, or'),
-        ({'phases': []}, 'phases is empty'),
-        ({'phases': [{'bag_size': 4}]}, 'give it bag_size and until'),
-        ({'phases': [{'bag_size': 4, 'until': '2ba', 'r': 1}]}, 'give it bag_size and until'),
-        ({'phases': [{'bag_size': 2, 'until': '2ba'}, {'bag_size': 4, 'until': '3ba'}]}, 'from coarse to fine'),
-        ({'phases': [{'bag_size': 4, 'until': '3ba'}, {'bag_size': 2, 'until': '2ba'}]}, 'increasing times'),
-        ({'phases': [{'bag_size': 4, 'until': '3ba'}, {'bag_size': 2, 'until': '3ba'}]}, 'increasing times'),
-    ],
-)
-def test_bad_settings_are_refused_in_one_sentence(settings: dict[str, Any], message: str):
-    arguments = {'bag_size': None, 'duration': None, 'phases': None} | settings
-    with pytest.raises(ValueError, match=message):
-        parse_phases(**arguments)
-
+from composer_tst.settings import Phase, Settings
 
 ROWS, LENGTH = 8, 16
 
