@@ -84,7 +84,7 @@ def temporary(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(autouse=True)
-def shared_memory(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+def shared_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     """StreamingDataset lets go of its shared memory at exit alone, some sixty file descriptors each: do so now."""
     if 'streaming' not in sys.modules:
         yield
@@ -106,6 +106,7 @@ def shared_memory(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
         with contextlib.suppress(BufferError):  # still in use: at exit, then
             memory.cleanup()
             atexit.unregister(memory.cleanup)
+    assert not made or request.node.get_closest_marker('streaming'), 'It makes a StreamingDataset: mark it `streaming`.'
 
 
 @pytest.fixture(autouse=True)

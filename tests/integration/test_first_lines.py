@@ -2,14 +2,11 @@
 
 from pathlib import Path
 
-import pytest
 from common.runs import Run
 from common.trainers import llama, make_trainer, random_loader
 from composer import Trainer
 
 from composer_tst import TokenSuperposition
-
-pytestmark = pytest.mark.streaming
 
 
 def plain_trainer(yaml: str) -> Trainer:

@@ -10,8 +10,6 @@ from common.trainers import llama, logged, make_trainer, random_loader
 
 from composer_tst import TokenSuperposition
 
-pytestmark = pytest.mark.streaming
-
 PHASES = [{'bag_size': 3, 'until': '2ba'}, {'bag_size': 2, 'until': '4ba'}]
 
 

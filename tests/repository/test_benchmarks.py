@@ -18,8 +18,6 @@ from composer_tst.ops.embedding import bag_embedding
 from tools.benchmarks import host, measure, operations, stepping
 from tools.benchmarks import run as benchmark
 
-pytestmark = pytest.mark.streaming
-
 
 def same(ours: Tensor, other: Tensor, of: Tensor, tolerance: float) -> None:
     upstream = torch.randn_like(ours)

@@ -14,8 +14,6 @@ from torch.utils.data import DataLoader
 
 from composer_tst.loader import BagLoader, Resumption, merge_batches
 
-pytestmark = pytest.mark.streaming
-
 
 def collate(samples: list[int]) -> dict[str, Any]:
     ids = torch.tensor(samples)[:, None].expand(-1, 3).contiguous()
