@@ -3,8 +3,9 @@
 The loss of Token-Superposition Training (Peng, Gigant, Quesnelle, arXiv 2605.06546), at the cost of one
 ordinary cross-entropy: the `s` targets of a row share its log-sum-exp and its gradient buffer.
 
-An autograd function, not an operator as the embedding is: on a CPU its backward turns what forward left into the
-gradient, in the same memory, which an operator may not. For a compiler it computes nothing in place.
+On a GPU three kernels of `cross_entropy_triton.py` compute it. Here is what a CPU does, and float64: an autograd
+function, not an operator as the embedding is, because its backward turns what forward left into the gradient, in the
+same memory, which an operator may not. For a compiler it computes nothing in place.
 """
 
 import math
@@ -59,8 +60,14 @@ def multi_hot_cross_entropy(
         raise ValueError(f'targets must be int64 or int32, but are {targets.dtype}.')
     if reduction not in ('none', 'sum', 'mean'):
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean', but is {reduction!r}.")
+    given = _checked(weights, targets.shape[1])
+    if kernels := _kernels(logits):
+        on_device = None if given is None else given.to(logits.device, non_blocking=True)
+        mean = reduction == 'mean'
+        losses = cast(Tensor, kernels.MultiHotCrossEntropy.apply(logits, targets, on_device, ignore_index, mean))
+        return losses.sum() if reduction == 'sum' else losses
     valid = targets != ignore_index
-    target_weights = valid * _normalised(weights, targets.shape[1], logits)
+    target_weights = valid * _normalised(given, targets.shape[1], logits)
     trained = torch.is_grad_enabled() and logits.requires_grad
     indices = targets.masked_fill(~valid, 0).long()
     losses = cast(Tensor, _MultiHotCrossEntropy.apply(logits, indices, target_weights, trained))
@@ -72,19 +79,27 @@ def multi_hot_cross_entropy(
     return losses.sum() / total.where(total > 0, 1)
 
 
-def _normalised(weights: Sequence[float] | Tensor | None, bag_size: int, logits: Tensor) -> Tensor:
-    """Weights that sum to 1, (s,), on the device of the logits and in the dtype to sum in."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+def _checked(weights: Sequence[float] | Tensor | None, bag_size: int) -> Tensor | None:
+    """Weights as a tensor, (s,), None if there are none."""
     if weights is None:
-        return torch.full((bag_size,), 1 / bag_size, device=logits.device, dtype=dtype)
-    given = torch.as_tensor(weights, dtype=dtype).detach()
+        return None
+    given = weights.detach() if isinstance(weights, Tensor) else torch.tensor(weights, dtype=torch.float64)
     if given.shape != (bag_size,):
         raise ValueError(f'weights must be ({bag_size},), one per target, but are {tuple(given.shape)}.')
     if given.device.type == 'cpu' and not torch.compiler.is_compiling():
         values = given.tolist()
         if not (min(values) >= 0 and 0 < sum(values) < math.inf):
             raise ValueError(f'weights must be finite, not negative and not all zero, but are {values}.')
-    return (given / given.sum()).to(logits.device, non_blocking=True)
+    return given
+
+
+def _normalised(weights: Tensor | None, bag_size: int, logits: Tensor) -> Tensor:
+    """Weights that sum to 1, (s,), on the device of the logits and in the dtype to sum in."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if weights is None:
+        return torch.full((bag_size,), 1 / bag_size, device=logits.device, dtype=dtype)
+    weights = weights.to(dtype)
+    return (weights / weights.sum()).to(logits.device, non_blocking=True)
 
 
 class _MultiHotCrossEntropy(torch.autograd.Function):
@@ -95,12 +110,8 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, trained: bool) -> Tensor:
-        ctx.softmax = lse = None
-        kernels = _kernels(logits)
-        if kernels:
-            lse = kernels.log_sum_exp(logits)
-            nats = lse[:, None] - logits.gather(1, targets)
-        elif trained and logits.is_cpu and not torch.compiler.is_compiling():
+        ctx.softmax = None
+        if trained and logits.is_cpu and not torch.compiler.is_compiling():
             # The buffer of the gradient, filled here already, so that exponentials are computed once: on a CPU,
             # where they take longer than reading the logits.
             ctx.softmax = torch.empty(logits.shape, dtype=weights.dtype, device=logits.device)
@@ -112,18 +123,16 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
                 -logits[rows].to(weights.dtype).log_softmax(-1).gather(1, targets[rows]) for rows in _chunks(logits)
             )
             nats = torch.cat(list(chunks))
-        ctx.save_for_backward(logits, lse, targets, weights, nats)
+        ctx.save_for_backward(logits, targets, weights, nats)
         # A token that is masked out, with a logit of -inf, costs nothing where its weight is 0: not 0 * inf.
         return (weights * nats.masked_fill(weights == 0, 0)).sum(-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, lse, targets, weights, nats = ctx.saved_tensors
+        logits, targets, weights, nats = ctx.saved_tensors
         scale = grad_output * weights.sum(-1)
-        if lse is not None:
-            grad = _kernels(logits).scaled_softmax(logits, lse, scale)
-        elif ctx.softmax is not None:
+        if ctx.softmax is not None:
             grad = _scaled_in_place(ctx.softmax, scale, logits.dtype)
             ctx.softmax = None  # a second backward computes it again
         elif torch.compiler.is_compiling():

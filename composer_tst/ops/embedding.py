@@ -3,7 +3,8 @@
 Token-Superposition Training (Peng, Gigant, Quesnelle, arXiv 2605.06546) sums in float32 and casts back. Here
 the `s` embeddings of a bag never stand side by side in memory, neither forward nor backward.
 
-For `torch.compile` forward and backward are operators that it does not look into: they compute in place, and a
+On a GPU whole bags are torch's own, in as many launches as `torch.nn.functional.embedding_bag` needs. All else is
+computed here. For `torch.compile` it is two operators that it does not look into: they compute in place, and a
 compiler that traces what an autograd function computes in place may lose its gradient (that of torch 2.11 does).
 """
 
@@ -57,10 +58,43 @@ def bag_embedding(embedding: nn.Module | Tensor, input_ids: Tensor, mask: Tensor
         raise ValueError(f'input_ids must be (..., s) with s >= 1, but have shape {tuple(input_ids.shape)}.')
     if mask is not None and mask.shape != input_ids.shape:
         raise ValueError(f'mask must be {tuple(input_ids.shape)} like input_ids, but is {tuple(mask.shape)}.')
-    bags = (input_ids.flatten(0, -2) if input_ids.ndim > 1 else input_ids[None]).long()
-    attended = None if mask is None else mask.reshape(bags.shape) != 0
-    means = cast(Tensor, _BagEmbedding.apply(weight, bags, attended, padding_idx))
-    return means.view(*input_ids.shape[:-1], weight.shape[1])
+    bags = input_ids.flatten(0, -2) if input_ids.ndim > 1 else input_ids[None]
+    if mask is None and _on_gpu(weight):
+        means = _WholeBags.apply(weight, bags, padding_idx)
+    else:
+        attended = None if mask is None else mask.reshape(bags.shape) != 0
+        means = _BagEmbedding.apply(weight, bags.long(), attended, padding_idx)
+    return cast(Tensor, means).view(*input_ids.shape[:-1], weight.shape[1])
+
+
+def _on_gpu(weight: Tensor) -> bool:
+    return weight.is_cuda
+
+
+class _WholeBags(torch.autograd.Function):
+    """(V, d) weight and (T, s) ids to (T, d) means, on a GPU.
+
+    `embedding_bag` leaves the tokens of its `padding_idx` out of the mean, too: here the gradient alone does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bags: Tensor, padding_idx: int | None) -> Tensor:
+        ids = bags.flatten()
+        starts = torch.arange(0, ids.numel(), bags.shape[1], device=ids.device, dtype=ids.dtype)
+        means, of_bag, sizes, maxima = torch.embedding_bag(weight, ids, starts, mode=1)
+        ctx.save_for_backward(ids, of_bag, sizes, maxima)
+        ctx.vocabulary = weight.shape[0]
+        ctx.left_out = -1 if padding_idx is None else padding_idx % weight.shape[0]
+        return means
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        # What `embedding_bag` itself calls. It sums the positions of a frequent token side by side, in float32.
+        gradient_of_bags: Any = torch.ops.aten._embedding_bag_dense_backward
+        grads = grad_output.contiguous()
+        gradient = gradient_of_bags(grads, *ctx.saved_tensors, ctx.vocabulary, False, 1, None, ctx.left_out)
+        return gradient, None, None
 
 
 class _BagEmbedding(torch.autograd.Function):
@@ -84,13 +118,10 @@ class _BagEmbedding(torch.autograd.Function):
 def _mean(weight: Tensor, bags: Tensor, attended: Tensor | None) -> Tensor:
     """(V, d) weight, (T, s) ids and (T, s) bool mask or None to (T, d) means."""
     size = bags.shape[1]
-    wide = weight.dtype in (torch.float32, torch.float64)
-    if wide or (weight.is_cuda and attended is None):
+    if weight.dtype in (torch.float32, torch.float64):
         offsets = torch.arange(0, bags.numel() + 1, size, device=bags.device)
-        if wide:
-            return _sum_bags(weight, bags.flatten(), offsets, attended).div_(_counts(bags, attended))
-        return torch.embedding_bag(weight, bags.flatten(), offsets, mode=1, include_last_offset=True)[0]
-    # Elsewhere `torch.embedding_bag` rounds a low-precision sum before it is divided.
+        return _sum_bags(weight, bags.flatten(), offsets, attended).div_(_counts(bags, attended))
+    # `torch.embedding_bag` rounds a low-precision sum before it is divided.
     means = weight.new_empty(bags.shape[0], weight.shape[1])
     for rows in _chunks(means):
         seen = None if attended is None else attended[rows]

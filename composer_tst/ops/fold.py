@@ -4,6 +4,7 @@
 :func:`bag_rows` turns such rows into bags; a run does so for each microbatch, just before the model gets it.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -67,6 +68,18 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, (int, float, str)) or (isinstance(value, torch.Tensor) and value.ndim == 0)
 
 
+def is_full(mask: torch.Tensor | None) -> bool:
+    """Whether all tokens are attended. It reads the mask: on a GPU, that would wait for it."""
+    return mask is None or not mask.numel() or bool(mask.min() > 0)  # `all` takes a CPU three times as long
+
+
+def _any_ignored(labels: torch.Tensor) -> bool:
+    """Whether some label is -100, or else a number that is no token's."""
+    if labels.dtype == torch.int64 and labels.stride(-1) == 1:
+        labels = labels.view(torch.int32)  # half of a negative number is negative, and a CPU compares halves faster
+    return bool(labels.numel()) and bool(labels.min() < 0)
+
+
 def fold_batch(
     batch: Mapping[str, Any],
     bag_size: int,
@@ -109,8 +122,7 @@ def fold_batch(
         ValueError: If a needed key is missing, a key cannot be folded, or the shapes do not fit.
     """
     laid_out = lay_out(batch, bag_size, expand, superpose).batch
-    mask = laid_out.get('attention_mask')
-    folded = bag_rows(laid_out, bag_size, superpose, padded=mask is not None and not bool(mask.all()))
+    folded = bag_rows(laid_out, bag_size, superpose, padded=not is_full(laid_out.get('attention_mask')))
     if 'loss_generating_tokens' in batch:
         folded['loss_generating_tokens'] = (folded['labels'] != IGNORE_INDEX).sum((1, 2)).tolist()
     if 'total_tokens' in batch:
@@ -124,6 +136,7 @@ def lay_out(
     expand: str,
     superpose: str,
     weights: torch.Tensor | None = None,
+    pin: bool = False,
 ) -> Layout:
     """The rows that the model will see, of plain tokens still.
 
@@ -135,6 +148,7 @@ def lay_out(
         weights: Weights of a bag's targets, ``(s,)``. If given, ``loss_generating_tokens`` ``(B,)`` has the sum of the
             weights of each row's targets, and ``total_tokens`` ``(B,)`` its attended tokens: a list where the batch has
             lists, else a tensor. Microbatches weighed by them add up to the loss of the batch.
+        pin: Whether the rows are to be in pinned memory, which a GPU copies from while the host goes on.
 
     Raises:
         ValueError: As :func:`fold_batch`.
@@ -154,12 +168,25 @@ def lay_out(
             if key == 'sequence_id':
                 value = _separate_joined_rows(value, joined)
             result[key] = value.reshape(rows, length)[:, :kept]
-    result['labels'] = _only_targets(result, bag_size, superpose)
+    mask = None if is_full(result.get('attention_mask')) else result['attention_mask']
+    labels = result.get('labels', result['input_ids'])
+    result['labels'] = _only_targets(labels, mask, bag_size, superpose, pin)
+    if pin:
+        result |= {key: _copy(result[key], pin=True) for key in _PER_TOKEN if key in result and key != 'labels'}
     if 'total_tokens' in batch:
         totals = batch['total_tokens']
         result['total_tokens'] = [sum(totals[row * joined : (row + 1) * joined]) for row in range(rows)]
     if weights is not None:
-        _weigh_rows(result, bag_size, superpose, weights)
+        of_columns, of_row = _weights_of_columns(kept, bag_size, superpose, tuple(weights.tolist()))
+        if mask is None and not _any_ignored(labels):
+            tokens = torch.full((rows,), of_row, dtype=torch.float64)
+        else:
+            tokens = (result['labels'] != IGNORE_INDEX).double() @ of_columns
+        # Composer divides by the sum: if nothing at all is to be predicted, rows weigh next to nothing, not nothing.
+        tokens = tokens if tokens.any() else tokens + 1e-12
+        result['loss_generating_tokens'] = tokens.tolist() if 'total_tokens' in batch else tokens
+        if 'total_tokens' not in batch:
+            result['total_tokens'] = torch.full((rows,), kept) if mask is None else mask.bool().sum(1)
     positions = rows * kept // (1 if superpose == 'output' else bag_size)
     dropped = rows * (length - kept)
     if dropped and 'attention_mask' in batch:
@@ -167,32 +194,38 @@ def lay_out(
     return Layout(result, positions, dropped)
 
 
-def _only_targets(batch: Mapping[str, Any], bag_size: int, superpose: str) -> torch.Tensor:
-    """The labels ``(B, P * s)``, -100 where a token is no bag's target: ids if there are none."""
-    ids, mask = batch['input_ids'], batch.get('attention_mask')
-    labels = batch.get('labels', ids).long()
-    column = torch.arange(ids.shape[1], device=ids.device)
-    if superpose == 'output':
-        no_target = column == 0
+def _only_targets(
+    labels: torch.Tensor, mask: torch.Tensor | None, bag_size: int, superpose: str, pin: bool
+) -> torch.Tensor:
+    """A copy of the labels ``(B, P * s)``, -100 where a token is no bag's target."""
+    targets = _copy(labels, torch.int64, pin)
+    targets[:, : 1 if superpose == 'output' else bag_size] = IGNORE_INDEX
+    if superpose == 'input':
+        targets.unflatten(1, (-1, bag_size))[..., 1:] = IGNORE_INDEX
+    if mask is not None:
+        targets.masked_fill_(mask == 0, IGNORE_INDEX)
+    return targets
+
+
+def _copy(value: torch.Tensor, dtype: torch.dtype | None = None, pin: bool = False) -> torch.Tensor:
+    """A contiguous copy, made at once where it is to be."""
+    return torch.empty(value.shape, dtype=dtype or value.dtype, device=value.device, pin_memory=pin).copy_(value)
+
+
+@functools.lru_cache(maxsize=8)
+def _weights_of_columns(
+    columns: int, bag_size: int, superpose: str, weights: tuple[float, ...]
+) -> tuple[torch.Tensor, float]:
+    """What a target in each column of a row weighs in all the bags that predict it, ``(columns,)``, and their sum."""
+    of_bag = torch.tensor(weights, dtype=torch.float64)
+    if superpose == 'output':  # the target in column c is one of the min(c, s) positions before it
+        before = torch.arange(columns).clamp(max=bag_size)
+        of_columns = torch.cat([torch.zeros(1), of_bag.cumsum(0)])[before]
     else:
-        no_target = column < bag_size
         if superpose == 'input':
-            no_target = no_target | (column % bag_size != 0)
-    no_target = no_target.expand(ids.shape)
-    return labels.masked_fill(no_target if mask is None else no_target | ~mask.bool(), IGNORE_INDEX)
-
-
-def _weigh_rows(batch: dict[str, Any], bag_size: int, superpose: str, weights: torch.Tensor) -> None:
-    """Say what each row's targets weigh."""
-    valid = (_targets(batch['labels'], bag_size, superpose) != IGNORE_INDEX).double()
-    tokens = (valid @ weights.to(valid)).sum(1)
-    # Composer divides by the sum: where nothing at all is to be predicted, rows weigh next to nothing, not nothing.
-    batch['loss_generating_tokens'] = tokens if bool(tokens.any()) else tokens + 1e-12
-    if 'total_tokens' in batch:
-        batch['loss_generating_tokens'] = batch['loss_generating_tokens'].tolist()
-    else:
-        attended = batch.get('attention_mask', torch.ones_like(batch['input_ids']))
-        batch['total_tokens'] = attended.bool().sum(1)
+            of_bag[1:] = 0
+        of_columns = torch.cat([torch.zeros(bag_size), of_bag.repeat(columns // bag_size - 1)])
+    return of_columns, float(of_columns.sum())
 
 
 def bag_rows(batch: Mapping[str, Any], bag_size: int, superpose: str, padded: bool = True) -> dict[str, Any]:
@@ -210,29 +243,37 @@ def bag_rows(batch: Mapping[str, Any], bag_size: int, superpose: str, padded: bo
         dict: As :func:`fold_batch`, without what llm-foundry's count of tokens reads.
     """
     folded = {key: value for key, value in batch.items() if key not in _PER_ROW}
-    # Again only targets: what is done to the rows meanwhile may have set other labels.
-    folded['labels'] = _targets(_only_targets(batch, bag_size, superpose), bag_size, superpose)
+    mask = batch.get('attention_mask') if padded else None
+    # Again only targets: what is done to the rows since they were laid out may have set other labels.
+    folded['labels'] = _targets(batch.get('labels', batch['input_ids']), mask, bag_size, superpose)
     if superpose == 'output':
         return folded
-    folded['input_ids'] = batch['input_ids'].unflatten(1, (-1, bag_size))
+    ids = batch['input_ids']
+    folded['input_ids'] = ids.view(len(ids), -1, bag_size)
     bag_mask = None
-    if 'attention_mask' in batch:
-        mask = batch['attention_mask'].unflatten(1, (-1, bag_size))
-        folded['attention_mask'] = mask.bool().any(-1).to(mask.dtype)
-        if padded:
-            bag_mask = folded['bag_mask'] = mask.bool()
+    if mask is not None:
+        bag_mask = folded['bag_mask'] = mask.bool().view(folded['input_ids'].shape)
+        folded['attention_mask'] = bag_mask.any(-1).to(mask.dtype)
+    elif 'attention_mask' in batch:
+        folded['attention_mask'] = batch['attention_mask'].new_ones(folded['input_ids'].shape[:2])
     if 'sequence_id' in batch:
         folded['sequence_id'] = _last_attended(batch['sequence_id'].unflatten(1, (-1, bag_size)), bag_mask)
     return folded
 
 
-def _targets(labels: torch.Tensor, bag_size: int, superpose: str) -> torch.Tensor:
-    """What each position predicts, ``(B, P, s)``, of the labels ``(B, P * s)`` of :func:`lay_out`."""
+def _targets(labels: torch.Tensor, mask: torch.Tensor | None, bag_size: int, superpose: str) -> torch.Tensor:
+    """What each position predicts, ``(B, P, s)``: the labels that follow it, -100 where none is attended."""
+    ahead = 1 if superpose == 'output' else bag_size
+    following = labels[:, ahead:].long()
+    if mask is not None:
+        following = following.masked_fill(mask[:, ahead:] == 0, IGNORE_INDEX)
+    following = torch.cat([following, following.new_full((len(labels), bag_size), IGNORE_INDEX)], 1)
     if superpose == 'output':
-        following = torch.nn.functional.pad(labels[:, 1:], (0, bag_size), value=IGNORE_INDEX)
         return following.unfold(1, bag_size, 1).contiguous()
-    following = torch.nn.functional.pad(labels[:, bag_size:], (0, bag_size), value=IGNORE_INDEX)
-    return following.unflatten(1, (-1, bag_size))
+    targets = following.view(len(labels), -1, bag_size)
+    if superpose == 'input':
+        targets[..., 1:] = IGNORE_INDEX
+    return targets
 
 
 def _check_batch(batch: Mapping[str, Any], bag_size: int, expand: str, superpose: str) -> None:

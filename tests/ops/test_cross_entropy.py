@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from common.launches import launches
 from common.profiled import WAITING, allocated_above, deterministic, errors_at_waits, operators
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
@@ -86,7 +88,7 @@ def check(
     if (INTERPRETED or device.type == 'cuda') and logits.dtype != torch.float64:
         with torch.no_grad(), Seen() as seen:
             multi_hot_cross_entropy(logits, targets, weights)
-        assert 'composer_tst.log_sum_exp.default' in seen.names
+        assert 'composer_tst.row_losses.default' in seen.names
     tolerance = {
         torch.float64: 1e-12,
         torch.float32: 1e-5,
@@ -114,7 +116,8 @@ def check(
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(
-    ('rows', 'vocabulary', 'bag_size'), [(1, 7, 2), (1, 1, 3), (5, 7, 16), (6, 33, 3), (9, 64, 6), (2, 90, 32)]
+    ('rows', 'vocabulary', 'bag_size'),
+    [(1, 7, 2), (1, 1, 3), (4, 2, 1), (3, 2, 6), (5, 7, 16), (6, 33, 3), (9, 64, 6), (2, 90, 32), (3, 70, 64)],
 )
 def test_equals_the_definition(rows: int, vocabulary: int, bag_size: int, dtype: torch.dtype, device: torch.device):
     logits, targets = problem(rows, vocabulary, bag_size, dtype)
@@ -122,7 +125,7 @@ def test_equals_the_definition(rows: int, vocabulary: int, bag_size: int, dtype:
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('bag_size', range(2, 17))
+@pytest.mark.parametrize('bag_size', [2, 6, 16] if INTERPRETED else range(2, 17))
 @pytest.mark.parametrize(
     'weight', [lambda k: 1 / k, lambda k: math.exp(-k), lambda k: float(k == 1), lambda k: 3.0 * k]
 )
@@ -132,10 +135,10 @@ def test_weights_count_by_their_share(weight, bag_size: int, dtype: torch.dtype,
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('vocabulary', [8191, 8192, 8193, 50257])
+@pytest.mark.parametrize('vocabulary', [8191, 8192, 8193, 50257, 262144])
 def test_vocabularies_of_real_size(vocabulary: int, dtype: torch.dtype, device: torch.device):
     """A kernel's block has 8192 logits: a whole one, one short, one over, and many."""
-    logits, targets = problem(3, vocabulary, 6, dtype)
+    logits, targets = problem(3 if vocabulary < 100_000 else 1, vocabulary, 6, dtype)
     check(logits, targets, None, device)
 
 
@@ -205,6 +208,22 @@ def test_another_ignore_index(device: torch.device):
     assert torch.equal(multi_hot_cross_entropy(logits, padded, ignore_index=-1), expected)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_an_ignored_token_of_the_vocabulary(dtype: torch.dtype, device: torch.device):
+    """Its column has its probability, and nothing of the targets."""
+    logits, targets = problem(6, 9, 3, dtype)
+    targets[3:5, 1] = 2
+    check(
+        logits,
+        targets.masked_fill(targets == 2, IGNORED),
+        [3.0, 2.0, 1.0],
+        device,
+        lambda logits, _, weights, **options: multi_hot_cross_entropy(
+            logits, targets.masked_fill(targets == IGNORED, 2).to(device), weights, ignore_index=2, **options
+        ),
+    )
+
+
 @pytest.mark.parametrize('reduction', ['none', 'sum', 'mean'])
 def test_nothing_but_padding_is_zero_with_zero_gradient(reduction: str, device: torch.device):
     logits = torch.randn(3, 7, device=device, requires_grad=True)
@@ -259,6 +278,31 @@ def test_logits_of_any_strides(dtype: torch.dtype, device: torch.device):
     for logits in (rows[:, ::2], rows[:, 3:10], torch.randn(7, 9, dtype=dtype, device=device).t(), one):
         assert not logits.is_contiguous()
         check(logits, targets, None, device)
+
+
+@pytest.mark.parametrize('dtype', [torch.int64, torch.int32])
+@pytest.mark.parametrize('weights', [None, [1.0, 0.0, 0.5, 0.25]])
+def test_targets_of_either_dtype_and_any_strides(
+    weights: list[float] | None, dtype: torch.dtype, device: torch.device
+):
+    logits, targets = problem(6, 19, 4)
+    targets = targets.to(device, dtype)
+    wide = torch.full((12, 8), 5, device=device, dtype=dtype)
+    wide[::2, 1::2] = targets
+    for view in (targets.t().contiguous().t(), wide[::2, 1::2], targets[:1].expand(6, 4), targets[:, :1].expand(6, 4)):
+        assert not view.is_contiguous()
+        check(logits, view, weights, device)
+
+
+def test_weights_and_upstream_gradients_of_any_strides(device: torch.device):
+    logits, targets = on(device, *problem(6, 19, 4))
+    weights = torch.tensor([[4.0, 9.0], [3.0, 9.0], [2.0, 9.0], [1.0, 9.0]], device=device)[:, 0]
+    upstream = torch.randn(6, 2, device=device)[:, 0]
+    losses = multi_hot_cross_entropy(logits, targets, weights, reduction='none')
+    (gradient,) = torch.autograd.grad(losses, logits, upstream)
+    expected, expected_gradient, _ = definition(logits.cpu(), targets.cpu(), [4.0, 3.0, 2.0, 1.0], upstream.tolist())
+    torch.testing.assert_close(losses.detach().cpu().double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.cpu().double(), expected_gradient, rtol=1e-5, atol=1e-7)
 
 
 def on(device: torch.device, *tensors: Tensor) -> list[Tensor]:
@@ -364,14 +408,57 @@ def test_deterministic_algorithms_do_the_same_and_a_gpu_is_not_waited_for(dtype:
     logits, targets = on(device, *problem(6, 50257, 4, dtype))
     weights = torch.tensor([4.0, 3.0, 2.0, 1.0], device=device)
 
-    def gradient() -> Tensor:
-        return torch.autograd.grad(multi_hot_cross_entropy(logits, targets, weights), logits)[0]
+    def loss_and_gradient() -> tuple[Tensor, Tensor]:
+        loss = multi_hot_cross_entropy(logits, targets, weights)
+        return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
-    expected = gradient()
+    expected = loss_and_gradient()
     with errors_at_waits(device), deterministic():
-        got = [gradient(), gradient()]
-    assert torch.equal(*got)
-    torch.testing.assert_close(got[0], expected)
+        got = [loss_and_gradient() for _ in range(3)]
+    for loss, gradient in got:
+        assert torch.equal(loss, expected[0])
+        assert torch.equal(gradient, expected[1])
+
+
+@pytest.mark.parametrize('reduction', ['none', 'sum', 'mean'])
+@pytest.mark.parametrize('dtype', [torch.int64, torch.int32])
+@pytest.mark.parametrize('weights', [None, [4.0, 3.0, 2.0, 1.0], torch.tensor([4.0, 3.0, 2.0, 1.0])])
+def test_two_kernels_forward_and_one_backward(
+    weights: Any, dtype: torch.dtype, reduction: str, device: torch.device
+):
+    if device.type == 'cpu' and not INTERPRETED:
+        pytest.skip('the kernels are of a GPU, and of the interpreter of Triton')
+    from composer_tst.ops import cross_entropy_triton
+
+    logits, targets = on(device, *problem(6, 19, 4, torch.bfloat16))
+    targets = targets.to(dtype)
+    weights = weights.to(device) if isinstance(weights, Tensor) else weights
+    upstream = torch.ones(6 if reduction == 'none' else (), device=device)
+
+    def forward() -> Tensor:
+        return multi_hot_cross_entropy(logits, targets, weights, reduction=reduction)
+
+    loss = forward()
+    ahead = launches(forward, device, cross_entropy_triton)
+    back = launches(lambda: torch.autograd.grad(loss, logits, upstream, retain_graph=True), device, cross_entropy_triton)
+    # Where weights are a list, a GPU gets a copy of them.
+    copies = int(device.type == 'cuda' and isinstance(weights, list))
+    assert len(ahead) == {'none': 1, 'sum': 2, 'mean': 2}[reduction] + copies, ahead
+    assert len(back) == 1, back
+    if device.type == 'cpu':
+        assert ahead == ['_row_losses', *{'none': [], 'sum': ['sum'], 'mean': ['_mean_of_rows']}[reduction]]
+        assert back == ['_logits_gradient']
+
+
+def test_what_an_operator_of_the_package_launches_is_counted(device: torch.device):
+    def twice(x: Tensor) -> Tensor:
+        return torch.empty_like(x).copy_(x).mul_(2)
+
+    operator = torch.library.custom_op('composer_tst::twice', twice, mutates_args=())
+    x = torch.ones(3, device=device)
+    assert len(launches(lambda: operator(x.view(3, 1)[:, 0]), device)) == 2
+    with errors_at_waits(device):
+        assert torch.equal(operator(x), 2 * x)
 
 
 @pytest.mark.parametrize(

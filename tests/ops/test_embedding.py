@@ -1,10 +1,12 @@
 """Bag embedding against its definition, in value and gradient."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from common.launches import launches
 from common.profiled import WAITING, allocated_above, deterministic, errors_at_waits, operators
 from torch import Tensor, nn
 
@@ -249,6 +251,87 @@ def test_bad_shapes_are_refused_in_one_sentence(ids, mask, message: str):
 def test_ids_outside_the_vocabulary_raise(token: int, dtype: torch.dtype):
     with pytest.raises((RuntimeError, IndexError), match=f'takes value {token} .* valid range|index out of range'):
         bag_embedding(nn.Embedding(7, 5, dtype=dtype), torch.tensor([[1, token]]))
+
+
+@pytest.fixture
+def torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole bags as on a GPU: a CPU has the operators too, which what torch keeps to itself may change."""
+    monkeypatch.setattr('composer_tst.ops.embedding._on_gpu', lambda weight: True)
+
+
+@pytest.mark.usefixtures('torchs_own')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('ids_dtype', [torch.int64, torch.int32])
+@pytest.mark.parametrize('padding_idx', [None, 0, 3, -1])
+def test_whole_bags_on_a_gpu(
+    padding_idx: int | None, ids_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
+):
+    embedding = nn.Embedding(11, 5, dtype=dtype)
+    embedding.padding_idx = None if padding_idx is None else padding_idx % 11
+    nn.init.normal_(embedding.weight)
+    for shape in ((2, 4, 1), (2, 4, 6), (9, 16)):
+        check(embedding, torch.randint(11, shape, dtype=ids_dtype), None, device)
+    check(embedding, torch.randint(11, (6, 9), dtype=ids_dtype).t(), None, device)
+    if padding_idx == -1:
+        weight = nn.Module()
+        weight.weight, weight.padding_idx = embedding.weight, padding_idx  # as a module that is no nn.Embedding has it
+        bags = torch.tensor([[10, 3]])
+        (gradient,) = torch.autograd.grad(bag_embedding(weight, bags).sum(), embedding.weight)
+        assert gradient[3].all()
+        assert not gradient[10].any()
+
+
+@pytest.mark.usefixtures('torchs_own')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_no_whole_bags_on_a_gpu(dtype: torch.dtype, device: torch.device):
+    embedding = nn.Embedding(7, 5, dtype=dtype).to(device)
+    means = bag_embedding(embedding, torch.zeros(0, 3, 4, dtype=torch.int64, device=device))
+    means.sum().backward()
+    assert means.shape == (0, 3, 5)
+    assert embedding.weight.grad is not None
+    assert not embedding.weight.grad.any()
+
+
+@pytest.mark.usefixtures('torchs_own')
+@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+def test_whole_bags_on_a_gpu_compile_whole(backend: str, device: torch.device):
+    embedding = nn.Embedding(7, 5, padding_idx=3).to(device)
+    input_ids = torch.randint(0, 7, (2, 3, 4)).to(device)
+    compiled = torch.compile(bag_embedding, fullgraph=True, backend=backend)
+    expected = bag_embedding(embedding, input_ids)
+    means = compiled(embedding, input_ids)
+    torch.testing.assert_close(means, expected)
+    (gradient,) = torch.autograd.grad(means.square().sum(), embedding.weight)
+    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), embedding.weight)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.usefixtures('torchs_own')
+@pytest.mark.parametrize('padding_idx', [None, 3])
+@pytest.mark.parametrize('ids_dtype', [torch.int64, torch.int32])
+def test_whole_bags_launch_and_allocate_on_a_gpu_what_torchs_own_do(
+    ids_dtype: torch.dtype, padding_idx: int | None, device: torch.device
+):
+    embedding = nn.Embedding(50, 64, padding_idx=padding_idx).to(device)
+    input_ids = torch.randint(0, 50, (32, 8), dtype=ids_dtype, device=device)
+    upstream = torch.randn(32, 64, device=device)
+
+    def mine() -> Tensor:
+        return bag_embedding(embedding, input_ids)
+
+    def torchs() -> Tensor:
+        return nn.functional.embedding_bag(input_ids, embedding.weight, mode='mean')
+
+    def backward(means: Tensor) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(means, embedding.weight, upstream, retain_graph=True)
+
+    assert len(launches(mine, device)) <= len(launches(torchs, device))
+    assert len(launches(backward(mine()), device)) <= len(launches(backward(torchs()), device))
+    if device.type == 'cpu':
+        assert launches(mine, device) == ['arange', '_embedding_bag']
+        assert launches(backward(mine()), device) == ['_embedding_bag_dense_backward']
+        assert sum(allocated_above(0, mine)) <= sum(allocated_above(0, torchs))
+        assert sum(allocated_above(0, backward(mine()))) <= sum(allocated_above(0, backward(torchs())))
 
 
 @pytest.mark.parametrize('masked', [False, True])
