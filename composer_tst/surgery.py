@@ -15,8 +15,8 @@ from composer.models import HuggingFaceModel
 from torch import nn
 
 from composer_tst.ops.cross_entropy import multi_hot_cross_entropy
-from composer_tst.ops.fold import bag_rows, check_keys
-from composer_tst.ops.superposed import NO_LABEL, give_back, superposed
+from composer_tst.ops.fold import bag_rows, bag_targets, check_keys
+from composer_tst.ops.superposed import give_back, superposed
 from composer_tst.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class Microbatches:
         self._plain: Any = None
         self._inputs: dict[str, Any] = {}
         self._targets: torch.Tensor | None = None
+        self._labels: tuple[Any, int] = (None, 0)
         self._pass: superposed | None = None
         self._own_loss: Any = None
 
@@ -88,11 +89,17 @@ class Microbatches:
 
     def begin(self, state: State, folded: Mapping[str, Any]) -> None:
         """Give the model's embedding the bags of a folded microbatch, and the model what it is to read."""
-        self._plain = state.batch
-        self._pass, self._targets = superposed(state.model, folded), folded['labels']
+        self._plain, self._targets = state.batch, folded['labels']
+        self._pass = superposed(state.model, folded)
         self._inputs = self._pass.__enter__()
-        if not isinstance(self._model, HuggingFaceModel):  # which would compute its loss of any labels
-            self._inputs['labels'] = torch.full_like(self._inputs['input_ids'], NO_LABEL)
+        if 'labels' in state.batch:  # for callbacks and algorithms, which may change them up to the loss
+            self._labels = state.batch['labels'], state.batch['labels']._version
+            self._inputs['labels'] = state.batch['labels']
+            self._pass.follow_labels(state.batch['labels'])
+            if isinstance(
+                self._model, HuggingFaceModel
+            ):  # whose forward computes a loss of any labels that it is given
+                self._model.model_forward_args = self._model.model_forward_args - {'labels'}
         state.batch = self._inputs
 
     def _padded(self, batch: Mapping[str, Any]) -> bool:
@@ -119,7 +126,13 @@ class Microbatches:
                 f'The ids of a superposed microbatch were changed at BEFORE_FORWARD{_named(_who(state))}, or by the '
                 f'forward of {self._name}. Each stands for a bag: change tokens in the data, or at AFTER_DATALOADER.'
             )
-        state.batch = self._plain
+        labels = state.batch.get('labels')
+        state.batch = self._plain if labels is self._plain.get('labels') else {**self._plain, 'labels': labels}
+        self._give_labels_back()
+
+    def _give_labels_back(self) -> None:
+        if isinstance(self._model, HuggingFaceModel):
+            self._model.model_forward_args = self._model._get_model_forward_args()
 
     def before_loss(self, state: State) -> None:
         """Have the model's loss of ``state.outputs`` be the multi-hot cross-entropy, until :meth:`after_loss`."""
@@ -173,19 +186,22 @@ class Microbatches:
         if self._pass is not None:
             self._pass.abandon()
             self._pass = self._targets = None
+            self._give_labels_back()
         take_off(self._model)
 
-    def loss(self, outputs: Any) -> torch.Tensor:
+    def loss(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         """Multi-hot cross-entropy of logits ``(B, P, V)`` and the targets ``(B, P, s)``, and any router loss: a scalar.
 
         It stays one tensor, as llm-foundry's KillLossSpike needs it.
 
+        Args:
+            outputs: What the model's forward has returned.
+            batch: The plain microbatch, whose labels ``(B, P * s)`` may have been changed since it was folded.
+
         Raises:
             ValueError: If the logits are not one for each position.
         """
-        logits, targets = self._logits(outputs), self._targets
-        assert targets is not None
-        targets = targets.to(logits.device)
+        logits, targets = self._logits(outputs), self._current_targets(batch).to(self._logits(outputs).device)
         if logits.shape[:-1] != targets.shape[:2]:
             raise ValueError(
                 f'{self._name} returns logits of shape {tuple(logits.shape)} for bags of shape '
@@ -201,6 +217,14 @@ class Microbatches:
         router = self._model.config.router_aux_loss_coef * aux_loss
         self._router_losses.append(router.detach())
         return mce + router
+
+    def _current_targets(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The targets, made anew if somebody has changed the labels since."""
+        assert self._targets is not None
+        labels = batch.get('labels') if isinstance(batch, Mapping) else None
+        if labels is None or (labels is self._labels[0] and labels._version == self._labels[1]):
+            return self._targets
+        return bag_targets(labels, batch.get('attention_mask'), self._bag_size, self._settings.superpose)
 
     def _logits(self, outputs: Any) -> torch.Tensor:
         if isinstance(outputs, Mapping):
@@ -238,7 +262,7 @@ def _is_known(loss: Any) -> bool:
 class _Loss:
     """The loss on a model's instance while a Trainer computes one."""
 
-    def __init__(self, loss: Callable[[Any], torch.Tensor], model: Any, state: State):
+    def __init__(self, loss: Callable[[Any, Any], torch.Tensor], model: Any, state: State):
         self._loss = loss
         self._model = model
         self._state = state
@@ -248,7 +272,7 @@ class _Loss:
     def __call__(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         if outputs is self._state.outputs:
             self.called = True
-            return self._loss(outputs)
+            return self._loss(outputs, self._state.batch)
         # A callback's; or another Trainer's, after a fit that failed here.
         return functools.partial(*self._own)(outputs, *args, **kwargs)
 

@@ -245,7 +245,7 @@ def bag_rows(batch: Mapping[str, Any], bag_size: int, superpose: str, padded: bo
     folded = {key: value for key, value in batch.items() if key not in _PER_ROW}
     mask = batch.get('attention_mask') if padded else None
     # Again only targets: what is done to the rows since they were laid out may have set other labels.
-    folded['labels'] = _targets(batch.get('labels', batch['input_ids']), mask, bag_size, superpose)
+    folded['labels'] = bag_targets(batch.get('labels', batch['input_ids']), mask, bag_size, superpose)
     if superpose == 'output':
         return folded
     ids = batch['input_ids']
@@ -261,8 +261,8 @@ def bag_rows(batch: Mapping[str, Any], bag_size: int, superpose: str, padded: bo
     return folded
 
 
-def _targets(labels: torch.Tensor, mask: torch.Tensor | None, bag_size: int, superpose: str) -> torch.Tensor:
-    """What each position predicts, ``(B, P, s)``: the labels that follow it, -100 where none is attended."""
+def bag_targets(labels: torch.Tensor, mask: torch.Tensor | None, bag_size: int, superpose: str) -> torch.Tensor:
+    """What each position predicts, ``(B, P, s)``, of labels and mask ``(B, P * s)``: -100 where there is none."""
     ahead = 1 if superpose == 'output' else bag_size
     following = labels[:, ahead:].long()
     if mask is not None:

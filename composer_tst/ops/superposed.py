@@ -30,7 +30,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from composer_tst.ops.embedding import NOT_FOR_BAGS, bag_embedding
 
 BASE = 1 << 30
-NO_LABEL = -BASE  # stands for the labels of a bag, which are several
 # What a batch has for the loss and for counting, and a model's forward does not take.
 _NOT_FOR_FORWARD = ('labels', 'bag_mask', 'total_tokens', 'loss_generating_tokens')
 
@@ -75,6 +74,7 @@ class superposed:
         self._rest = {key: value for key, value in folded.items() if key not in (*_NOT_FOR_FORWARD, 'input_ids')}
         self._embedding = embedding
         self._tables: list[nn.Embedding] = []
+        self._labels: list[Tensor] = []
 
     def __enter__(self) -> dict[str, Any]:
         bags = self._ids.ndim == 3 and self._ids.shape[2] > 1
@@ -88,7 +88,7 @@ class superposed:
             for table in self._tables:
                 _swap(table, (self._ids.flatten(0, 1), mask))
         if self._tables or self._ids.ndim == 2:
-            _watch_next_call(self._model, self._given, self._tables)
+            _watch_next_call(self._model, self._given, self._tables, self._labels)
         self._version = self._given._version
         return {'input_ids': self._given, **self._rest}
 
@@ -106,6 +106,10 @@ class superposed:
                 f'The ids of a superposed batch were changed in place in the pass of {name}. Each stands for a bag: '
                 'change tokens before the batch is folded.'
             )
+
+    def follow_labels(self, labels: Tensor) -> None:
+        """Refuse, in a watched pass, a model that reads these labels, which it is given to hand on."""
+        self._labels.append(labels)
 
     @property
     def changed(self) -> bool:
@@ -266,19 +270,26 @@ class _FirstCall:
     model leave it out.
     """
 
-    def __init__(self, model: nn.Module, given: Tensor, tables: list[nn.Embedding]):
-        self._model, self._given, self._tables = model, given, tables
+    def __init__(self, model: nn.Module, given: Tensor, tables: list[nn.Embedding], labels: list[Tensor]):
+        self._model, self._given, self._tables, self._labels = model, given, tables, labels
+        self._version = given._version
         self.had = vars(model).get('_compiled_call_impl')
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         _stop_waiting(self._model)
-        if not any(value is self._given or _stands_for(value) for value in tree_leaves((args, kwargs))):
+        if self._given._version != self._version:  # which is refused once the pass is over
+            return self._model(*args, **kwargs)
+        values = tree_leaves((args, kwargs))
+        if not any(value is self._given or _stands_for_bags(value) for value in values):
             try:  # a call beside the pass, on plain ids
                 return self._model(*args, **kwargs)
             finally:
-                _watch_next_call(self._model, self._given, self._tables)
+                _watch_next_call(self._model, self._given, self._tables, self._labels)
         again = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, (args, kwargs))
-        watch = _Watch(self._model, self._tables, [self._given, *tree_leaves(again)])
+        copies = list(zip(values, tree_leaves(again), strict=True))
+        ids = [copy for value, copy in copies if _stands_for_bags(value)]
+        labels = [copy for value, copy in copies if any(value is label for label in self._labels)]
+        watch = _Watch(self._model, self._tables, [self._given, *ids] if self._tables else [], labels)
         with torch.no_grad(), torch.compiler.set_stance('force_eager'), _leaving_no_trace(self._model), watch:
             self._model(*again[0], **again[1])
         watch.check()
@@ -286,9 +297,9 @@ class _FirstCall:
         return self._model(*args, **kwargs)
 
 
-def _watch_next_call(model: nn.Module, given: Tensor, tables: list[nn.Embedding]) -> None:
+def _watch_next_call(model: nn.Module, given: Tensor, tables: list[nn.Embedding], labels: list[Tensor]) -> None:
     if model not in _WATCHED:
-        vars(model)['_compiled_call_impl'] = _FirstCall(model, given, tables)
+        vars(model)['_compiled_call_impl'] = _FirstCall(model, given, tables, labels)
 
 
 def _stop_waiting(model: nn.Module) -> bool:
@@ -302,11 +313,10 @@ def _stop_waiting(model: nn.Module) -> bool:
     return True
 
 
-def _stands_for(value: Any) -> str | None:
-    """Whether a value holds ids or labels that stand for bags."""
-    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64) or not value.numel():
-        return None
-    return 'ids' if bool((value >= BASE).any()) else 'labels' if bool((value == NO_LABEL).any()) else None
+def _stands_for_bags(value: Any) -> bool:
+    """Whether a value holds ids that stand for bags."""
+    integers = isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
+    return integers and bool((value >= BASE).any())
 
 
 @contextlib.contextmanager
@@ -356,23 +366,24 @@ _HARMLESS = ('warn_if_padding_and_no_attention_mask',)
 class _Watch(TorchDispatchMode):
     """Follow ids, and refuse what reads them by value or writes to them, but for lookups in a :class:`BagLookup`.
 
-    A result that shares their storage, or is a copy, holds ids too. So are labels followed, which a model may be given
-    to hand on, as ``NO_LABEL`` at each position.
+    A result that shares their storage, or is a copy, holds ids too. Labels are followed in the same way.
 
     Args:
         model: Whose pass it is.
         tables: The embeddings that look bags up, the input embedding first; none if ids are plain.
-        values: Tensors among which ids and labels are found by value.
+        ids: Tensors of ids that stand for bags.
+        labels: Tensors of labels.
     """
 
-    def __init__(self, model: nn.Module, tables: list[nn.Embedding], values: list[Any]):
+    def __init__(self, model: nn.Module, tables: list[nn.Embedding], ids: list[Tensor], labels: list[Tensor]):
         super().__init__()
         self._model, self._tables = model, tables
         self._held: dict[int, tuple[StorageWeakRef, str]] = {}
         self._looked_up = False
-        for value in values:
-            if what := _stands_for(value):
-                self._hold(value, what)
+        for tensor in ids:
+            self._hold(tensor, 'ids')
+        for tensor in labels:
+            self._hold(tensor, 'labels')
 
     def check(self) -> None:
         """Refuse a pass in which no ids were looked up in the input embedding."""

@@ -66,7 +66,9 @@ def test_the_kernels_compile_for_gpus(name: str, dtype: str, weighted: bool, str
     if not weighted:
         constants['weights'] = None
     checks = {'debug': True, 'sanitize_overflow': False} if name == '_row_losses' else {}
-    kernel = compiled(name, {key: kind or dtype for key, kind in KERNELS[name].items()}, constants, capability, **checks)
+    kernel = compiled(
+        name, {key: kind or dtype for key, kind in KERNELS[name].items()}, constants, capability, **checks
+    )
     assert kernel.asm['cubin']
     # Targets outside the vocabulary stop the run.
     assert ('__assertfail' in kernel.asm['ptx']) == bool(checks)

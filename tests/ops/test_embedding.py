@@ -263,9 +263,7 @@ def torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('ids_dtype', [torch.int64, torch.int32])
 @pytest.mark.parametrize('padding_idx', [None, 0, 3, -1])
-def test_whole_bags_on_a_gpu(
-    padding_idx: int | None, ids_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
-):
+def test_whole_bags_on_a_gpu(padding_idx: int | None, ids_dtype: torch.dtype, dtype: torch.dtype, device: torch.device):
     embedding = nn.Embedding(11, 5, dtype=dtype)
     embedding.padding_idx = None if padding_idx is None else padding_idx % 11
     nn.init.normal_(embedding.weight)
