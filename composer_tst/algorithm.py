@@ -38,7 +38,7 @@ from composer_tst.messages import (
 from composer_tst.ops.fold import lay_out
 from composer_tst.schedule import Progress, Schedule, plan_steps, same
 from composer_tst.settings import SETTINGS, Settings, Weighting, check_resumed_settings, parse_settings, refuse_unknown
-from composer_tst.surgery import Microbatches, MicrobatchSize, put_train_metrics_aside, take_off
+from composer_tst.surgery import Microbatches, MicrobatchSize, put_train_metrics_aside, take_off, takes, unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -384,7 +384,17 @@ class Run:
             self._positions, self._dropped = (ids.numel() if isinstance(ids, torch.Tensor) else 0), 0
             return
         settings, bag_size = self._settings, self.schedule.bag_size
-        layout = lay_out(state.batch, bag_size, settings.expand, settings.superpose, settings.weights(bag_size))
+        # Pinned as the loader's own batches were: from other memory, each copy to the GPU would wait for it.
+        pin = state.device.name == 'gpu' and bool(getattr(state.dataloader, 'pin_memory', False))
+        layout = lay_out(
+            state.batch,
+            bag_size,
+            settings.expand,
+            settings.superpose,
+            settings.weights(bag_size),
+            pin,
+            takes(unwrapped(state.model)),
+        )
         check_batch(layout.batch, state.batch, bag_size, settings.superpose, state.model)
         if layout.dropped and not self._warned_of_tail:
             self._warned_of_tail = True
@@ -392,9 +402,6 @@ class Run:
         mask = layout.batch.get('attention_mask')
         self.microbatches.begin_batch(full=mask is not None and bool(mask.all()))
         state.batch, self._positions, self._dropped = layout
-        if state.device.name == 'gpu' and getattr(state.dataloader, 'pin_memory', False):
-            # As the loader's own batches were: from other memory, each microbatch's copy to the GPU would wait for it.
-            state.batch = {key: v.pin_memory() if torch.is_tensor(v) else v for key, v in state.batch.items()}
 
     def end_step(self, logger: Logger) -> None:
         """Count and log a step, and end a phase whose time has come."""

@@ -6,7 +6,7 @@ batch is the plain one again. The loss is the multi-hot cross-entropy. After the
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from composer.models import HuggingFaceModel
 from torch import nn
 
 from composer_tst.ops.cross_entropy import multi_hot_cross_entropy
-from composer_tst.ops.fold import bag_rows, bag_targets, check_keys
+from composer_tst.ops.fold import bag_rows, bag_targets, extra_values
 from composer_tst.ops.superposed import give_back, superposed
 from composer_tst.settings import Settings
 
@@ -34,6 +34,11 @@ def take_off(model: nn.Module) -> None:
 def unwrapped(model: nn.Module) -> Any:
     """The ComposerModel in a Trainer's model."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def takes(model: Any) -> Collection[str] | None:
+    """The values of a batch that a model's forward is given; None if it is given the whole batch."""
+    return model.model_forward_args if isinstance(model, HuggingFaceModel) else None
 
 
 class Microbatches:
@@ -84,7 +89,7 @@ class Microbatches:
 
     def before_forward(self, state: State) -> None:
         """Fold the microbatch, and give the model's embedding its bags."""
-        check_keys(state.batch)
+        extra_values(state.batch, takes=takes(self._model))
         self.begin(state, bag_rows(state.batch, self._bag_size, self._settings.superpose, self._padded(state.batch)))
 
     def begin(self, state: State, folded: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@
 """
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ IGNORE_INDEX = -100
 _PER_TOKEN = ('input_ids', 'labels', 'attention_mask', 'sequence_id')
 # What llm-foundry's count of tokens weighs microbatches by, a value for each row.
 _PER_ROW = ('total_tokens', 'loss_generating_tokens')
+# What may be left out, if it says no more than a model takes for granted.
+_TAKEN_FOR_GRANTED = ('token_type_ids', 'position_ids')
 
 
 class Layout(NamedTuple):
@@ -106,8 +108,9 @@ def fold_batch(
         batch: ``input_ids`` and ``labels``, both ``(R, L)``; ``labels[t]`` is the label of token ``t`` itself,
             as in Hugging Face and MPT batches, with -100 where there is none, and they are the ids if absent. Optional:
             ``attention_mask`` and ``sequence_id``, ``(R, L)``; llm-foundry's lists ``total_tokens`` and
-            ``loss_generating_tokens``, ``R`` long; plain numbers, strings and flags, which are kept;
-            ``token_type_ids`` of nothing but 0, which are left out.
+            ``loss_generating_tokens``, ``R`` long; plain numbers, strings and flags, which are kept; other values of
+            whole rows, which are kept unless rows are joined; ``token_type_ids`` of nothing but 0 and
+            ``position_ids`` that count from 0 in each row, which are left out.
         bag_size: Tokens in a bag, ``s``; 1 for plain training.
         expand: ``sequence``, ``batch`` or ``none``.
         superpose: ``both``, ``input`` or ``output``.
@@ -137,6 +140,7 @@ def lay_out(
     superpose: str,
     weights: torch.Tensor | None = None,
     pin: bool = False,
+    takes: Collection[str] | None = None,
 ) -> Layout:
     """The rows that the model will see, of plain tokens still.
 
@@ -149,6 +153,7 @@ def lay_out(
             weights of each row's targets, and ``total_tokens`` ``(B,)`` its attended tokens: a list where the batch has
             lists, else a tensor. Microbatches weighed by them add up to the loss of the batch.
         pin: Whether the rows are to be in pinned memory, which a GPU copies from while the host goes on.
+        takes: What the model's forward takes, if all else is left out before it; None if it takes the whole batch.
 
     Raises:
         ValueError: As :func:`fold_batch`.
@@ -162,6 +167,7 @@ def lay_out(
     kept = length if superpose == 'output' else length // bag_size * bag_size
 
     result: dict[str, Any] = {key: value for key, value in batch.items() if is_plain(value)}
+    result |= extra_values(batch, joined, takes)
     for key in _PER_TOKEN:
         if key in batch:
             value = batch[key]
@@ -242,7 +248,7 @@ def bag_rows(batch: Mapping[str, Any], bag_size: int, superpose: str, padded: bo
     Returns:
         dict: As :func:`fold_batch`, without what llm-foundry's count of tokens reads.
     """
-    folded = {key: value for key, value in batch.items() if key not in _PER_ROW}
+    folded = {key: value for key, value in batch.items() if key not in (*_PER_ROW, *_TAKEN_FOR_GRANTED)}
     mask = batch.get('attention_mask') if padded else None
     # Again only targets: what is done to the rows since they were laid out may have set other labels.
     folded['labels'] = bag_targets(batch.get('labels', batch['input_ids']), mask, bag_size, superpose)
@@ -283,7 +289,7 @@ def _check_batch(batch: Mapping[str, Any], bag_size: int, expand: str, superpose
         raise ValueError('The batch has inputs_embeds: superposition bags token ids, give input_ids instead.')
     if 'input_ids' not in batch:
         raise ValueError(f'The batch has no input_ids (it has {", ".join(batch)}): have the collator add it.')
-    check_keys(batch)
+    check_kinds(batch)
     shape = tuple(batch['input_ids'].shape)
     if len(shape) != 2:
         raise ValueError(f'input_ids has shape {shape}: superposition folds batches of shape (rows, tokens).')
@@ -303,34 +309,56 @@ def _check_batch(batch: Mapping[str, Any], bag_size: int, expand: str, superpose
         )
 
 
-def check_keys(batch: Mapping[str, Any]) -> None:
-    """Refuse, with a ValueError, a batch with values that are neither folded nor the same for all rows."""
+def extra_values(batch: Mapping[str, Any], joined: int = 1, takes: Collection[str] | None = None) -> dict[str, Any]:
+    """The values of a batch that are of whole rows, and carried as they are.
+
+    Args:
+        batch: As for :func:`fold_batch`.
+        joined: Rows that are joined into one.
+        takes: What the model's forward takes, if all else is left out before it; None if it takes the whole batch.
+
+    Raises:
+        ValueError: If the model takes a value that is neither of whole rows nor the same for all, or rows are joined.
+    """
     check_kinds(batch)
-    _refuse(
-        key
-        for key, value in batch.items()
-        if key not in _PER_TOKEN and key not in _PER_ROW and not is_plain(value) and not _says_nothing(key, value)
-    )
+    rows, length = batch['input_ids'].shape
+    carried = {}
+    for key, value in batch.items():
+        if key in _PER_TOKEN or key in _PER_ROW or is_plain(value) or _says_nothing(key, value):
+            continue
+        of_rows = len(value) == rows and not (isinstance(value, torch.Tensor) and value.shape[1:2] == (length,))
+        if of_rows and joined == 1:
+            carried[key] = value
+        elif takes is None or key in takes:
+            if of_rows:
+                why = f'it is of whole rows, and expand: sequence joins {joined} of them: set expand: batch'
+            else:
+                why = 'it is not of whole rows, and a bag has several tokens: give sequence_id to keep documents apart'
+            raise ValueError(f'Superposition cannot fold {key}: {why}, or have the collator leave {key} out.')
+    return carried
 
 
 def check_kinds(batch: Mapping[str, Any]) -> None:
     """Refuse, with a ValueError, values other than tensors, lists and plain ones: what rows are they of?"""
-    _refuse(
-        key
-        for key, value in batch.items()
-        if not isinstance(value, torch.Tensor if key in _PER_TOKEN else (torch.Tensor, list, tuple))
-        and (key in _PER_TOKEN or not is_plain(value))
-    )
-
-
-def _refuse(keys: Iterable[str]) -> None:
-    if names := ', '.join(keys):
-        raise ValueError(f'Superposition cannot fold {names}: have the collator leave it out, or make it a tensor.')
+    for key, value in batch.items():
+        kinds = torch.Tensor if key in _PER_TOKEN else (torch.Tensor, list, tuple)
+        if not isinstance(value, kinds) and (key in _PER_TOKEN or not is_plain(value)):
+            raise ValueError(
+                f'Superposition cannot fold {key}: it is a {type(value).__name__}: have the collator leave it out, or '
+                'make it a tensor.'
+            )
 
 
 def _says_nothing(key: str, value: Any) -> bool:
-    """Whether it is what Hugging Face's tokenizers add for models that read pairs of texts, where there are none."""
-    return key == 'token_type_ids' and not torch.as_tensor(value).any()
+    """Whether it is what a model takes for granted: one text for all tokens, and positions from 0 in each row."""
+    if key not in _TAKEN_FOR_GRANTED:
+        return False
+    given = torch.as_tensor(value)
+    return (
+        not given.any()
+        if key == 'token_type_ids'
+        else bool((given == torch.arange(given.shape[-1], device=given.device)).all())
+    )
 
 
 def _separate_joined_rows(sequence_id: torch.Tensor, joined: int) -> torch.Tensor:

@@ -354,6 +354,8 @@ _MOVES = _names("""
     lift_fresh_copy t transpose permute expand squeeze unsqueeze slice select narrow split split_with_sizes chunk unbind
     unfold as_strided roll repeat flip index index_select gather cat stack constant_pad_nd
 """)
+# Those that make no more than a copy, as moving to a device does: labels are for the loss, whole.
+_COPIES = _names('alias detach clone _to_copy lift_fresh')
 # Operators that ask for shapes.
 _SHAPES = _names("""
     empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full
@@ -406,7 +408,11 @@ class _Watch(TorchDispatchMode):
         writes = func._schema.is_mutable and (name != 'copy_' or self._what(args[0]) is not None)
         source = args[1] if name == 'copy_' else args[0]
         others = (args[2:] if name == 'copy_' else args[1:], kwargs)
-        moves = name in _MOVES and not any(map(self._what, tree_leaves(others))) and tree_leaves(source)
+        moves = (
+            name in (_MOVES if what == 'ids' else _COPIES)
+            and not any(map(self._what, tree_leaves(others)))
+            and tree_leaves(source)
+        )
         result_type = kwargs.get('dtype')
         if writes or not moves or result_type not in (None, torch.int32, torch.int64):
             if not any(frame.f_code.co_name in _HARMLESS for frame in _frames()):

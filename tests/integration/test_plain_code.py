@@ -196,7 +196,7 @@ def test_a_model_of_ones_own_trains_as_defined(how: str):
     [
         ('functional', 'Own reads the ids of a superposed batch by value by embedding, test_plain_code.py'),
         ('remapped', 'Own reads the ids of a superposed batch by value by add, test_plain_code.py'),
-        ('reads labels', 'Own reads the labels by nll_loss_forward, test_plain_code.py'),
+        ('reads labels', 'Own reads the labels by slice, test_plain_code.py'),
         ('lm_logits', 'Own returns lm_logits from its forward: have it return logits'),
     ],
 )

@@ -239,7 +239,10 @@ zero = torch.zeros(1)
         ),
         ([{'input_ids': zero, 'n': 1}, {'input_ids': zero, 'n': 2}], 'n differs'),
         *(
-            ([{'input_ids': zero, 'n': value}] * 2, 'Superposition cannot fold n: have the collator leave it out')
+            (
+                [{'input_ids': zero, 'n': value}] * 2,
+                'Superposition cannot fold n: it is a .*: have the collator leave it out',
+            )
             for value in (None, {'a': zero}, np.zeros(1))
         ),
         ([{'input_ids': zero, 'attention_mask': None}] * 2, 'Superposition cannot fold attention_mask'),
