@@ -31,6 +31,33 @@ def take_off(model: nn.Module) -> None:
         loss.take_off()
 
 
+class _Inputs(dict[str, Any]):
+    """What a Hugging Face model is given, with labels beside it.
+
+    Callbacks and algorithms find labels here and may set others. The model's forward, which would compute its loss of
+    them, does not.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any], labels: Any):
+        super().__init__(inputs)
+        self._labels = labels
+
+    def __missing__(self, key: str) -> Any:
+        if key == 'labels':
+            return self._labels
+        raise KeyError(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As ``dict.get``."""
+        return self._labels if key == 'labels' else super().get(key, default)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key == 'labels':
+            self._labels = value
+        else:
+            super().__setitem__(key, value)
+
+
 def unwrapped(model: nn.Module) -> Any:
     """The ComposerModel in a Trainer's model."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -98,13 +125,11 @@ class Microbatches:
         self._pass = superposed(state.model, folded)
         self._inputs = self._pass.__enter__()
         if 'labels' in state.batch:  # for callbacks and algorithms, which may change them up to the loss
-            self._labels = state.batch['labels'], state.batch['labels']._version
-            self._inputs['labels'] = state.batch['labels']
-            self._pass.follow_labels(state.batch['labels'])
-            if isinstance(
-                self._model, HuggingFaceModel
-            ):  # whose forward computes a loss of any labels that it is given
-                self._model.model_forward_args = self._model.model_forward_args - {'labels'}
+            labels = state.batch['labels']
+            self._labels = labels, labels._version
+            self._pass.follow_labels(labels)
+            hugging_face = isinstance(self._model, HuggingFaceModel)
+            self._inputs = _Inputs(self._inputs, labels) if hugging_face else {**self._inputs, 'labels': labels}
         state.batch = self._inputs
 
     def _padded(self, batch: Mapping[str, Any]) -> bool:
@@ -133,11 +158,6 @@ class Microbatches:
             )
         labels = state.batch.get('labels')
         state.batch = self._plain if labels is self._plain.get('labels') else {**self._plain, 'labels': labels}
-        self._give_labels_back()
-
-    def _give_labels_back(self) -> None:
-        if isinstance(self._model, HuggingFaceModel):
-            self._model.model_forward_args = self._model._get_model_forward_args()
 
     def before_loss(self, state: State) -> None:
         """Have the model's loss of ``state.outputs`` be the multi-hot cross-entropy, until :meth:`after_loss`."""
@@ -191,7 +211,6 @@ class Microbatches:
         if self._pass is not None:
             self._pass.abandon()
             self._pass = self._targets = None
-            self._give_labels_back()
         take_off(self._model)
 
     def loss(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:

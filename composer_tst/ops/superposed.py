@@ -12,12 +12,13 @@ model is run once more before it, and watched (:class:`_Watch`).
 """
 
 import contextlib
+import copy
 import copyreg
 import random
 import sys
 import types
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from composer_tst.ops.embedding import NOT_FOR_BAGS, bag_embedding
 
@@ -279,17 +280,17 @@ class _FirstCall:
         _stop_waiting(self._model)
         if self._given._version != self._version:  # which is refused once the pass is over
             return self._model(*args, **kwargs)
-        values = tree_leaves((args, kwargs))
-        if not any(value is self._given or _stands_for_bags(value) for value in values):
+        ids = [value for value in _tensors((args, kwargs)) if value is self._given or _stands_for_bags(value)]
+        if not ids:
             try:  # a call beside the pass, on plain ids
                 return self._model(*args, **kwargs)
             finally:
                 _watch_next_call(self._model, self._given, self._tables, self._labels)
-        again = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, (args, kwargs))
-        copies = list(zip(values, tree_leaves(again), strict=True))
-        ids = [copy for value, copy in copies if _stands_for_bags(value)]
-        labels = [copy for value, copy in copies if any(value is label for label in self._labels)]
-        watch = _Watch(self._model, self._tables, [self._given, *ids] if self._tables else [], labels)
+        copies: dict[int, Tensor] = {}
+        again = _copied((args, kwargs), copies)
+        ids = [self._given, *(copies[id(value)] for value in ids)] if self._tables else []
+        labels = [*self._labels, *(copies[id(label)] for label in self._labels if id(label) in copies)]
+        watch = _Watch(self._model, self._tables, ids, labels)
         with torch.no_grad(), torch.compiler.set_stance('force_eager'), _leaving_no_trace(self._model), watch:
             self._model(*again[0], **again[1])
         watch.check()
@@ -313,10 +314,33 @@ def _stop_waiting(model: nn.Module) -> bool:
     return True
 
 
-def _stands_for_bags(value: Any) -> bool:
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in the arguments of a call."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(each)
+
+
+def _copied(value: Any, copies: dict[int, Tensor]) -> Any:
+    """The arguments of a call, each tensor a copy, which is noted by the id of the tensor."""
+    if isinstance(value, Tensor):
+        return copies.setdefault(id(value), value.clone())
+    if isinstance(value, MutableMapping):
+        result = copy.copy(value)
+        for key, each in value.items():
+            result[key] = _copied(each, copies)
+        return result
+    if isinstance(value, (list, tuple)):
+        values = [_copied(each, copies) for each in value]
+        return type(value)(*values) if hasattr(value, '_fields') else type(value)(values)
+    return value
+
+
+def _stands_for_bags(value: Tensor) -> bool:
     """Whether a value holds ids that stand for bags."""
-    integers = isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
-    return integers and bool((value >= BASE).any())
+    return value.dtype in (torch.int32, torch.int64) and bool((value >= BASE).any())
 
 
 @contextlib.contextmanager

@@ -149,7 +149,7 @@ RUNS: list[tuple[str, dict[str, Any], str]] = [
     ('no labels', {'train': rows_of(lambda row: {'input_ids': row['input_ids']})},
      'The batch has no labels (it has input_ids): have the collator add them.'),
     ('no input_ids', {'train': rows_of(lambda row: {'labels': row['labels']})}, 'needs a mapping with input_ids'),
-    ('an unknown key', {'train': rows_of(lambda row: row | {'weights': torch.ones(12)})}, 'cannot fold weights: have'),
+    ('positions', {'train': rows_of(lambda row: row | {'position_ids': torch.arange(12) // 2})}, 'cannot fold position_ids: it'),
     ('embeddings', {'train': rows_of(lambda row: row | {'inputs_embeds': torch.ones(12, 16)})}, 'give input_ids'),
     ('a short mask', {'train': rows_of(lambda row: row | {'attention_mask': torch.ones(6)})}, 'attention_mask has'),
     ('short rows', {'train': random_loader(length=6), 'expand': 'none'}, 'bag_size is 4 but a row has 6 tokens'),
