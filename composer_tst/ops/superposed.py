@@ -18,7 +18,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -200,6 +200,13 @@ def _version(ids: Tensor) -> int | None:
     return None if ids.is_inference() else ids._version
 
 
+class _Table(NamedTuple):
+    """What :func:`~composer_tst.functional.bag_embedding` asks of a module."""
+
+    weight: Tensor
+    padding_idx: int | None
+
+
 class BagLookup(nn.Embedding):
     """The lookup of an embedding, beneath whatever else the embedding does, while ids may stand for bags.
 
@@ -213,17 +220,18 @@ class BagLookup(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Mean embeddings ``input.shape + (d,)`` of the bags that ``input`` stands for, or of tokens themselves."""
-        weight = self.weight
+        weight = self.weight  # asked for once: a parametrisation computes it anew each time
         if isinstance(weight, DTensor):  # FSDP has made the weight whole by now
             raise ValueError(
                 'The input embedding is divided by tensor parallelism, and superposition needs it whole: leave it out '
                 'of the layer plan.'
             )
         ids, mask = self.bags
+        table: Any = _Table(weight, self.padding_idx)
         tokens = _bag_tokens(input, ids)
         if mask is None and weight.dtype in (torch.float16, torch.bfloat16):
-            return bag_embedding(self, tokens)  # the float32 mean of one token, taken s times, is exactly that token
-        return bag_embedding(self, tokens, _bag_mask(input, mask, ids.shape[1]))
+            return bag_embedding(table, tokens)  # the float32 mean of one token, taken s times, is exactly that token
+        return bag_embedding(table, tokens, _bag_mask(input, mask, ids.shape[1]))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """What is saved is the embedding itself."""
