@@ -1,32 +1,32 @@
 """Bags in any module's input embedding, for one forward and backward pass.
 
-A model is given one id for each bag, told by its value: ``BASE + k`` stands for the k-th bag of the batch. No
-table is as long as ``BASE``, and int32 holds it. While a pass lasts, each embedding that the ids may be looked up in
-has
+A model is given one id for each bag, told by its value: ``BASE + k`` stands for the k-th bag of the batch. No table is
+as long as ``BASE``, and int32 holds it. While a pass lasts, each embedding that the ids may be looked up in has
 :class:`BagLookup` beneath its class, as FSDP2's ``fully_shard`` changes a module's class. It looks up an id that stands
 for a bag as the mean of the bag's embeddings, and any other id as ever. So a view, a copy or a recomputation of the ids
 comes out right, in eager and compiled models alike. Parameters, buffers and state-dict keys stay as they are.
 
-The ids say nothing about tokens. A model that computes with them would train on nonsense, so the first pass of a
-model is run once more before it, and watched (:class:`_Watch`).
+The ids say nothing about tokens. A model that computes with them would train on nonsense, so the first call of a
+model is made once more before it, and watched (:class:`_Watch`).
 """
 
 import contextlib
 import copy
-import copyreg
 import random
 import sys
 import types
+import warnings
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves, tree_map
 
 from composer_tst.ops.embedding import NOT_FOR_BAGS, bag_embedding
 
@@ -45,10 +45,10 @@ class superposed:
             loss = multi_hot_cross_entropy(logits.flatten(0, 1), folded['labels'].flatten(0, 1))
             loss.backward()  # inside: recomputed activations look bags up too
 
-    The first time that a model is called in such a block, it is called twice. The first call is watched: it refuses a
-    model that reads the ids by value, or writes to them. It has no gradient, is not compiled, and leaves random
-    numbers and buffers as they were, so that it changes no bit of the second. What it cannot see: ``ids.tolist()``,
-    and a branch that is first taken later.
+    The first time that a model is called in such a block, in training and in evaluation mode, it is called twice. The
+    first call is watched: it refuses a model that reads the ids by value, or writes to them. It has no gradient and is
+    not compiled. It changes no bit of the second call: random numbers (of torch, numpy and ``random``), buffers, and
+    numbers that modules keep are put back. What it cannot see: a branch that is first taken later.
 
     Args:
         model: The model, wrapped, sharded, compiled or plain, as it is called in the block.
@@ -76,52 +76,54 @@ class superposed:
         self._embedding = embedding
         self._tables: list[nn.Embedding] = []
         self._labels: list[Tensor] = []
+        self._first_call: _FirstCall | None = None
 
     def __enter__(self) -> dict[str, Any]:
-        bags = self._ids.ndim == 3 and self._ids.shape[2] > 1
         self._given = self._ids if self._ids.ndim == 2 else self._ids[..., 0]
-        if bags:
-            embedding = self._embedding or find_embedding(self._model)
-            self._tables = _tables(self._model, embedding)
+        if self._ids.ndim == 3 and self._ids.shape[2] > 1:
+            self._tables = _tables(self._model, self._embedding or find_embedding(self._model))
             self._given = BASE + torch.arange(self._given.numel(), dtype=self._ids.dtype, device=self._ids.device)
             self._given = self._given.view(self._ids.shape[:2])
             mask = None if self._mask is None else self._mask.flatten(0, 1) != 0
             for table in self._tables:
                 _swap(table, (self._ids.flatten(0, 1), mask))
-        if self._tables or self._ids.ndim == 2:
-            _watch_next_call(self._model, self._given, self._tables, self._labels)
-        self._version = self._given._version
+        if (self._tables or self._ids.ndim == 2) and not _is_watched(self._model):
+            self._first_call = _FirstCall(self._model, self._given, self._tables, self._labels)
+        self._version = _version(self._given)
         return {'input_ids': self._given, **self._rest}
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
-        not_called = self.abandon()
-        if kind is not None:
+        self.abandon()
+        if kind is not None or not self._tables:
             return
         name = type(self._model).__name__
-        if not_called and self._tables:
+        if self._first_call is not None and not self._first_call.made:
             raise ValueError(
-                f'superposed was given {name}, which was not called in its block: give it the module that you call.'
+                f'superposed was given {name}, which was not called on the inputs of its block, or in a compiled '
+                'function alone: give it the module that you call, and the first time call that outside of compiled '
+                'functions.'
             )
-        if self.changed and self._tables:
+        if self.changed:
             raise ValueError(
                 f'The ids of a superposed batch were changed in place in the pass of {name}. Each stands for a bag: '
                 'change tokens before the batch is folded.'
             )
 
     def follow_labels(self, labels: Tensor) -> None:
-        """Refuse, in a watched pass, a model that reads these labels, which it is given to hand on."""
+        """Refuse, in a watched call, a model that reads these labels, which it is given to hand on."""
         self._labels.append(labels)
 
     @property
     def changed(self) -> bool:
         """Whether the ids that the model was given were changed in place."""
-        return self._given._version != self._version
+        return _version(self._given) != self._version
 
-    def abandon(self) -> bool:
-        """Leave the model as it was, wherever the pass has ended; whether the model was waited for and not called."""
+    def abandon(self) -> None:
+        """Leave the model as it was, wherever the pass has ended."""
         for table in self._tables:
             _give_back(table)
-        return _stop_waiting(self._model)
+        if self._first_call is not None:
+            self._first_call.stop_waiting()
 
 
 def find_embedding(model: nn.Module) -> nn.Embedding:
@@ -153,19 +155,34 @@ def give_back(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, BagLookup):
             _give_back(module)
-    _stop_waiting(model)
-    _WATCHED.discard(model)
+    waiting = vars(model).get(_CALL)
+    if isinstance(waiting, _FirstCall):
+        waiting.stop_waiting()
+    for watched in _WATCHED.values():
+        watched.discard(model)
 
 
 def _check_folded(folded: Any) -> None:
-    ids = folded.get('input_ids') if isinstance(folded, Mapping) else None
-    if not isinstance(ids, Tensor) or ids.ndim not in (2, 3):
-        what = f'input_ids of shape {tuple(ids.shape)}' if isinstance(ids, Tensor) else type(folded).__name__
-        raise ValueError(f'superposed was given {what}: give it a batch that fold_batch has made.')
+    """Refuse, with a ValueError, what fold_batch has not made."""
+    ids, labels = (folded.get(key) if isinstance(folded, Mapping) else None for key in ('input_ids', 'labels'))
+    if not isinstance(ids, Tensor):
+        what = f'a {type(folded).__name__}' + (' without input_ids' if isinstance(folded, Mapping) else '')
+    elif ids.ndim == 3 or (ids.ndim == 2 and isinstance(labels, Tensor) and labels.ndim == 3):
+        if ids.dtype in (torch.int64, torch.int32):
+            return
+        what = f'input_ids of {ids.dtype}'
+    else:
+        what = f'input_ids of shape {tuple(ids.shape)}, which are not folded'
+    raise ValueError(f'superposed was given {what}: give it a batch of int64 or int32 ids that fold_batch has made.')
 
 
 def _tables(model: nn.Module, embedding: nn.Embedding) -> list[nn.Embedding]:
     """The embeddings that ids may be looked up in: those as long as the input embedding, which comes first."""
+    if not isinstance(embedding, nn.Embedding):
+        raise ValueError(
+            f'embedding is a {type(embedding).__name__}: give the nn.Embedding that {type(model).__name__} looks token '
+            'ids up in.'
+        )
     found = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     tables = [embedding, *(e for e in found if e is not embedding and e.num_embeddings == embedding.num_embeddings)]
     for table in tables:
@@ -182,6 +199,18 @@ def _tables(model: nn.Module, embedding: nn.Embedding) -> list[nn.Embedding]:
     return tables
 
 
+def _version(ids: Tensor) -> int | None:
+    """How often a tensor was changed in place; tensors of inference mode do not say."""
+    return None if ids.is_inference() else ids._version
+
+
+class _Table(NamedTuple):
+    """What :func:`~composer_tst.functional.bag_embedding` asks of a module."""
+
+    weight: Tensor
+    padding_idx: int | None
+
+
 class BagLookup(nn.Embedding):
     """The lookup of an embedding, beneath whatever else the embedding does, while ids may stand for bags.
 
@@ -195,35 +224,39 @@ class BagLookup(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Mean embeddings ``input.shape + (d,)`` of the bags that ``input`` stands for, or of tokens themselves."""
-        if isinstance(self.weight, DTensor):  # FSDP has made the weight whole by now
+        weight = self.weight  # asked for once: a parametrisation computes it anew each time
+        if isinstance(weight, DTensor):  # FSDP has made the weight whole by now
             raise ValueError(
                 'The input embedding is divided by tensor parallelism, and superposition needs it whole: leave it out '
                 'of the layer plan.'
             )
         ids, mask = self.bags
+        table: Any = _Table(weight, self.padding_idx)
         tokens = _bag_tokens(input, ids)
-        if mask is None and self.weight.dtype in (torch.float16, torch.bfloat16):
-            return bag_embedding(self, tokens)  # the float32 mean of one token, taken s times, is exactly that token
-        return bag_embedding(self, tokens, _bag_mask(input, mask, ids.shape[1]))
+        if mask is None and weight.dtype in (torch.float16, torch.bfloat16):
+            return bag_embedding(table, tokens)  # the float32 mean of one token, taken s times, is exactly that token
+        return bag_embedding(table, tokens, _bag_mask(input, mask, ids.shape[1]))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy, and what is saved of it, is the embedding itself."""
-        del protocol
-        state = {key: value for key, value in vars(self).items() if key not in BagLookup.__annotations__}
-        reconstruct: Any = getattr(copyreg, '_reconstructor')  # noqa: B009
-        return reconstruct, (self.plain_class, object, None), state
+        """What is saved is the embedding itself."""
+        del protocol  # those from 2 on compare the classes
+        return _as_plain(self, lambda: self.__reduce_ex__(1))
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        """A copy is the embedding itself."""
+        return _as_plain(self, lambda: copy.deepcopy(self, memo))
 
 
 @torch.library.custom_op('composer_tst::bag_tokens', mutates_args=())
 def _bag_tokens(input: Tensor, ids: Tensor) -> Tensor:
     """Tokens ``input.shape + (s,)`` of the bags of ``ids`` ``(T, s)`` that are stood for; a plain id, ``s`` times."""
-    bags = ids[(input - BASE).clamp_(min=0)]
+    bags = ids.to(input)[(input - BASE).clamp_(min=0)]
     return torch.where((input >= BASE)[..., None], bags, input[..., None])
 
 
 @_bag_tokens.register_fake
 def _(input: Tensor, ids: Tensor) -> Tensor:
-    return ids.new_empty(*input.shape, ids.shape[1])
+    return input.new_empty(*input.shape, ids.shape[1])
 
 
 @torch.library.custom_op('composer_tst::bag_mask', mutates_args=())
@@ -233,7 +266,7 @@ def _bag_mask(input: Tensor, mask: Tensor | None, size: int) -> Tensor:
     first = torch.arange(size, device=input.device) == 0
     if mask is None:
         return stands | first
-    return torch.where(stands, mask[(input - BASE).clamp_(min=0)], first)
+    return torch.where(stands, mask.to(input.device)[(input - BASE).clamp_(min=0)], first)
 
 
 @_bag_mask.register_fake
@@ -248,8 +281,11 @@ _LOOKUP_CLASSES: dict[type[nn.Embedding], type[nn.Embedding]] = {nn.Embedding: B
 def _swap(table: Any, bags: tuple[Tensor, Tensor | None]) -> None:
     plain = type(table)
     if plain not in _LOOKUP_CLASSES:
-        # Between the class and nn.Embedding, where its `super().forward` looks.
-        _LOOKUP_CLASSES[plain] = types.new_class(plain.__name__, (plain, BagLookup))
+        # Between the class and nn.Embedding, where its `super().forward` looks. What copies comes first.
+        copies = {name: vars(BagLookup)[name] for name in ('__reduce_ex__', '__deepcopy__')}
+        _LOOKUP_CLASSES[plain] = types.new_class(
+            plain.__name__, (plain, BagLookup), exec_body=lambda n: n.update(copies)
+        )
     table.__class__, table.plain_class, table.bags = _LOOKUP_CLASSES[plain], plain, bags
 
 
@@ -260,82 +296,83 @@ def _give_back(table: Any) -> None:
         table.__class__ = plain  # pyright: ignore[reportAttributeAccessIssue]
 
 
-# Models whose first pass was watched.
-_WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+def _as_plain(table: BagLookup, call: Callable[[], Any]) -> Any:
+    """Do something to a table while it is itself."""
+    bags = table.bags
+    _give_back(table)
+    try:
+        return call()
+    finally:
+        _swap(table, bags)
+
+
+# Models whose first call was watched, in training and in evaluation mode.
+_WATCHED: dict[bool, weakref.WeakSet[nn.Module]] = {True: weakref.WeakSet(), False: weakref.WeakSet()}
+# Where `nn.Module.compile` puts the compiled call. What stands there is never compiled itself, and copies leave it out.
+_CALL = '_compiled_call_impl'
+
+
+def _is_watched(model: nn.Module) -> bool:
+    return model in _WATCHED[model.training]
 
 
 class _FirstCall:
-    """What a model's next call goes through: a watched call before it.
+    """What a model's next call on ids that stand for bags goes through: a watched call before it.
 
-    It stands where ``nn.Module.compile`` puts the compiled call, so that it is never compiled itself, and copies of the
-    model leave it out.
+    Attributes:
+        made: Whether there was such a call.
     """
 
     def __init__(self, model: nn.Module, given: Tensor, tables: list[nn.Embedding], labels: list[Tensor]):
         self._model, self._given, self._tables, self._labels = model, given, tables, labels
-        self._version = given._version
-        self.had = vars(model).get('_compiled_call_impl')
+        self._version = _version(given)
+        self.made = False
+        self._wait()
+
+    def _wait(self) -> None:
+        self._had = vars(self._model).get(_CALL)
+        vars(self._model)[_CALL] = self
+
+    def stop_waiting(self) -> None:
+        """Leave the model's call as it was."""
+        if vars(self._model).get(_CALL) is self:
+            del vars(self._model)[_CALL]
+            if self._had is not None:
+                vars(self._model)[_CALL] = self._had
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        _stop_waiting(self._model)
-        if self._given._version != self._version:  # which is refused once the pass is over
+        if torch.compiler.is_compiling():  # a function around the model: leaving the block refuses it
+            return self._model._call_impl(*args, **kwargs)
+        self.stop_waiting()
+        if _version(self._given) != self._version:  # which leaving the block refuses
+            self.made = True
             return self._model(*args, **kwargs)
-        ids = [value for value in _tensors((args, kwargs)) if value is self._given or _stands_for_bags(value)]
-        if not ids:
-            try:  # a call beside the pass, on plain ids
+        again, copies = _copy_call(args, kwargs)
+        ids = [value for value in copies.values() if isinstance(value, Tensor) and _stands_for_bags(value)]
+        if not ids and id(self._given) not in copies:  # a call beside the pass, on plain ids
+            try:
                 return self._model(*args, **kwargs)
             finally:
-                _watch_next_call(self._model, self._given, self._tables, self._labels)
-        copies: dict[int, Tensor] = {}
-        again = _copied((args, kwargs), copies)
-        ids = [self._given, *(copies[id(value)] for value in ids)] if self._tables else []
+                self._wait()
         labels = [*self._labels, *(copies[id(label)] for label in self._labels if id(label) in copies)]
-        watch = _Watch(self._model, self._tables, ids, labels)
+        watch = _Watch(self._model, self._tables, [self._given, *ids] if self._tables else [], labels)
         with torch.no_grad(), torch.compiler.set_stance('force_eager'), _leaving_no_trace(self._model), watch:
             self._model(*again[0], **again[1])
         watch.check()
-        _WATCHED.add(self._model)
+        self.made = True
+        _WATCHED[self._model.training].add(self._model)
         return self._model(*args, **kwargs)
 
 
-def _watch_next_call(model: nn.Module, given: Tensor, tables: list[nn.Embedding], labels: list[Tensor]) -> None:
-    if model not in _WATCHED:
-        vars(model)['_compiled_call_impl'] = _FirstCall(model, given, tables, labels)
-
-
-def _stop_waiting(model: nn.Module) -> bool:
-    """Leave a model's call as it was; whether it was not called since."""
-    waiting = vars(model).get('_compiled_call_impl')
-    if not isinstance(waiting, _FirstCall):
-        return False
-    del vars(model)['_compiled_call_impl']
-    if waiting.had is not None:
-        vars(model)['_compiled_call_impl'] = waiting.had
-    return True
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in the arguments of a call."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(each)
-
-
-def _copied(value: Any, copies: dict[int, Tensor]) -> Any:
-    """The arguments of a call, each tensor a copy, which is noted by the id of the tensor."""
-    if isinstance(value, Tensor):
-        return copies.setdefault(id(value), value.clone())
-    if isinstance(value, MutableMapping):
-        result = copy.copy(value)
-        for key, each in value.items():
-            result[key] = _copied(each, copies)
-        return result
-    if isinstance(value, (list, tuple)):
-        values = [_copied(each, copies) for each in value]
-        return type(value)(*values) if hasattr(value, '_fields') else type(value)(values)
-    return value
+def _copy_call(args: Any, kwargs: Any) -> tuple[Any, dict[int, Any]]:
+    """A call's arguments again, as a forward may change them, and the copies by the ids of what they are copies of."""
+    leaves = (value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
+    copies: dict[int, Any] = {id(value): value.detach().clone() for value in leaves}
+    try:  # batches of a class of one's own, too
+        again = copy.deepcopy((args, kwargs), copies)
+    except Exception:  # a lock, say
+        again = tree_map(lambda value: copies.get(id(value), value), (args, kwargs))
+    return again, copies
 
 
 def _stands_for_bags(value: Tensor) -> bool:
@@ -345,7 +382,7 @@ def _stands_for_bags(value: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
-    """Put random numbers and buffers back, and cache no weight that autocast has cast without a gradient."""
+    """Put random numbers, buffers and modules' numbers back, and keep no weight that autocast has cast."""
     numpy: Any = sys.modules.get('numpy')
     states = random.getstate(), numpy and numpy.random.get_state()
     buffers = [
@@ -354,18 +391,29 @@ def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
         for name, b in module._buffers.items()
         if b is not None
     ]
-    caches = torch.is_autocast_cache_enabled()
-    with torch.random.fork_rng():
+    # DDP notes whether a call has a gradient.
+    numbers = [
+        (module, {name: value for name, value in vars(module).items() if isinstance(value, (int, float))})
+        for module in model.modules()
+    ]
+    devices = {p.device.index for p in model.parameters() if p.is_cuda}
+    if torch.cuda.is_initialized():
+        devices.add(torch.cuda.current_device())
+    with torch.random.fork_rng(devices), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # the call that counts warns
         try:
-            torch.set_autocast_cache_enabled(False)
             yield
         finally:
-            torch.set_autocast_cache_enabled(caches)
+            torch.clear_autocast_cache()  # casts without a gradient
             random.setstate(states[0])
             if numpy:
                 numpy.random.set_state(states[1])
             for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer.copy_(before)
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, before.to(buffer)):
+                    buffer.copy_(before)
+            for module, before in numbers:
+                vars(module).update(before)
 
 
 def _names(text: str) -> frozenset[str]:
@@ -376,7 +424,7 @@ def _names(text: str) -> frozenset[str]:
 _MOVES = _names("""
     view _unsafe_view reshape _reshape_alias alias detach clone contiguous _to_copy copy_ pin_memory lift_fresh
     lift_fresh_copy t transpose permute expand squeeze unsqueeze slice select narrow split split_with_sizes chunk unbind
-    unfold as_strided roll repeat flip index index_select gather cat stack constant_pad_nd
+    unfold as_strided roll repeat flip index index_select masked_select gather cat stack constant_pad_nd
 """)
 # Those that make no more than a copy, as moving to a device does: labels are for the loss, whole.
 _COPIES = _names('alias detach clone _to_copy lift_fresh')
@@ -385,6 +433,8 @@ _SHAPES = _names("""
     empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full
     new_empty_strided is_same_size sym_size sym_numel sym_stride is_pinned record_stream
 """)
+# Methods of a tensor that hand its values to other than torch's operators: numpy, a loop in Python, a Triton kernel.
+_LEAVES = _names('tolist numpy __array__ __dlpack__ data_ptr')
 # A function of transformers reads ids to warn of padding without a mask, and does nothing else with them.
 _HARMLESS = ('warn_if_padding_and_no_attention_mask',)
 
@@ -392,7 +442,8 @@ _HARMLESS = ('warn_if_padding_and_no_attention_mask',)
 class _Watch(TorchDispatchMode):
     """Follow ids, and refuse what reads them by value or writes to them, but for lookups in a :class:`BagLookup`.
 
-    A result that shares their storage, or is a copy, holds ids too. Labels are followed in the same way.
+    A result that shares their storage, or is a copy, holds ids too. Labels, which a model may be given to hand on, are
+    followed in the same way.
 
     Args:
         model: Whose pass it is.
@@ -406,10 +457,22 @@ class _Watch(TorchDispatchMode):
         self._model, self._tables = model, tables
         self._held: dict[int, tuple[StorageWeakRef, str]] = {}
         self._looked_up = False
+        self._methods = _WatchMethods(self)
         for tensor in ids:
             self._hold(tensor, 'ids')
         for tensor in labels:
             self._hold(tensor, 'labels')
+
+    def __enter__(self) -> Any:
+        for operator in torch._ops._higher_order_ops.values():
+            if _Watch not in operator.python_key_table:  # flex_attention and its kind: a mode must say what to do
+                operator.py_impl(_Watch)(_of_functions(operator))
+        self._methods.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._methods.__exit__(*error)
 
     def check(self) -> None:
         """Refuse a pass in which no ids were looked up in the input embedding."""
@@ -423,42 +486,44 @@ class _Watch(TorchDispatchMode):
         """Run an operator, or refuse it."""
         kwargs = kwargs or {}
         name = func._schema.name.partition('::')[2]
-        what = next(filter(None, map(self._what, tree_leaves((args, kwargs)))), None)
+        what = self.what(args, kwargs)
         if what is None or name in _SHAPES:
             return func(*args, **kwargs)
         if func.namespace == 'composer_tst':
             self._looked_up |= any(frame.f_locals.get('self') is self._tables[0] for frame in _frames())
             return func(*args, **kwargs)
-        writes = func._schema.is_mutable and (name != 'copy_' or self._what(args[0]) is not None)
-        source = args[1] if name == 'copy_' else args[0]
-        others = (args[2:] if name == 'copy_' else args[1:], kwargs)
-        moves = (
-            name in (_MOVES if what == 'ids' else _COPIES)
-            and not any(map(self._what, tree_leaves(others)))
-            and tree_leaves(source)
-        )
-        result_type = kwargs.get('dtype')
-        if writes or not moves or result_type not in (None, torch.int32, torch.int64):
-            if not any(frame.f_code.co_name in _HARMLESS for frame in _frames()):
-                raise ValueError(self._refusal(name, what, writes))
+        if any(frame.f_code.co_name in _HARMLESS for frame in _frames()):
             return func(*args, **kwargs)
+        writes = func._schema.is_mutable and self.what(args[0]) is not None
+        moved = 1 if name == 'copy_' else 0
+        may = _MOVES if what == 'ids' else _COPIES
+        if writes or name not in may or self.what(args[moved + 1 :], kwargs) is not None:
+            self.refuse(name, what, writes)
         result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
+                if leaf.dtype not in (torch.int64, torch.int32):
+                    self.refuse(f'{name} to {leaf.dtype}', what)
                 self._hold(leaf, what)
         return result
 
     def _hold(self, tensor: Tensor, what: str) -> None:
-        storage = tensor.untyped_storage()
-        self._held[storage._cdata] = StorageWeakRef(storage), what
+        for part in _parts(tensor):
+            storage = part.untyped_storage()
+            self._held[storage._cdata] = StorageWeakRef(storage), what
 
-    def _what(self, value: Any) -> str | None:
-        if type(value) not in (Tensor, nn.Parameter):
-            return None
-        reference, what = self._held.get(value.untyped_storage()._cdata, (None, None))
-        return None if reference is None or reference.expired() else what
+    def what(self, *values: Any) -> str | None:
+        """Whether there are ids or labels among values."""
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor):
+                for part in _parts(value):
+                    reference, what = self._held.get(part.untyped_storage()._cdata, (None, None))
+                    if reference is not None and not reference.expired():
+                        return what
+        return None
 
-    def _refusal(self, operator: str, what: str, writes: bool) -> str:
+    def refuse(self, operator: str, what: str, writes: bool = False) -> None:
+        """Raise a ValueError that names the module, the operator and the line."""
         names = {id(module): name for name, module in self._model.named_modules()}
         owner, line = type(self._model).__name__, ''
         frames = [frame for frame in _frames() if frame.f_code.co_filename != __file__]
@@ -473,15 +538,57 @@ class _Watch(TorchDispatchMode):
                 line = f', {frame.f_code.co_filename.rpartition("/")[2]}:{frame.f_lineno}'
                 break
         if what == 'labels':
-            return (
+            raise ValueError(
                 f'{owner} reads the labels by {operator}{line} in its forward, and a bag has several: have the forward '
                 'return logits, and the loss read labels.'
             )
         done = 'changes the ids of a superposed batch' if writes else 'reads the ids of a superposed batch by value'
-        return (
+        raise ValueError(
             f'{owner} {done} by {operator}{line}. Each stands for a bag: check, change or derive tokens where batches '
             'are made, and have the model only look them up in an nn.Embedding as long as its input embedding.'
         )
+
+
+class _WatchMethods(TorchFunctionMode):
+    """Refuse what hands the values of ids to other than torch's operators."""
+
+    def __init__(self, watch: _Watch):
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Call a method, or refuse it."""
+        name = getattr(func, '__name__', '')
+        if name in _LEAVES and (what := self._watch.what(args)):
+            self._watch.refuse(name, what)
+        return func(*args, **(kwargs or {}))
+
+
+def _of_functions(operator: Any) -> Callable[..., Any]:
+    """What a watch does with an operator that takes functions: it runs unwatched if they have no ids."""
+
+    def rule(watch: _Watch, *args: Any, **kwargs: Any) -> Any:
+        captured = [_captured(value) for value in tree_leaves((args, kwargs))]
+        if what := watch.what(args, kwargs, captured):
+            watch.refuse(operator.name(), what)
+        return operator(*args, **kwargs)
+
+    return rule
+
+
+def _captured(function: Any) -> list[Any]:
+    """The values that a function has of the functions around it, and those that they have."""
+    cells = getattr(function, '__closure__', None) or ()
+    values = [cell.cell_contents for cell in cells]
+    return values + [_captured(value) for value in values]
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors with a storage that a tensor is made of: of a DTensor, the local one."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return [part for name in names for part in _parts(getattr(tensor, name))]
+    return [tensor] if tensor.layout == torch.strided else []
 
 
 def _frames() -> Iterator[types.FrameType]:

@@ -75,6 +75,16 @@ def fold(
     return folded
 
 
+def rows_of(folded: dict[str, torch.Tensor]) -> list[list[Position]]:
+    """The positions of a batch that is folded already, of one sequence each."""
+    ids, labels = folded['input_ids'], folded['labels']
+    mask = folded.get('bag_mask', torch.ones_like(ids)).bool()
+    return [
+        [Position(ids[b, p].tolist(), mask[b, p].tolist(), labels[b, p].tolist(), 0) for p in range(ids.shape[1])]
+        for b in range(len(ids))
+    ]
+
+
 def mean_embeddings(embedding: torch.nn.Module, rows: list[list[Position]]) -> torch.Tensor:
     """(B, P, d): the mean over each bag's attended tokens, summed in float32; zeros where none is."""
     out = []

@@ -93,19 +93,6 @@ def test_labels_are_made_from_the_ids():
         assert set(batch) <= {'input_ids', 'attention_mask'}  # which is left as it was
 
 
-def bags_of(folded: dict[str, Tensor]) -> list[list[reference.Position]]:
-    """Folded rows as the reference reads them."""
-    ids, labels = folded['input_ids'], folded['labels']
-    mask = folded.get('bag_mask', torch.ones_like(ids)).bool()
-    return [
-        [
-            reference.Position(ids[b, p].tolist(), mask[b, p].tolist(), labels[b, p].tolist(), 0)
-            for p in range(ids.shape[1])
-        ]
-        for b in range(len(ids))
-    ]
-
-
 def folded_batch(padded: bool, ids_dtype: torch.dtype = torch.int64, size: int = 3) -> dict[str, Tensor]:
     ids = torch.randint(11, (2 * size, 4), dtype=ids_dtype)
     ids[0] = ids[0, 0]  # a token that comes often
@@ -136,10 +123,10 @@ def test_embedding_eager_and_compiled(
 ):
     folded = folded_batch(padded, ids_dtype)
     embedding = nn.Embedding(11, 8, dtype=dtype)
-    expected = reference.mean_embeddings(embedding, bags_of(folded))
+    expected = reference.mean_embeddings(embedding, reference.rows_of(folded))
     upstream = torch.randn_like(expected)
     exact = nn.Embedding.from_pretrained(embedding.weight.detach().float(), freeze=False)
-    means = reference.mean_embeddings(exact, bags_of(folded))
+    means = reference.mean_embeddings(exact, reference.rows_of(folded))
     (expected_gradient,) = torch.autograd.grad(means, exact.weight, upstream.to(means.dtype))
 
     embedding = embedding.to(device)
@@ -164,7 +151,7 @@ def test_loss_eager_and_compiled(
     folded = folded_batch(padded, torch.int32)
     logits = (3 * torch.randn(*folded['labels'].shape[:2], 11)).to(dtype)
     exact = logits.clone().requires_grad_()
-    expected = reference.multi_hot_loss(exact, bags_of(folded), weights or [1.0] * 3)
+    expected = reference.multi_hot_loss(exact, reference.rows_of(folded), weights or [1.0] * 3)
     (expected_gradient,) = torch.autograd.grad(expected, exact)
 
     # Not contiguous, as logits that leave out the last position are not.
@@ -203,7 +190,7 @@ def loss_of(model: Any, folded: dict[str, Tensor]) -> Tensor:
 
 def definition(model: Tiny, folded: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients, by the reference."""
-    rows = bags_of(folded)
+    rows = reference.rows_of(folded)
     logits = model.body(reference.mean_embeddings(model.embedding, rows)).relu() @ model.embedding.weight.t()
     loss = reference.multi_hot_loss(logits, rows, [1.0] * 3)
     names, parameters = zip(*model.named_parameters(), strict=True)
@@ -244,7 +231,7 @@ def test_bags_of_another_size_and_plain_tokens_need_no_new_code(backend: str | N
             if size == 3
             else F_tst.fold_batch({'input_ids': torch.randint(11, (4, 5))}, size)
         )
-        rows = bags_of(folded)
+        rows = reference.rows_of(folded)
         logits = model(folded['input_ids'])
         expected = reference.multi_hot_loss(logits, rows, [1.0] * size)
         model.to(device)
