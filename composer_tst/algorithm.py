@@ -21,6 +21,7 @@ from composer_tst.compatibility import (
     check_batch,
     check_callbacks,
     check_eval_batch,
+    check_first_batch,
     check_model,
     forget_losses,
     put_first,
@@ -318,6 +319,7 @@ class Run:
         self._positions = 0
         self._dropped = 0
         self._warned_of_tail = False
+        self._first_batch_checked = False
         self._losses_are_of_other_bags = False
 
     @property
@@ -396,6 +398,9 @@ class Run:
             takes(unwrapped(state.model)),
         )
         check_batch(layout.batch, state.batch, bag_size, settings.superpose, state.model)
+        if not self._first_batch_checked:
+            self._first_batch_checked = True
+            check_first_batch(state)
         if layout.dropped and not self._warned_of_tail:
             self._warned_of_tail = True
             report_dropped(layout.dropped, state.batch['input_ids'].shape[1], bag_size, settings.expand)

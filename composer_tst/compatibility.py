@@ -1,16 +1,24 @@
 """What a run cannot have: models, algorithms, callbacks, loaders and data that superposition must refuse."""
 
+import copy
+import logging
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from composer import algorithms
 from composer.callbacks import EarlyStopper, ThresholdStopper
-from composer.core import Algorithm, Callback, State
+from composer.core import Algorithm, Callback, State, get_precision_context
 from composer.models import ComposerModel, HuggingFaceModel
+from torch.nn import functional
 
 from composer_tst.ops.embedding import NOT_FOR_BAGS
-from composer_tst.ops.superposed import find_embedding
+from composer_tst.ops.fold import IGNORE_INDEX, is_plain
+from composer_tst.ops.superposed import find_embedding, leaving_no_trace
+from composer_tst.surgery import is_known, logits_of, unwrapped
+
+log = logging.getLogger(__name__)
 
 _IMAGES = 'it changes images, and superposition trains on tokens'
 _REFUSED = {
@@ -131,6 +139,114 @@ def check_batch(batch: Mapping[str, Any], given: Mapping[str, Any], bag_size: in
         raise ValueError(
             "MPT's flash attention with attn_uses_sequence_id leaves out sequences numbered past the length of a row, "
             f'and a row of bags has more: {advice}'
+        )
+
+
+def check_first_batch(state: State) -> None:
+    """Hold what the model's own loss makes of a batch against what superposition will make of it, on its first row.
+
+    A Hugging Face model computes its loss in its forward. Of a loss of one's own, the gradient tells at each position
+    which token it is trained to predict.
+
+    Raises:
+        ValueError: If labels are shifted already, or the model's own loss predicts other tokens than labels say.
+    """
+    batch, model = state.batch, unwrapped(state.model)
+    if 'labels' in batch:
+        _refuse_shifted(batch['input_ids'], batch['labels'])
+    hugging_face = isinstance(model, HuggingFaceModel)
+    if is_known(vars(model).get('loss', type(model).loss)) and not hugging_face:
+        return
+    rows = len(batch['input_ids'])
+    row = {key: value if is_plain(value) or len(value) != rows else value[:1] for key, value in batch.items()}
+    row = state.device.batch_to_device(row)
+    precision = get_precision_context(state.precision, state.precision_config)
+    with torch.compiler.set_stance('force_eager'), leaving_no_trace(state.model), precision:
+        with torch.no_grad():
+            outputs = state.model(row)
+        (_compare_losses if hugging_face else _check_own_loss)(model, outputs, row)
+
+
+def _refuse_shifted(ids: torch.Tensor, labels: torch.Tensor) -> None:
+    valid = labels != IGNORE_INDEX
+    ahead = (labels == ids.roll(-1, 1))[:, :-1]
+    if bool((labels != ids)[valid].any()) and bool(ahead[valid[:, :-1]].all()):
+        raise ValueError(
+            'labels are shifted already: at t they have token t + 1. Give the label of token t at t, and have the loss '
+            'of the model shift them.'
+        )
+
+
+def _compare_losses(model: Any, outputs: Any, row: Mapping[str, Any]) -> None:
+    """Hold the loss of a Hugging Face model against the cross-entropy of its logits and its router's loss."""
+    if not isinstance(outputs, Mapping) or outputs.get('loss') is None:
+        return
+    # Its labels are without the mask, as superposition's are with it.
+    targets = functional.pad(row['labels'][:, 1:].long(), (0, 1), value=IGNORE_INDEX)
+    expected = functional.cross_entropy(outputs['logits'].float().flatten(0, 1), targets.flatten())
+    if outputs.get('aux_loss') is not None:
+        expected = expected + model.config.router_aux_loss_coef * outputs['aux_loss']
+    _say_what_is_left_out(model, _total(model.loss(outputs, row)), expected)
+
+
+def _total(losses: Any) -> torch.Tensor:
+    """The loss that Composer trains on, of what a model's loss returns."""
+    if isinstance(losses, Mapping):
+        losses = [losses['total']] if 'total' in losses else list(losses.values())
+    total: Any = sum(each.mean() for each in (losses if isinstance(losses, (tuple, list)) else [losses]))
+    return total
+
+
+def _next_labels(row: Mapping[str, Any]) -> torch.Tensor:
+    """What each token is to predict, ``(B, L)``: the label that follows it, -100 where none does."""
+    labels = row.get('labels', row['input_ids']).long()
+    if 'attention_mask' in row:
+        labels = labels.masked_fill(row['attention_mask'] == 0, IGNORE_INDEX)
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> None:
+    name, logits = type(model).__name__, logits_of(model, outputs)
+    if logits.shape[:2] != row['input_ids'].shape:
+        return  # which the first superposed step refuses
+    leaf = logits.detach().float().requires_grad_()
+    if isinstance(outputs, Mapping):
+        outputs = copy.copy(outputs)
+        outputs['logits'] = leaf  # pyright: ignore[reportIndexIssue]
+    elif isinstance(outputs, (tuple, list)):
+        outputs = type(outputs)([leaf, *outputs[1:]])
+    else:
+        outputs = leaf
+    with torch.enable_grad():
+        loss = _total(model.loss(outputs, row))
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    expected, trained = _next_labels(row), gradient.ne(0).any(-1)
+    predicted = gradient.argmin(-1)  # that of a cross-entropy is below 0 at the target alone
+    given = row.get('labels', row['input_ids'])
+    if bool((predicted == given)[trained].all()) and not bool((predicted == expected)[trained].all()):
+        raise ValueError(
+            f'The loss of {name} predicts labels[t] at t, and superposition the label of the next token, '
+            'labels[t + 1]: give the label of token t at t, and have the loss shift them.'
+        )
+    ignored = ~trained & (expected != IGNORE_INDEX)
+    if bool(ignored.any()):
+        tokens = ', '.join(map(str, expected[ignored].unique()[:3].tolist()))
+        raise ValueError(
+            f'The loss of {name} ignores {int(ignored.sum())} targets of the first row that labels have (token '
+            f'{tokens}): mark them with -100 in labels, or give an attention_mask.'
+        )
+    cross_entropy = functional.cross_entropy(leaf[trained], predicted[trained])
+    _say_what_is_left_out(model, loss, cross_entropy)
+
+
+def _say_what_is_left_out(model: Any, loss: torch.Tensor, cross_entropy: torch.Tensor) -> None:
+    if not torch.isclose(loss.float(), cross_entropy.float(), rtol=1e-4, atol=1e-5):
+        log.warning(
+            'The loss of %s is more than a cross-entropy: %.4g on the first row, where its cross-entropy is %.4g. '
+            'Superposed steps leave the rest out, and recovery trains on it.',
+            type(model).__name__,
+            float(loss),
+            float(cross_entropy),
         )
 
 

@@ -162,7 +162,7 @@ class Microbatches:
     def before_loss(self, state: State) -> None:
         """Have the model's loss of ``state.outputs`` be the multi-hot cross-entropy, until :meth:`after_loss`."""
         own = vars(self._model).get('loss', type(self._model).loss)
-        if own is not self._own_loss and not _is_known(own):
+        if own is not self._own_loss and not is_known(own):
             self._own_loss = own
             log.warning(
                 'The %s has a loss of its own: superposed steps train on the multi-hot cross-entropy instead of it, '
@@ -225,7 +225,8 @@ class Microbatches:
         Raises:
             ValueError: If the logits are not one for each position.
         """
-        logits, targets = self._logits(outputs), self._current_targets(batch).to(self._logits(outputs).device)
+        logits = logits_of(self._model, outputs)
+        targets = self._current_targets(batch).to(logits.device)
         if logits.shape[:-1] != targets.shape[:2]:
             raise ValueError(
                 f'{self._name} returns logits of shape {tuple(logits.shape)} for bags of shape '
@@ -236,9 +237,10 @@ class Microbatches:
             self._weights = self._weights.to(logits.device)
         mce = multi_hot_cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1), self._weights)
         aux_loss = outputs.get('aux_loss') if isinstance(outputs, Mapping) else None
-        if aux_loss is None:
+        weight = getattr(getattr(self._model, 'config', None), 'router_aux_loss_coef', None)
+        if aux_loss is None or weight is None:
             return mce
-        router = self._model.config.router_aux_loss_coef * aux_loss
+        router = weight * aux_loss
         self._router_losses.append(router.detach())
         return mce + router
 
@@ -250,17 +252,23 @@ class Microbatches:
             return self._targets
         return bag_targets(labels, batch.get('attention_mask'), self._bag_size, self._settings.superpose)
 
-    def _logits(self, outputs: Any) -> torch.Tensor:
-        if isinstance(outputs, Mapping):
-            logits, names = outputs.get('logits'), ', '.join(outputs)
-        else:
-            logits, names = (outputs[0] if isinstance(outputs, (tuple, list)) else outputs), type(outputs).__name__
-        if not isinstance(logits, torch.Tensor):
-            raise ValueError(
-                f'{self._name} returns {names} from its forward: have it return logits (B, P, V), under the name '
-                'logits, first in a tuple, or alone.'
-            )
-        return logits
+
+def logits_of(model: Any, outputs: Any) -> torch.Tensor:
+    """The logits ``(B, P, V)`` in what a model's forward returns.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if isinstance(outputs, Mapping):
+        logits, names = outputs.get('logits'), ', '.join(outputs)
+    else:
+        logits, names = (outputs[0] if isinstance(outputs, (tuple, list)) else outputs), type(outputs).__name__
+    if not isinstance(logits, torch.Tensor):
+        raise ValueError(
+            f'{type(model).__name__} returns {names} from its forward: have it return logits (B, P, V), under the name '
+            'logits, first in a tuple, or alone.'
+        )
+    return logits
 
 
 def _who(state: State) -> list[str]:
@@ -278,7 +286,7 @@ def _named(names: list[str]) -> str:
     return f', perhaps by {" or ".join(names)}' if names else ''
 
 
-def _is_known(loss: Any) -> bool:
+def is_known(loss: Any) -> bool:
     """Whether a loss is the next-token cross-entropy of Composer's or llm-foundry's own models."""
     return getattr(loss, '__module__', '').partition('.')[0] in ('composer', 'llmfoundry')
 

@@ -356,7 +356,7 @@ class _FirstCall:
                 self._wait()
         labels = [*self._labels, *(copies[id(label)] for label in self._labels if id(label) in copies)]
         watch = _Watch(self._model, self._tables, [self._given, *ids] if self._tables else [], labels)
-        with torch.no_grad(), torch.compiler.set_stance('force_eager'), _leaving_no_trace(self._model), watch:
+        with torch.no_grad(), torch.compiler.set_stance('force_eager'), leaving_no_trace(self._model), watch:
             self._model(*again[0], **again[1])
         watch.check()
         self.made = True
@@ -381,7 +381,7 @@ def _stands_for_bags(value: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
+def leaving_no_trace(model: nn.Module) -> Iterator[None]:
     """Put random numbers, buffers and modules' numbers back, and keep no weight that autocast has cast."""
     numpy: Any = sys.modules.get('numpy')
     states = random.getstate(), numpy and numpy.random.get_state()
