@@ -82,10 +82,14 @@ def check(mine: Any, expected: Any, tolerance: float = 1e-4) -> None:
             assert error <= tolerance * torch.linalg.norm(other.float()) + 1e-7
 
 
-class Model(nn.Module):
+def whole(self: Any, ids: Tensor) -> Tensor:
+    return self.wte(ids)
+
+
+class Unnamed(nn.Module):
     """A model of one's own that mixes positions. ``look`` says how it looks ids up."""
 
-    def __init__(self, look: Any = lambda self, ids: self.wte(ids), **options: Any):
+    def __init__(self, look: Any = whole, **options: Any):
         super().__init__()
         torch.manual_seed(1)
         self.look = look
@@ -95,14 +99,18 @@ class Model(nn.Module):
         self.bag = nn.EmbeddingBag(V, D)
         self.register_buffer('kept', torch.zeros(4, 32, dtype=torch.long), persistent=False)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.wte
-
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Any = None) -> Tensor:
         x = self.look(self, input_ids)
         if attention_mask is not None:
             x = x * attention_mask[..., None]
         return self.head(F.gelu(self.mix(x)).cumsum(1))
+
+
+class Model(Unnamed):
+    """One that says which its input embedding is."""
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.wte
 
 
 def static_ids(self: Any, ids: Tensor) -> Tensor:
@@ -112,7 +120,7 @@ def static_ids(self: Any, ids: Tensor) -> Tensor:
 
 
 LOOKS: dict[str, Any] = {
-    'whole': lambda self, ids: self.wte(ids),
+    'whole': whole,
     'flat': lambda self, ids: self.wte(ids.view(-1)).view(*ids.shape, -1),
     'transposed': lambda self, ids: self.wte(ids.t()).transpose(0, 1),
     'one more axis': lambda self, ids: self.wte(ids[:, None])[:, 0],
@@ -241,3 +249,292 @@ def test_plain_ids_beside_bags_are_exact(padded: bool, dtype: torch.dtype):
     plain(ids).backward(upstream)
     exact = dtype != torch.bfloat16 or padded  # in bfloat16, a third of the gradient, three times
     torch.testing.assert_close(wte.weight.grad, plain.weight.grad, **({'rtol': 0, 'atol': 0} if exact else {}))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_weights_of_other_dtypes(dtype: torch.dtype):
+    folded = fold(True)
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
+    check(step(Model().to(dtype), folded), definition(Model().to(dtype), folded), tolerance)
+
+
+def test_autocast_keeps_gradients_of_weights_that_the_watched_call_has_cast():
+    """One region for several passes: what is cast without a gradient must not be cached."""
+    folded, model = fold(True), Model()
+    with torch.autocast('cpu', torch.bfloat16):
+        model(folded['input_ids'][..., 0])
+        mine = step(model, folded)
+    assert all(p.grad is not None for p in (model.wte.weight, model.mix.weight, model.head.weight))
+    check(mine, definition(Model(), folded), 0.05)
+
+
+class Halves(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        self.calls = getattr(self, 'calls', 0) + 1
+        return weight / 2
+
+
+def test_a_parametrised_weight():
+    """It is computed as often as in plain training, and the embedding is copied as it is."""
+
+    def make() -> Any:
+        model = Model()
+        parametrize.register_parametrization(model.wte, 'weight', Halves())
+        return model
+
+    model, folded = make(), fold(True)
+    check(step(model, folded), definition(make(), folded))
+    halves = model.wte.parametrizations.weight[0]
+    calls = halves.calls
+    with superposed(model, folded) as inputs:
+        model(**inputs)
+        copied = copy.deepcopy(model)
+    assert halves.calls == calls + 1
+    assert not isinstance(copied.wte, BagLookup)
+    assert torch.equal(copied(folded['input_ids'][..., 0]), model(folded['input_ids'][..., 0]))
+
+
+def test_an_embedding_that_is_named():
+    model, folded = Unnamed(), fold(True)
+    with pytest.raises(ValueError, match='has 3 nn.Embedding modules where its input embedding is looked for: define'):
+        step(model, folded)
+    check(step(model, folded, embedding=model.wte), definition(Model(), folded))
+
+
+def test_the_embedding_is_found_behind_wrappers_and_base_classes():
+    class Base(nn.Module):
+        def get_input_embeddings(self) -> nn.Module:
+            raise NotImplementedError
+
+    outer: Any = Base()
+    outer.model = Model()
+    assert find_embedding(outer) is outer.model.wte
+    assert find_embedding(torch.compile(outer)) is outer.model.wte  # pyright: ignore
+    only = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2))
+    assert find_embedding(only) is only[0]
+    with pytest.raises(ValueError, match='Linear has 0 nn.Embedding modules .* define get_input_embeddings'):
+        find_embedding(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('copies', [False, True])
+def test_an_embedding_in_a_region_that_backward_runs_again(reentrant: bool, copies: bool):
+    """Also where what it is run again on is a copy, as activation offloading keeps."""
+
+    def look(self: Any, ids: Tensor) -> Tensor:
+        anchor = torch.zeros(1, requires_grad=True)
+        hooks = (
+            torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone) if copies else contextlib.nullcontext()
+        )
+        with hooks:
+            found: Any = checkpoint(
+                lambda ids, anchor: self.wte(ids).tanh() + anchor, ids, anchor, use_reentrant=reentrant
+            )
+        return found
+
+    folded = fold(True)
+    check(step(Model(look), folded), definition(Model(lambda self, ids: self.wte(ids).tanh()), folded))
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('make', [llama, gpt2])
+def test_checkpointing_of_transformers(make: Any, reentrant: bool):
+    model, folded = make(), fold(True)
+    model.gradient_checkpointing_enable({'use_reentrant': reentrant})
+    model.enable_input_require_grads()
+    check(step(model.train(), folded), definition(make(), folded))
+
+
+def test_a_backward_pass_after_the_block_is_an_error_where_it_would_look_bags_up():
+    model = Model(lambda self, ids: checkpoint(lambda ids: self.wte(ids).tanh(), ids, use_reentrant=False))
+    with superposed(model, fold()) as inputs:
+        loss = model(**inputs).sum()
+    with pytest.raises(IndexError):
+        loss.backward()
+    with pytest.raises(IndexError):
+        model(**inputs)
+
+
+COMPILED: dict[str, Any] = {
+    'wrapped': lambda model, **how: (model, torch.compile(model, fullgraph=True, **how)),
+    'in place': lambda model, **how: (model.compile(fullgraph=True, **how), (model, model))[1],
+    'by blocks': lambda model, **how: (
+        [m.compile(fullgraph=True, **how) for n, m in model.named_modules() if re.search(r'layers\.\d$|wte$|mix$', n)],
+        (model, model),
+    )[1],
+}
+BACKENDS = ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('way', COMPILED)
+@pytest.mark.parametrize('name', ['own', 'value embeddings', 'llama', pytest.param('gemma', marks=pytest.mark.slow)])
+def test_compiled_models(name: str, way: str, backend: str):
+    """Padded and not, and plain in between: one graph each, and no more at the next step."""
+    torch._dynamo.reset()
+    make: Any = {
+        'own': Model,
+        'value embeddings': lambda: Model(LOOKS['shifted value embeddings']),
+        'llama': lambda: llama(num_hidden_layers=1, tie_word_embeddings=True),
+        'gemma': lambda: gemma(num_hidden_layers=1),
+    }[name]
+    model, call = COMPILED[way](make(), backend=backend)
+    graphs = []
+    for turn in range(2):
+        for padded in (False, True):
+            folded = fold(padded) | {'attention_mask': fold(True)['attention_mask']}
+            model.zero_grad()
+            check(step(call, folded), definition(make(), folded))
+            plain = {'input_ids': fold()['input_ids'][..., 1], 'attention_mask': folded['attention_mask']}
+            torch.testing.assert_close(logits_of(call(**plain)), logits_of(make()(**plain)), rtol=1e-4, atol=1e-5)
+        graphs.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
+    assert graphs[0] == graphs[1] > 0
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('padded', [False, True])
+@pytest.mark.parametrize('look', ['as int64', 'as int32', 'flat', 'shifted behind a token', 'beside a prefix'])
+def test_ids_of_32_bits_and_moves_compiled(look: str, padded: bool, backend: str):
+    torch._dynamo.reset()
+    folded = fold(padded, torch.int32)
+    check(step(torch.compile(Model(LOOKS[look]), fullgraph=True, backend=backend), folded), definition(Model(LOOKS[look]), folded))  # fmt: skip
+
+
+def test_a_compiled_function_around_the_model_is_called_after_the_model_itself():
+    """It cannot be watched from within: the first block refuses it, and says what to do."""
+    torch._dynamo.reset()
+    model, folded = Model(), fold(True)
+
+    @torch.compile(backend='aot_eager', fullgraph=True)
+    def loss_of(inputs: Any) -> Tensor:
+        logits = model(**inputs)
+        return F_tst.multi_hot_cross_entropy(logits.flatten(0, 1), folded['labels'].flatten(0, 1))
+
+    with pytest.raises(ValueError, match='the first time call that outside of compiled functions'):  # noqa: SIM117
+        with superposed(model, folded) as inputs:
+            loss_of(inputs).backward()
+    model.zero_grad()
+    with superposed(model, folded) as inputs:
+        with torch.no_grad():
+            model(**inputs)
+        loss = loss_of(inputs)
+        loss.backward()
+    check((loss.detach(), [p.grad for p in model.parameters()]), definition(Model(), folded))
+
+
+@pytest.mark.parametrize('make', [Model, llama, gpt2, gemma])
+def test_a_model_is_changed_in_the_block_alone(make: Any):
+    model, folded, ids = make(), fold(True), torch.randint(V, (2, 6))
+    classes = [type(module) for module in model.modules()]
+    attributes = [set(vars(module)) for module in model.modules()]
+    keys, plain = list(model.state_dict()), logits_of(model(input_ids=ids))
+
+    def is_untouched(model: Any) -> bool:
+        return (
+            [type(module) for module in model.modules()] == classes
+            and [set(vars(module)) for module in model.modules()] == attributes
+            and torch.equal(logits_of(model(input_ids=ids)), plain)
+        )
+
+    for _ in range(2):
+        with superposed(model, folded) as inputs:
+            embedding = find_embedding(model)
+            assert isinstance(embedding, BagLookup)
+            assert isinstance(embedding, classes[list(model.modules()).index(embedding)])
+            assert list(model.state_dict()) == keys
+            model(**inputs)
+            saved = io.BytesIO()
+            torch.save(model, saved)
+            saved.seek(0)
+            for other in (copy.deepcopy(model), torch.load(saved, weights_only=False)):
+                assert is_untouched(other)
+        assert is_untouched(model)
+
+
+@pytest.mark.parametrize('when', ['before', 'within', 'after'])
+def test_an_exception_in_the_block_gives_the_model_back(when: str):
+    def fails(self: Any, ids: Tensor) -> Tensor:
+        if when == 'within':
+            raise KeyboardInterrupt
+        return self.wte(ids)
+
+    model = Model(fails)
+    before = set(vars(model)), vars(model.wte).keys()
+    with pytest.raises(KeyboardInterrupt), superposed(model, fold()) as inputs:
+        if when != 'before':
+            model(**inputs)
+        raise KeyboardInterrupt
+    assert type(model.wte) is type(model.value) is nn.Embedding
+    assert (set(vars(model)), vars(model.wte).keys()) == before
+    model.look = LOOKS['whole']
+    check(step(model, fold()), definition(Model(), fold()))
+
+
+def test_another_block_on_the_model_is_refused_and_the_first_goes_on():
+    model, folded = Model(), fold()
+    with superposed(model, folded) as inputs:
+        with pytest.raises(ValueError, match='Model is superposed already: leave one block of superposed before the'):
+            superposed(model, folded).__enter__()
+        with pytest.raises(ValueError, match='Sequential is superposed already'):
+            superposed(nn.Sequential(model), folded).__enter__()
+        assert isinstance(model.wte, BagLookup)
+        model(**inputs)
+    assert type(model.wte) is nn.Embedding
+
+
+def test_other_calls_in_the_block_neither_count_nor_are_watched():
+    """Before, between and after: on plain ids, in training and evaluation."""
+    model, folded, ids = Model(), fold(True), torch.randint(V, (2, 5))
+    expected, calls = model(ids), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    with superposed(model, folded) as inputs:
+        assert torch.equal(model(ids), expected)
+        assert torch.equal(model.eval()(input_ids=ids), expected)
+        model.train()
+        assert len(calls) == 2
+        first = model(**inputs)
+        assert len(calls) == 4
+        assert torch.equal(model(inputs['input_ids'], inputs['attention_mask']), first)
+        assert torch.equal(model(ids), expected)
+        assert len(calls) == 6
+
+
+@pytest.mark.parametrize('how', ['keywords', 'positions', 'one mapping', 'an object', 'an object of copies', 'slices'])
+def test_a_model_called_in_any_way(how: str):
+    """Also on batches of a class of one's own, which the model may take apart."""
+
+    class Batch:
+        def __init__(self, **values: Any):
+            vars(self).update(values)
+
+    class Takes(Model):
+        def forward(self, *args: Any, **inputs: Any) -> Tensor:
+            if args and not isinstance(args[0], Tensor):
+                inputs = args[0] if isinstance(args[0], dict) else vars(args[0])
+                args = (inputs.pop('input_ids'), inputs.pop('attention_mask'))
+            return super().forward(*args, **inputs)
+
+    model, folded = Takes(), fold(True)
+    with superposed(model, folded) as given:
+        if how == 'keywords':
+            logits = model(**given)
+        elif how == 'positions':
+            logits = model(given['input_ids'], given['attention_mask'])
+        elif how == 'one mapping':
+            logits = model(dict(given))
+        elif how == 'slices':
+            logits = torch.cat([model(**{key: value[row : row + 1] for key, value in given.items()}) for row in (0, 1)])
+        else:
+            values = {key: value.clone() for key, value in given.items()} if 'copies' in how else given
+            logits = model(Batch(**values))
+        loss = F_tst.multi_hot_cross_entropy(logits.flatten(0, 1), folded['labels'].flatten(0, 1))
+        loss.backward()
+    check((loss.detach(), [p.grad for p in model.parameters()]), definition(Model(), folded))
+
+
+def test_in_inference_mode():
+    folded = fold(True)
+    with torch.inference_mode(), superposed(model := Model(), fold(True)) as inputs:
+        logits = model(**inputs)
+    loss = F_tst.multi_hot_cross_entropy(logits.flatten(0, 1), folded['labels'].flatten(0, 1))
+    torch.testing.assert_close(loss, definition(Model(), folded)[0])
