@@ -80,10 +80,7 @@ def rows_of(folded: dict[str, torch.Tensor]) -> list[list[Position]]:
     ids, labels = folded['input_ids'], folded['labels']
     mask = folded.get('bag_mask', torch.ones_like(ids)).bool()
     return [
-        [
-            Position(ids[b, p].tolist(), mask[b, p].tolist(), labels[b, p].tolist(), 0)
-            for p in range(ids.shape[1])
-        ]
+        [Position(ids[b, p].tolist(), mask[b, p].tolist(), labels[b, p].tolist(), 0) for p in range(ids.shape[1])]
         for b in range(len(ids))
     ]
 

@@ -5,8 +5,7 @@ import copy
 import io
 import random
 import re
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from composer_tst import functional as F_tst
 from composer_tst.ops import superposed as module_under_test
-from composer_tst.ops.superposed import BASE, BagLookup, find_embedding, give_back, superposed
+from composer_tst.ops.superposed import BagLookup, find_embedding, give_back, superposed
 
 S, V, D = 3, 60, 8
 
@@ -137,13 +136,14 @@ LOOKS: dict[str, Any] = {
     'permuted': lambda self, ids: self.wte(ids[:, torch.arange(ids.shape[1]).flip(0)]).flip(1),
     'gathered': lambda self, ids: self.wte(ids.gather(1, torch.arange(ids.shape[1]).flip(0).expand_as(ids))),
     'selected': lambda self, ids: self.wte(ids[torch.ones_like(ids, dtype=torch.bool)]).view(*ids.shape, -1),
-    'repeated': lambda self, ids: self.wte(ids.repeat_interleave(2, 1))[:, ::2] + self.wte(ids.repeat(2, 1))[: len(ids)],
+    'repeated': lambda self, ids: self.wte(ids.repeat_interleave(2, 1))[:, ::2]
+    + self.wte(ids.repeat(2, 1))[: len(ids)],
     'windows': lambda self, ids: self.wte(F.pad(ids, (1, 0), value=2).unfold(1, 2, 1)).mean(2),
     'in a buffer': static_ids,
     'value embeddings': lambda self, ids: self.wte(ids) + self.value(ids),
     'shifted value embeddings': lambda self, ids: self.wte(ids) * self.value(F.pad(ids[:, :-1], (1, 0), value=5)),
     'frozen': lambda self, ids: self.wte.requires_grad_(False)(ids),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize('padded', [False, True])
@@ -155,7 +155,7 @@ def test_ids_moved_in_any_way_are_looked_up_as_bags(look: str, padded: bool):
 
 @pytest.mark.parametrize('dtype', [torch.int32, torch.int64])
 @pytest.mark.parametrize('how', [{'expand': 'batch'}, {'expand': 'none'}, {'superpose': 'input'}])
-def test_every_fold(how: dict[str, str], dtype: torch.dtype):
+def test_every_fold(how: Any, dtype: torch.dtype):
     folded = fold(True, dtype, length=7, **how)
     check(step(Model(), folded), definition(Model(), folded))
 
@@ -231,7 +231,8 @@ def test_bags_of_one_token_are_plain_training_to_the_bit():
     F_tst.multi_hot_cross_entropy(expected.flatten(0, 1), folded['labels'].flatten(0, 1)).backward()
     for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         assert (mine.grad is None) == (theirs.grad is None)
-        assert mine.grad is None or torch.equal(mine.grad, theirs.grad)
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
@@ -248,7 +249,7 @@ def test_plain_ids_beside_bags_are_exact(padded: bool, dtype: torch.dtype):
         model(ids).backward(upstream)
     plain(ids).backward(upstream)
     exact = dtype != torch.bfloat16 or padded  # in bfloat16, a third of the gradient, three times
-    torch.testing.assert_close(wte.weight.grad, plain.weight.grad, **({'rtol': 0, 'atol': 0} if exact else {}))
+    torch.testing.assert_close(wte.weight.grad, plain.weight.grad, rtol=0 if exact else 0.02, atol=0)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
@@ -266,6 +267,31 @@ def test_autocast_keeps_gradients_of_weights_that_the_watched_call_has_cast():
         mine = step(model, folded)
     assert all(p.grad is not None for p in (model.wte.weight, model.mix.weight, model.head.weight))
     check(mine, definition(Model(), folded), 0.05)
+
+
+class Past(nn.Embedding):
+    """Looks up past ``nn.Embedding.forward``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.weight[input]
+
+
+class Scaled(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 3
+
+
+def test_embeddings_of_classes_of_ones_own():
+    def make(kind: type[nn.Embedding]) -> Model:
+        model = Model()
+        model.wte.__class__ = kind
+        return model
+
+    check(step(make(Scaled), fold(True)), definition(make(Scaled), fold(True)))
+    with pytest.raises(
+        ValueError, match=r'^wte \(Past\) reads the ids of a superposed batch by value by index, test_sup'
+    ):
+        step(make(Past), fold(True))
 
 
 class Halves(nn.Module):
@@ -380,7 +406,7 @@ def test_compiled_models(name: str, way: str, backend: str):
     }[name]
     model, call = COMPILED[way](make(), backend=backend)
     graphs = []
-    for turn in range(2):
+    for _ in range(2):
         for padded in (False, True):
             folded = fold(padded) | {'attention_mask': fold(True)['attention_mask']}
             model.zero_grad()
@@ -397,7 +423,10 @@ def test_compiled_models(name: str, way: str, backend: str):
 def test_ids_of_32_bits_and_moves_compiled(look: str, padded: bool, backend: str):
     torch._dynamo.reset()
     folded = fold(padded, torch.int32)
-    check(step(torch.compile(Model(LOOKS[look]), fullgraph=True, backend=backend), folded), definition(Model(LOOKS[look]), folded))  # fmt: skip
+    check(
+        step(torch.compile(Model(LOOKS[look]), fullgraph=True, backend=backend), folded),
+        definition(Model(LOOKS[look]), folded),
+    )
 
 
 def test_a_compiled_function_around_the_model_is_called_after_the_model_itself():
@@ -460,7 +489,7 @@ def test_an_exception_in_the_block_gives_the_model_back(when: str):
 
     model = Model(fails)
     before = set(vars(model)), vars(model.wte).keys()
-    with pytest.raises(KeyboardInterrupt), superposed(model, fold()) as inputs:
+    with pytest.raises(KeyboardInterrupt), superposed(model, fold()) as inputs:  # noqa: PT012
         if when != 'before':
             model(**inputs)
         raise KeyboardInterrupt
@@ -616,11 +645,20 @@ READS: dict[str, tuple[Any, str]] = {
     'counted': (lambda self, ids: self.wte(ids) + ids.flatten().bincount().sum(), 'reads .* by value by bincount'),
     'functional': (lambda self, ids: F.embedding(ids, self.wte.weight), 'reads .* by value by embedding'),
     'indexed': (lambda self, ids: self.wte.weight[ids], 'reads .* by value by index'),
-    'index_select': (lambda self, ids: self.wte.weight.index_select(0, ids[0]).expand(2, -1, -1), 'reads .* index_sele'),
+    'index_select': (
+        lambda self, ids: self.wte.weight.index_select(0, ids[0]).expand(2, -1, -1),
+        'reads .* index_sele',
+    ),
     'mapped': (lambda self, ids: self.wte(torch.arange(V).flip(0)[ids]), 'reads .* by value by index'),
     'gathered by': (lambda self, ids: self.wte(torch.arange(V).expand(len(ids), -1).gather(1, ids)), 'reads .* gather'),
-    'added at': (lambda self, ids: torch.zeros(V, D).index_add(0, ids[0], self.wte(ids[0])).sum(0), 'reads .* index_add'),
-    'another length': (lambda self, ids: self.wte(ids) + self.longer(ids), r'longer \(Embedding\) reads .* by embedding'),
+    'added at': (
+        lambda self, ids: torch.zeros(V, D).index_add(0, ids[0], self.wte(ids[0])).sum(0),
+        'reads .* index_add',
+    ),
+    'another length': (
+        lambda self, ids: self.wte(ids) + self.longer(ids),
+        r'longer \(Embedding\) reads .* by embedding',
+    ),
     'bag': (lambda self, ids: self.wte(ids) + self.bag(ids)[:, None], r'bag \(EmbeddingBag\) reads .* _embedding_bag'),
     'bags of ours': (lambda self, ids: F_tst.bag_embedding(self.wte, ids[..., None]), 'reads .* by value by'),
     'score of attention': (score, 'reads .* by value by flex_attention'),
@@ -632,7 +670,7 @@ READS: dict[str, tuple[Any, str]] = {
     'filled': (lambda self, ids: self.wte(ids.fill_(3)), r'Model\)? changes .* by fill_, test_superposed.py:\d+'),
     'added in place': (lambda self, ids: self.wte(ids.add_(1)), 'changes .* by add_'),
     'out': (out, '(changes|reads) .* by add'),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize('what', READS)
@@ -725,7 +763,7 @@ def test_ids_changed_in_place_in_a_later_step(backend: str | None):
     with pytest.raises(ValueError, match='The ids of a superposed batch were changed in place in the pass of'):
         step(model, fold())
     inner.late = False
-    with pytest.raises(ValueError, match='were changed in place'), superposed(model, fold()) as inputs:
+    with pytest.raises(ValueError, match='were changed in place'), superposed(model, fold()) as inputs:  # noqa: PT012
         inputs['input_ids'].fill_(3)
         model(**inputs)
 
@@ -796,22 +834,37 @@ def test_flex_attention_that_knows_nothing_of_ids_trains():
 
 
 MISUSED: dict[str, tuple[Any, str]] = {
-    'a tensor': (lambda: superposed(Model(), torch.zeros(2, 3)), 'superposed was given a Tensor: give it a batch of int6'),  # pyright: ignore
+    'a tensor': (
+        lambda: superposed(Model(), cast(Any, torch.zeros(2, 3))),
+        'superposed was given a Tensor: give it a batch of int6',
+    ),  # pyright: ignore
     'no ids': (lambda: superposed(Model(), {'x': 1}), 'superposed was given a dict without input_ids: give it a batch'),
     'not folded': (
         lambda: superposed(Model(), {'input_ids': torch.zeros(4, 6).long(), 'labels': torch.zeros(4, 6).long()}),
         r'superposed was given input_ids of shape \(4, 6\), which are not folded: give it a batch of',
     ),
-    'one row': (lambda: superposed(Model(), {'input_ids': torch.zeros(4).long()}), r'of shape \(4,\), which are not fold'),
-    'floats': (lambda: superposed(Model(), {'input_ids': torch.zeros(1, 4, 2)}), 'was given input_ids of torch.float32'),
-    'small': (lambda: superposed(Model(), {'input_ids': torch.zeros(1, 4, 2).short()}), 'input_ids of torch.int16: give'),
+    'one row': (
+        lambda: superposed(Model(), {'input_ids': torch.zeros(4).long()}),
+        r'of shape \(4,\), which are not fold',
+    ),
+    'floats': (
+        lambda: superposed(Model(), {'input_ids': torch.zeros(1, 4, 2)}),
+        'was given input_ids of torch.float32',
+    ),
+    'small': (
+        lambda: superposed(Model(), {'input_ids': torch.zeros(1, 4, 2).short()}),
+        'input_ids of torch.int16: give',
+    ),
     'a weight': (
         lambda: superposed(Model(), fold(), Model().wte.weight).__enter__(),  # pyright: ignore
         'embedding is a Parameter: give the nn.Embedding that Model looks token ids up in',
     ),
     'another embedding': (lambda: step(Model(), fold(), embedding=nn.Embedding(7, 2)), '(reads|looks no) .*ids'),
-    'a longer embedding': (lambda: step(m := Model(), fold(), embedding=m.longer), r'wte \(Embedding\) reads .* embeddi'),
-}  # fmt: skip
+    'a longer embedding': (
+        lambda: step(m := Model(), fold(), embedding=m.longer),
+        r'wte \(Embedding\) reads .* embeddi',
+    ),
+}
 
 
 @pytest.mark.parametrize('what', MISUSED)
@@ -867,8 +920,10 @@ def test_the_watched_call_changes_no_bit(how: str):
 
     def run(watched: bool) -> list[Tensor]:
         torch._dynamo.reset()
-        torch.manual_seed(7), random.seed(7), np.random.seed(7)
-        model = Restless()
+        torch.manual_seed(7)
+        random.seed(7)
+        np.random.seed(7)
+        model: Any = Restless()
         call: Any = torch.compile(model, backend='aot_eager', fullgraph=True) if how == 'aot_eager' else model
         if how == 'checkpointed':
             model.look = lambda _, ids: checkpoint(model.draws, model, ids, use_reentrant=True)
