@@ -81,7 +81,8 @@ class superposed:
     def __enter__(self) -> dict[str, Any]:
         self._given = self._ids if self._ids.ndim == 2 else self._ids[..., 0]
         if self._ids.ndim == 3 and self._ids.shape[2] > 1:
-            self._tables = _tables(self._model, self._embedding or find_embedding(self._model))
+            embedding = find_embedding(self._model) if self._embedding is None else self._embedding
+            self._tables = _tables(self._model, embedding)
             self._given = BASE + torch.arange(self._given.numel(), dtype=self._ids.dtype, device=self._ids.device)
             self._given = self._given.view(self._ids.shape[:2])
             mask = None if self._mask is None else self._mask.flatten(0, 1) != 0
@@ -97,7 +98,7 @@ class superposed:
         if kind is not None or not self._tables:
             return
         name = type(self._model).__name__
-        if self._first_call is not None and not self._first_call.made:
+        if self._first_call is not None and not self._first_call.came:
             raise ValueError(
                 f'superposed was given {name}, which was not called on the inputs of its block, or in a compiled '
                 'function alone: give it the module that you call, and the first time call that outside of compiled '
@@ -320,13 +321,13 @@ class _FirstCall:
     """What a model's next call on ids that stand for bags goes through: a watched call before it.
 
     Attributes:
-        made: Whether there was such a call.
+        came: Whether there was such a call.
     """
 
     def __init__(self, model: nn.Module, given: Tensor, tables: list[nn.Embedding], labels: list[Tensor]):
         self._model, self._given, self._tables, self._labels = model, given, tables, labels
         self._version = _version(given)
-        self.made = False
+        self.came = False
         self._wait()
 
     def _wait(self) -> None:
@@ -344,24 +345,21 @@ class _FirstCall:
         if torch.compiler.is_compiling():  # a function around the model: leaving the block refuses it
             return self._model._call_impl(*args, **kwargs)
         self.stop_waiting()
-        if _version(self._given) != self._version:  # which leaving the block refuses
-            self.made = True
+        try:
+            again, copies = _copy_call(args, kwargs)
+            ids = [value for value in copies.values() if isinstance(value, Tensor) and _stands_for_bags(value)]
+            self.came |= bool(ids) or id(self._given) in copies  # else it is a call beside the pass, on plain ids
+            if self.came and _version(self._given) == self._version:  # else leaving the block refuses it
+                labels = [*self._labels, *(copies[id(label)] for label in self._labels if id(label) in copies)]
+                watch = _Watch(self._model, self._tables, [self._given, *ids] if self._tables else [], labels)
+                with torch.no_grad(), torch.compiler.set_stance('force_eager'), leaving_no_trace(self._model), watch:
+                    self._model(*again[0], **again[1])
+                watch.check()
+                _WATCHED[self._model.training].add(self._model)
             return self._model(*args, **kwargs)
-        again, copies = _copy_call(args, kwargs)
-        ids = [value for value in copies.values() if isinstance(value, Tensor) and _stands_for_bags(value)]
-        if not ids and id(self._given) not in copies:  # a call beside the pass, on plain ids
-            try:
-                return self._model(*args, **kwargs)
-            finally:
+        finally:
+            if not _is_watched(self._model):
                 self._wait()
-        labels = [*self._labels, *(copies[id(label)] for label in self._labels if id(label) in copies)]
-        watch = _Watch(self._model, self._tables, [self._given, *ids] if self._tables else [], labels)
-        with torch.no_grad(), torch.compiler.set_stance('force_eager'), leaving_no_trace(self._model), watch:
-            self._model(*again[0], **again[1])
-        watch.check()
-        self.made = True
-        _WATCHED[self._model.training].add(self._model)
-        return self._model(*args, **kwargs)
 
 
 def _copy_call(args: Any, kwargs: Any) -> tuple[Any, dict[int, Any]]:
@@ -386,10 +384,9 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
     numpy: Any = sys.modules.get('numpy')
     states = random.getstate(), numpy and numpy.random.get_state()
     buffers = [
-        (module, name, b, b.clone())
+        (module, name, buffer, None if buffer is None else buffer.clone())
         for module in model.modules()
-        for name, b in module._buffers.items()
-        if b is not None
+        for name, buffer in module._buffers.items()
     ]
     # DDP notes whether a call has a gradient.
     numbers = [
@@ -410,7 +407,7 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
                 numpy.random.set_state(states[1])
             for module, name, buffer, before in buffers:
                 module._buffers[name] = buffer
-                if not torch.equal(buffer, before.to(buffer)):
+                if buffer is not None and before is not None and not torch.equal(buffer, before.to(buffer)):
                     buffer.copy_(before)
             for module, before in numbers:
                 vars(module).update(before)
@@ -526,12 +523,14 @@ class _Watch(TorchDispatchMode):
         """Raise a ValueError that names the module, the operator and the line."""
         names = {id(module): name for name, module in self._model.named_modules()}
         owner, line = type(self._model).__name__, ''
-        frames = [frame for frame in _frames() if frame.f_code.co_filename != __file__]
+        here = __file__.rpartition('/')[0]
+        frames = [frame for frame in _frames() if not frame.f_code.co_filename.startswith(here)]
         for frame in frames:
             if id(frame.f_locals.get('self')) in names:
                 module = frame.f_locals['self']
                 name = names[id(module)]
-                owner = f'{name} ({type(module).__name__})' if name else type(module).__name__
+                kind = vars(module).get('plain_class', type(module)).__name__
+                owner = f'{name} ({kind})' if name else kind
                 break
         for frame in frames:
             if '/torch/' not in frame.f_code.co_filename:
