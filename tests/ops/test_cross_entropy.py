@@ -281,9 +281,7 @@ def test_logits_of_any_strides(dtype: torch.dtype, device: torch.device):
 
 @pytest.mark.parametrize('dtype', [torch.int64, torch.int32])
 @pytest.mark.parametrize('weights', [None, [1.0, 0.0, 0.5, 0.25]])
-def test_targets_of_either_dtype_and_any_strides(
-    weights: list[float] | None, dtype: torch.dtype, device: torch.device
-):
+def test_targets_of_either_dtype_and_any_strides(weights: list[float] | None, dtype: torch.dtype, device: torch.device):
     logits, targets = problem(6, 19, 4)
     targets = targets.to(device, dtype)
     wide = torch.full((12, 8), 5, device=device, dtype=dtype)
@@ -422,9 +420,7 @@ def test_deterministic_algorithms_do_the_same_and_a_gpu_is_not_waited_for(dtype:
 @pytest.mark.parametrize('reduction', ['none', 'sum', 'mean'])
 @pytest.mark.parametrize('dtype', [torch.int64, torch.int32])
 @pytest.mark.parametrize('weights', [None, [4.0, 3.0, 2.0, 1.0], torch.tensor([4.0, 3.0, 2.0, 1.0])])
-def test_two_kernels_forward_and_one_backward(
-    weights: Any, dtype: torch.dtype, reduction: str, device: torch.device
-):
+def test_two_kernels_forward_and_one_backward(weights: Any, dtype: torch.dtype, reduction: str, device: torch.device):
     if device.type == 'cpu' and not INTERPRETED:
         pytest.skip('the kernels are of a GPU, and of the interpreter of Triton')
     from composer_tst.ops import cross_entropy_triton
@@ -439,7 +435,9 @@ def test_two_kernels_forward_and_one_backward(
 
     loss = forward()
     ahead = launches(forward, device, cross_entropy_triton)
-    back = launches(lambda: torch.autograd.grad(loss, logits, upstream, retain_graph=True), device, cross_entropy_triton)
+    back = launches(
+        lambda: torch.autograd.grad(loss, logits, upstream, retain_graph=True), device, cross_entropy_triton
+    )
     # Where weights are a list, a GPU gets a copy of them.
     copies = int(device.type == 'cuda' and isinstance(weights, list))
     assert len(ahead) == {'none': 1, 'sum': 2, 'mean': 2}[reduction] + copies, ahead

@@ -66,7 +66,9 @@ def test_the_kernels_compile_for_gpus(name: str, dtype: str, weighted: bool, str
     if not weighted:
         constants['weights'] = None
     checks = {'debug': True, 'sanitize_overflow': False} if name == '_row_losses' else {}
-    kernel = compiled(name, {key: kind or dtype for key, kind in KERNELS[name].items()}, constants, capability, **checks)
+    kernel = compiled(
+        name, {key: kind or dtype for key, kind in KERNELS[name].items()}, constants, capability, **checks
+    )
     assert kernel.asm['cubin']
     # Targets outside the vocabulary stop the run.
     assert ('__assertfail' in kernel.asm['ptx']) == bool(checks)
@@ -93,5 +95,6 @@ def resources(ptx: str, capability: int) -> tuple[int, int]:
     command = [str(assembler), '-v', f'--gpu-name={gpu}', '/dev/stdin', '-o', '/dev/null']
     said = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
     registers, spilled = re.search(r'Used (\d+) registers', said), re.search(r'(\d+) bytes spill stores', said)
-    assert registers and spilled, said
+    assert registers, said
+    assert spilled, said
     return int(registers[1]), int(spilled[1])

@@ -263,9 +263,7 @@ def torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('ids_dtype', [torch.int64, torch.int32])
 @pytest.mark.parametrize('padding_idx', [None, 0, 3, -1])
-def test_whole_bags_on_a_gpu(
-    padding_idx: int | None, ids_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
-):
+def test_whole_bags_on_a_gpu(padding_idx: int | None, ids_dtype: torch.dtype, dtype: torch.dtype, device: torch.device):
     embedding = nn.Embedding(11, 5, dtype=dtype)
     embedding.padding_idx = None if padding_idx is None else padding_idx % 11
     nn.init.normal_(embedding.weight)
@@ -273,8 +271,8 @@ def test_whole_bags_on_a_gpu(
         check(embedding, torch.randint(11, shape, dtype=ids_dtype), None, device)
     check(embedding, torch.randint(11, (6, 9), dtype=ids_dtype).t(), None, device)
     if padding_idx == -1:
-        weight = nn.Module()
-        weight.weight, weight.padding_idx = embedding.weight, padding_idx  # as a module that is no nn.Embedding has it
+        weight: Any = nn.Module()  # no nn.Embedding, which would count its padding_idx from the start
+        weight.weight, weight.padding_idx = embedding.weight, padding_idx
         bags = torch.tensor([[10, 3]])
         (gradient,) = torch.autograd.grad(bag_embedding(weight, bags).sum(), embedding.weight)
         assert gradient[3].all()
