@@ -64,7 +64,7 @@ def multi_hot_cross_entropy(
     if kernels := _kernels(logits):
         on_device = None if given is None else given.to(logits.device, non_blocking=True)
         mean = reduction == 'mean'
-        losses = cast(Tensor, kernels.MultiHotCrossEntropy.apply(logits, targets, on_device, ignore_index, mean))
+        losses = kernels.multi_hot_cross_entropy(logits, targets, on_device, ignore_index, mean)
         return losses.sum() if reduction == 'sum' else losses
     valid = targets != ignore_index
     target_weights = valid * _normalised(given, targets.shape[1], logits)

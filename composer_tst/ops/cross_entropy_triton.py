@@ -12,7 +12,7 @@ and once for their sum. None adds with atomics, so that loss and gradient are th
 # pyright: reportCallIssue=false
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -30,9 +30,14 @@ def runs_on(logits: Tensor) -> bool:
     return (logits.is_cuda or (_INTERPRETED and logits.is_cpu)) and logits.dtype != torch.float64 and logits.numel() > 0
 
 
-class MultiHotCrossEntropy(torch.autograd.Function):
-    """Losses (N,), or their mean, of (N, V) logits with (N, s) targets and (s,) weights or None."""
+def multi_hot_cross_entropy(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, ignore_index: int, mean: bool
+) -> Tensor:
+    """Losses (N,), or their mean, of (N, V) logits with (N, s) targets and (s,) weights, uniform if None."""
+    return cast(Tensor, _MultiHotCrossEntropy.apply(logits, targets, weights, ignore_index, mean))
 
+
+class _MultiHotCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor | None, ignore_index: int, mean: bool

@@ -95,5 +95,6 @@ def resources(ptx: str, capability: int) -> tuple[int, int]:
     command = [str(assembler), '-v', f'--gpu-name={gpu}', '/dev/stdin', '-o', '/dev/null']
     said = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
     registers, spilled = re.search(r'Used (\d+) registers', said), re.search(r'(\d+) bytes spill stores', said)
-    assert registers and spilled, said
+    assert registers, said
+    assert spilled, said
     return int(registers[1]), int(spilled[1])

@@ -271,8 +271,8 @@ def test_whole_bags_on_a_gpu(padding_idx: int | None, ids_dtype: torch.dtype, dt
         check(embedding, torch.randint(11, shape, dtype=ids_dtype), None, device)
     check(embedding, torch.randint(11, (6, 9), dtype=ids_dtype).t(), None, device)
     if padding_idx == -1:
-        weight = nn.Module()
-        weight.weight, weight.padding_idx = embedding.weight, padding_idx  # as a module that is no nn.Embedding has it
+        weight: Any = nn.Module()  # no nn.Embedding, which would count its padding_idx from the start
+        weight.weight, weight.padding_idx = embedding.weight, padding_idx
         bags = torch.tensor([[10, 3]])
         (gradient,) = torch.autograd.grad(bag_embedding(weight, bags).sum(), embedding.weight)
         assert gradient[3].all()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 import typer
 from torch import Tensor
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from composer_tst import TokenSuperposition
 from composer_tst.ops.cross_entropy import multi_hot_cross_entropy
 from composer_tst.ops.embedding import bag_embedding
-from tools.benchmarks import host, measure, operations, stepping
+from tools.benchmarks import host, measure, operations, recipe, stepping
 from tools.benchmarks import run as benchmark
 
 
@@ -205,9 +207,84 @@ def test_the_hosts_work_is_counted(device: torch.device):
     if device.type == 'cuda':  # on a CPU, reading the values of the host's own batch counts too
         assert work['superposed'].waits <= work['plain'].waits
         assert work['superposed'].copies <= work['plain'].copies
-    text = benchmark.host_table({'steps': {k: dataclasses.asdict(v) for k, v in work.items()}, 'fold_ms': 1.0})
+    text = benchmark.host_table({'steps': {k: dataclasses.asdict(v) for k, v in work.items()}})
     assert f'| superposed | {work["superposed"].waits:.1f} |' in text
-    assert host.fold_milliseconds(shape) > 0
+
+
+def test_folding_is_timed_beside_the_copy_of_the_rows(device: torch.device):
+    for case in host.fold_cases(device):
+        (result,) = measure.compare(dataclasses.replace(case, seconds=0.0), torch.device('cpu'))
+        assert result.other == 'a copy of these rows'
+        assert result.time_at_most == 2
+        assert result.ours_mib >= result.other_mib > 1
+
+
+def test_a_recipe_at_its_size():
+    pytest.importorskip('omegaconf', reason='llm-foundry brings it')
+    published = recipe.Recipe.published()
+    assert str(published) == 'B=8 L=2048 d=576 layers=30 V=128256'
+    assert published.bag_size == 6
+    with torch.device('meta'):
+        model = LlamaForCausalLM(published.config())
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == 267
+    assert model.config._attn_implementation == 'sdpa'
+
+
+def tiny_recipe() -> recipe.Recipe:
+    """The recipe's own bags, in a model that a test can train."""
+    pytest.importorskip('omegaconf', reason='llm-foundry brings it')
+    heads = {'num_attention_heads': 1, 'num_key_value_heads': 1}
+    sizes = {'hidden_size': 64, 'num_hidden_layers': 1, 'intermediate_size': 64, 'vocab_size': 300}
+    return recipe.Recipe.published(batch_size=2, length=15, **heads, **sizes)
+
+
+@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_steps_of_a_recipe(compiled: bool, device: torch.device):
+    shape = tiny_recipe()
+    rates = list(recipe.rates(device, shape, compiled, seconds=0.0))
+    assert [rate.step for rate in rates] == ['plain', 'sequence', 'batch', 'recovery']
+    assert rates[0].time_ratio == rates[0].memory_ratio == 1
+    # Rows of 15 tokens have two bags of 6 each, and a tail that `batch` leaves out.
+    positions = [rate.positions_per_second * rate.ms / 1e3 for rate in rates]
+    tokens = [rate.tokens_per_second * rate.ms / 1e3 for rate in rates]
+    assert positions == pytest.approx([30, 30, 24, 30])
+    assert tokens == pytest.approx([30, 180, 144, 30])
+    assert all(rate.peak_mib > 0 for rate in rates)
+    table = benchmark.recipe_table(rates, shape)
+    assert f'| recovery{", compiled" * compiled} |' in table
+
+
+@pytest.mark.slow
+def test_the_compiled_step(device: torch.device):
+    shape = stepping.Shape(batch_size=2, length=12, width=64, layers=1, vocabulary=300)
+    case = next(stepping.cases_of(device, shape, compiled=True))
+    measure.clear(device)
+    torch._dynamo.utils.counters.clear()
+    (result,) = measure.compare(dataclasses.replace(case, seconds=0.0), device)
+    assert 'compiled' in result.setting
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] >= 2
+
+
+def test_all_parts_are_measured_that_the_device_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[benchmark.Part] = []
+
+    def nothing_of(part: benchmark.Part) -> Callable[[torch.device], Iterator[measure.Case]]:
+        return lambda device: iter(asked.append(part) or ())
+
+    monkeypatch.setattr(benchmark, 'CASES', {part: nothing_of(part) for part in benchmark.CASES})
+    monkeypatch.setattr(benchmark, 'host_work', lambda device: {})
+    shape = tiny_recipe()
+    monkeypatch.setattr(benchmark.Recipe, 'published', lambda: shape)
+    app = typer.Typer()
+    app.command()(benchmark.main)
+    assert CliRunner().invoke(app, []).exit_code == 0
+    assert asked == [part for part in benchmark.Part if part not in benchmark.OF_A_GPU]
+    monkeypatch.setattr(benchmark, 'recipe_rates', lambda on, shape, _: recipe.rates(on, shape, False, 0.0))
+    result = CliRunner().invoke(app, ['recipe', '--json', str(tmp_path / 'made.json')])
+    assert result.exit_code == 0, result.output
+    made = json.loads((tmp_path / 'made.json').read_text(), parse_constant=pytest.fail)
+    assert [rate['step'] for rate in made['recipe']] == 2 * ['plain', 'sequence', 'batch', 'recovery']
+    assert '| plain |' in result.stdout
 
 
 def test_the_command_writes_its_table_and_strict_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,16 +1,16 @@
 """What the host does in a step, superposed beside plain: folding, copies to the device, waits for it."""
 
-import time
+import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from composer_tst import TokenSuperposition
-from composer_tst.ops.fold import fold_batch
-from tools.benchmarks.measure import clear
+from composer_tst.ops.fold import bag_rows, lay_out
+from tools.benchmarks.measure import Call, Case, Other, clear
 from tools.benchmarks.stepping import BAG_SIZE, SUPERPOSED, Shape, Steps
 
 STEPS = 10
@@ -40,15 +40,47 @@ def host_work(device: torch.device, shape: Shape | None = None) -> dict[str, Hos
     return work
 
 
-def fold_milliseconds(shape: Shape) -> float:
-    """Of folding the batches of one step on the host."""
-    ids = torch.randint(shape.vocabulary, (BAG_SIZE * shape.batch_size, shape.length))
-    spent = []
-    for _ in range(21):
-        begin = time.perf_counter()
-        fold_batch({'input_ids': ids, 'labels': ids}, BAG_SIZE)
-        spent.append(time.perf_counter() - begin)
-    return 1e3 * sorted(spent)[10]
+def fold_cases(device: torch.device) -> Iterator[Case]:
+    """What folding the rows of one step takes the host, beside the copy of these rows.
+
+    On a GPU the rows are laid out in pinned memory, and folded by the device, whose work the host does not wait for.
+    On a CPU, which has no pinned memory, the rows are copied in its place. Each step has other rows, as in a training:
+    none is in the cache from the step before.
+    """
+    rows, length = BAG_SIZE * 32, 512
+    gpu = device.type == 'cuda'
+    weights = torch.full((BAG_SIZE,), 1 / BAG_SIZE)
+
+    def lay_out_pin_and_fold(batch: dict[str, torch.Tensor]) -> None:
+        laid_out = lay_out(batch, BAG_SIZE, 'sequence', 'both', weights, pin=gpu).batch
+        for key in batch:
+            if gpu:
+                laid_out[key] = laid_out[key].to(device, non_blocking=True)
+            elif key != 'labels':  # which is a copy already
+                laid_out[key] = laid_out[key].clone()
+        bag_rows(laid_out, BAG_SIZE, 'both', padded=False)
+
+    def copy(batch: dict[str, torch.Tensor]) -> None:
+        for value in batch.values():
+            value.clone()
+
+    for masked in (False, True):
+        batches = [_batch(rows, length, masked) for _ in range(64)]
+        yield Case(
+            f'host, {rows} rows of {length}{", masked" * masked}: lay out, pin and fold',
+            _on_each(lay_out_pin_and_fold, batches),
+            (Other('a copy of these rows', _on_each(copy, batches), time_at_most=2.0),),
+        )
+
+
+def _on_each(call: Callable[[dict[str, torch.Tensor]], None], batches: list[dict[str, torch.Tensor]]) -> Call:
+    ahead = itertools.cycle(batches)
+    return lambda: call(next(ahead))
+
+
+def _batch(rows: int, length: int, masked: bool) -> dict[str, torch.Tensor]:
+    ids = torch.randint(32768, (rows, length))
+    return {'input_ids': ids, 'labels': ids.clone(), **({'attention_mask': torch.ones_like(ids)} if masked else {})}
 
 
 def _waits(steps: Callable[[], None], device: torch.device) -> int:

@@ -124,18 +124,20 @@ def _taking_turns(calls: list[Call], seconds: float, device: torch.device) -> li
 
 def _apart(makers: list[Call], seconds: float, device: torch.device) -> list[Measured]:
     """One after the other, nothing of the one before left."""
-    measured = []
-    for make in makers:
-        begin = time.perf_counter()
-        call: Any = make()
-        one = Measured(time.perf_counter() - begin, _peak_bytes(call, device), [])
-        while len(one.seconds) < MIN_ROUNDS or (sum(one.seconds) < seconds and len(one.seconds) < MAX_ROUNDS):
-            one.seconds.append(_seconds(call, device))
-        measured.append(one)
-        call.close()
-        del call
-        clear(device)
-    return measured
+    return [alone(make, seconds, device) for make in makers]
+
+
+def alone(make: Call, seconds: float, device: torch.device) -> Measured:
+    """Make what is called, call it, and close it. Making counts as the first call."""
+    begin = time.perf_counter()
+    call: Any = make()
+    one = Measured(time.perf_counter() - begin, _peak_bytes(call, device), [])
+    while len(one.seconds) < MIN_ROUNDS or (sum(one.seconds) < seconds and len(one.seconds) < MAX_ROUNDS):
+        one.seconds.append(_seconds(call, device))
+    call.close()
+    del call
+    clear(device)
+    return one
 
 
 def clear(device: torch.device) -> None:

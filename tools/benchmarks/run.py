@@ -1,6 +1,6 @@
 """What superposition costs: each part beside what it replaces and beside the published listings.
 
-    python -m tools.benchmarks.run [loss|embedding|loader|step|host] [--device cpu|cuda] [--json FILE]
+    python -m tools.benchmarks.run [loss|embedding|loader|step|host|compiled|recipe] [--device cpu|cuda] [--json FILE]
 
 Every number comes from one process. The variants of a setting take turns, call by call, so that whatever else
 the machine does slows all of them; a ratio is the median, with quartiles, of the ratios of neighbouring calls.
@@ -19,12 +19,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from tools.benchmarks.host import fold_milliseconds, host_work
+from tools.benchmarks.host import fold_cases, host_work
 from tools.benchmarks.loading import loader_cases
 from tools.benchmarks.machine import machine
 from tools.benchmarks.measure import Case, Result, clear, compare, copy_bandwidth
 from tools.benchmarks.operations import embedding_cases, loss_cases
-from tools.benchmarks.stepping import Shape, step_cases
+from tools.benchmarks.recipe import Rate, Recipe
+from tools.benchmarks.recipe import rates as recipe_rates
+from tools.benchmarks.stepping import compiled_cases, step_cases
 
 
 class Part(str, Enum):
@@ -35,6 +37,8 @@ class Part(str, Enum):
     loader = 'loader'
     step = 'step'
     host = 'host'
+    compiled = 'compiled'
+    recipe = 'recipe'
 
 
 CASES = {
@@ -42,7 +46,11 @@ CASES = {
     Part.embedding: embedding_cases,
     Part.loader: loader_cases,
     Part.step: step_cases,
+    Part.host: fold_cases,
+    Part.compiled: compiled_cases,
 }
+# What takes a CPU too long: compiled steps, and a published model at its own size.
+OF_A_GPU = (Part.compiled, Part.recipe)
 
 
 def table(results: list[Result]) -> str:
@@ -76,7 +84,25 @@ def host_table(work: dict[str, Any]) -> str:
     """What the host does in a step, in Markdown."""
     lines = ['| step | waits for the device | copies to it |', '|---|--:|--:|']
     lines += [f'| {name} | {step["waits"]:.1f} | {step["copies"]:.1f} |' for name, step in work['steps'].items()]
-    return '\n'.join([*lines, '', f'Folding the batches of a step: {work["fold_ms"]:.2f} ms on the host.'])
+    return '\n'.join(lines)
+
+
+def recipe_table(rates: list[Rate], recipe: Recipe) -> str:
+    """What each kind of step takes at a published model's size, in Markdown; ratios are to the plain step."""
+    lines = [
+        f'270M recipe, {recipe}, s={recipe.bag_size}',
+        '',
+        '| step | ms (quartiles) | tokens a second | positions a second | peak, MiB | time ratio | memory ratio |',
+        '|---|--:|--:|--:|--:|--:|--:|',
+    ]
+    lines += [
+        f'| {rate.step}{", compiled" * rate.compiled} '
+        f'| {rate.ms:.1f} ({rate.ms_quartiles[0]:.1f} to {rate.ms_quartiles[1]:.1f}) '
+        f'| {rate.tokens_per_second:,.0f} | {rate.positions_per_second:,.0f} | {rate.peak_mib:,.0f} '
+        f'| {rate.time_ratio:.3f} | {rate.memory_ratio:.2f} |'
+        for rate in rates
+    ]
+    return '\n'.join(lines)
 
 
 def measured(part: str, cases: Iterator[Case], on: torch.device) -> Iterator[Result]:
@@ -91,7 +117,7 @@ def measured(part: str, cases: Iterator[Case], on: torch.device) -> Iterator[Res
 
 
 def main(
-    what: Annotated[Part | None, typer.Argument(help='Only this part; all of them by default.')] = None,
+    what: Annotated[Part | None, typer.Argument(help='Only this part; by default all that the device can do.')] = None,
     device: Annotated[str, typer.Option(help='cpu or cuda.')] = 'cpu',
     json_file: Annotated[Path | None, typer.Option('--json', metavar='FILE', help='Save the results.')] = None,
 ) -> None:
@@ -101,24 +127,39 @@ def main(
     record: dict[str, Any] = {'machine': machine(on), 'copy_gb_per_s': copy_bandwidth(on), 'results': []}
     typer.echo(f'{record["machine"]}, copies {record["copy_gb_per_s"]:.0f} GB/s\n')
     results: list[Result] = []
-    parts = [what] if what else list(Part)
+    rates: list[Rate] = []
+    parts = [what] if what else [part for part in Part if on.type == 'cuda' or part not in OF_A_GPU]
+
+    def save() -> None:
+        """At once: what comes later may not fit the device."""
+        if json_file:
+            json_file.write_text(json.dumps(record, indent=2, allow_nan=False) + '\n')
+
     for number, part in enumerate(parts, 1):
-        if part is Part.host:
-            shape = Shape.of(on, 2048)
-            steps = {name: asdict(work) for name, work in host_work(on).items()}
-            record['host'] = {'steps': steps, 'fold_ms': fold_milliseconds(shape)}
+        name = f'{number} of {len(parts)}, {part.value}'
+        if part is Part.recipe:
+            for compiled in (False, True):
+                typer.echo(f'{name}{", compiled" * compiled}', err=True)
+                for rate in recipe_rates(on, Recipe.published(), compiled):
+                    rates.append(rate)
+                    record.setdefault('recipe', []).append(asdict(rate))
+                    save()
             continue
-        for result in measured(f'{number} of {len(parts)}, {part.value}', CASES[part](on), on):
+        if part is Part.host:
+            record['host'] = {'steps': {step: asdict(work) for step, work in host_work(on).items()}}
+        # What the host does is timed by its own clock.
+        clock = torch.device('cpu') if part is Part.host else on
+        for result in measured(name, CASES[part](on), clock):
             results.append(result)
             record['results'].append(asdict(result))
-            if json_file:  # at once: a later case may not fit the device
-                json_file.write_text(json.dumps(record, indent=2, allow_nan=False) + '\n')
+            save()
     if results:
         typer.echo(table(results))
     if 'host' in record:
         typer.echo(host_table(record['host']))
-    if json_file:
-        json_file.write_text(json.dumps(record, indent=2, allow_nan=False) + '\n')
+    if rates:
+        typer.echo(recipe_table(rates, Recipe.published()))
+    save()
 
 
 if __name__ == '__main__':
