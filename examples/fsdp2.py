@@ -16,14 +16,14 @@ import sysconfig
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from composer_tst import functional as F_tst
 
@@ -37,7 +37,7 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(256, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        options = {'dropout': 0.0, 'activation': 'gelu', 'batch_first': True, 'norm_first': True}
+        options: dict[str, Any] = {'dropout': 0.0, 'activation': 'gelu', 'batch_first': True, 'norm_first': True}
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, **options) for _ in range(LAYERS)
         )
@@ -55,23 +55,16 @@ class Model(nn.Module):
         return self.norm(x) @ self.tokens.weight.t()
 
 
-class Rows(Dataset):
+def source() -> list[dict[str, Tensor]]:
     """The standard library's top-level modules as bytes, in rows ``(L,)``."""
-
-    def __init__(self):
-        files = sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py'))
-        data = bytearray(b''.join(file.read_bytes() for file in files))
-        self.rows = torch.frombuffer(data, dtype=torch.uint8).unfold(0, LENGTH, LENGTH)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {'input_ids': self.rows[index].long()}
+    files = sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py'))
+    data = torch.frombuffer(bytearray(b''.join(file.read_bytes() for file in files)), dtype=torch.uint8)
+    return [{'input_ids': row} for row in data.unfold(0, LENGTH, LENGTH).long()]
 
 
-def batches_of(dataset: Rows, rank: int, ranks: int) -> Iterator[dict[str, Tensor]]:
+def batches_of(rank: int, ranks: int) -> Iterator[dict[str, Tensor]]:
     """A rank's plain batches, epoch after epoch."""
+    dataset: Any = source()
     sampler = DistributedSampler(dataset, ranks, rank, seed=0, drop_last=True)
     loader = DataLoader(dataset, ROWS, sampler=sampler, drop_last=True)
     for epoch in count():
@@ -97,10 +90,9 @@ def main(steps: int) -> None:
 
     superposed_steps = int(SHARE * steps)
     # Superposition, 1 of 4: a superposed step draws 6 of the rank's batches as one.
-    loader = batches_of(Rows(), rank, ranks)
-    batches = F_tst.draw(loader, lambda step: BAG_SIZE if step < superposed_steps else 1)
+    batches = F_tst.draw(batches_of(rank, ranks), lambda step: BAG_SIZE if step < superposed_steps else 1)
     for step, batch in zip(range(1, steps + 1), batches, strict=False):
-        # 2 of 4: their rows become rows of bags, (6 * B, L) to (B, L, 6). With bags of 1, all of this is plain training.
+        # 2 of 4: their rows become rows of bags, (6 * B, L) to (B, L, 6). With bags of 1, all this is plain training.
         folded = F_tst.fold_batch({key: value.to(device) for key, value in batch.items()}, batches.bag_size)
         # 3 of 4: in this block the embedding looks up the mean of a bag. FSDP gathers its weights as ever.
         with F_tst.superposed(model, folded, model.tokens) as inputs:

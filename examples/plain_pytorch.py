@@ -88,7 +88,7 @@ def main(steps: int) -> None:
     # Superposition, 1 of 4: a superposed step draws 6 batches as one.
     batches = F_tst.draw(random_batches(train, ROWS, seed=0), lambda step: BAG_SIZE if step < superposed_steps else 1)
     for step, batch in zip(range(1, steps + 1), batches, strict=False):
-        # 2 of 4: their rows become rows of bags, (6 * B, L) to (B, L, 6). With bags of 1, all of this is plain training.
+        # 2 of 4: their rows become rows of bags, (6 * B, L) to (B, L, 6). With bags of 1, all this is plain training.
         folded = F_tst.fold_batch(batch, batches.bag_size)
         # 3 of 4: in this block the embedding looks up the mean of a bag.
         with F_tst.superposed(model, folded, model.tokens) as inputs:
