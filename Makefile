@@ -87,26 +87,37 @@ wheel: install ## dist/*.whl; with REPOSITORY=https://... links of the page are 
 test: install ## the test suite (DEVICE=cpu)
 	$(PYTHON) -m pytest -n 2 --dist loadgroup --device $(DEVICE)
 
-# The newest torch of the index, or another (TORCH=2.11), with the newest of all else that Composer's pins admit; no
-# llm-foundry, which admits one torch alone. Runs what needs none, and torch.compile with its own compiler.
+# The wheel alone, beside the newest torch (or another, TORCH=2.11) and transformers of the index, and the newest of all
+# else that Composer's pins admit; no llm-foundry, which admits one torch alone. Runs what needs none, torch.compile with
+# its own compiler, and the examples, in a copy of the checkout that lacks the package.
 TORCH ?=
 NEXT := .venv-next$(addprefix -,$(TORCH))
+NEXT_PYTHON := $(CURDIR)/$(NEXT)/bin/python
+NEXT_UV := $(NEXT)/bin/uv
+NEXT_COPY := build/$(NEXT)
 NEXT_TESTS := tests/ops tests/unit tests/integration/test_epoch_ends.py tests/integration/test_families.py \
 	tests/integration/test_phase_checkpointer.py tests/integration/test_plain_code.py \
-	tests/integration/test_superposition.py tests/integration/test_used_again.py tests/repository/test_benchmarks.py
+	tests/integration/test_superposition.py tests/integration/test_used_again.py tests/repository/test_benchmarks.py \
+	tests/repository/test_examples.py
 
-test-next: $(NEXT)/.installed ## what needs no llm-foundry, on the newest torch (TORCH=2.11 for another)
-	PYTHONPATH=$(CURDIR) $(NEXT)/bin/python -m pytest -m 'not faults' -rsfE $(NEXT_TESTS)
-	$(NEXT)/bin/python tests/common/versions.py
+test-next: $(NEXT)/.installed ## the wheel without llm-foundry, on the newest torch (TORCH=2.11 for another)
+	rm -rf $(NEXT_COPY)
+	$(NEXT_UV) build --quiet --python $(NEXT_PYTHON) --out-dir $(NEXT_COPY)/dist
+	$(NEXT_UV) pip install --quiet --python $(NEXT_PYTHON) --no-deps --reinstall $(NEXT_COPY)/dist/*.whl
+	cp -R docs examples tests tools pyproject.toml $(NEXT_COPY)
+	cd $(NEXT_COPY) && export PYTHONPATH= && $(NEXT_PYTHON) tests/common/versions.py && \
+		$(NEXT_PYTHON) -m pytest -m 'not faults' -rsfE $(NEXT_TESTS)
 
-$(NEXT)/.installed: pyproject.toml
+$(NEXT)/.installed: Makefile pyproject.toml
 	$(PYTHON3) -m venv $(NEXT)
 	$(NEXT)/bin/python -m pip install --quiet uv
-	$(NEXT)/bin/uv pip install --quiet --python $(NEXT)/bin/python 'torch$(if $(TORCH),==$(TORCH).*)' torchvision
-	$(NEXT)/bin/uv pip freeze --python $(NEXT)/bin/python | grep -E '^torch(vision)?==' > $(NEXT)/overrides.txt
-	$(NEXT)/bin/uv pip install --quiet --python $(NEXT)/bin/python --overrides $(NEXT)/overrides.txt \
+	$(NEXT_UV) pip install --quiet --python $(NEXT_PYTHON) 'torch$(if $(TORCH),==$(TORCH).*)' torchvision \
+		transformers accelerate peft
+	$(NEXT_UV) pip freeze --quiet --python $(NEXT_PYTHON) | \
+		grep -E '^(torch|torchvision|transformers|accelerate|peft|huggingface-hub|tokenizers)==' > $(NEXT)/overrides.txt
+	$(NEXT_UV) pip install --quiet --python $(NEXT_PYTHON) --overrides $(NEXT)/overrides.txt \
 		'mosaicml[nlp,peft]>=0.32.1,<0.33' 'mosaicml-streaming>=0.12.0,<0.13' 'wrapt>=1.14,<2' \
-		'greenlet>=3,<4' 'hypothesis>=6,<7' 'pytest>=7.2.1,<9' 'typer<1'
+		'greenlet>=3,<4' 'hypothesis>=6,<7' 'pytest>=7.2.1,<9' 'typer<1' 'zstandard>=0.20,<1'
 	touch $@
 
 # Random kills, two nodes, other ranks, no package, a lost S3 server: what takes too long for `make test`.

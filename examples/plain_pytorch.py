@@ -1,13 +1,15 @@
 """Token-superposition in a plain PyTorch loop: a byte-level transformer on Python's own source, with torch alone.
 
+    pip install --no-deps WHEEL      # beside any torch from 2.7; README says where the wheel is from
     python examples/plain_pytorch.py [STEPS]
 
-The first 30 % of the steps read bags of 6 bytes, the rest plain bytes. What superposition adds to a plain loop is
-marked: three calls, and six times the data for a step.
+The first 30 % of the steps read bags of 6 bytes, the rest read bytes. Four calls are marked: they are all that
+superposition adds to the loop. The model does not know of it.
 """
 
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,8 +18,7 @@ from torch.nn import functional as F
 
 from composer_tst import functional as F_tst
 
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 600
-BAG_SIZE, SUPERPOSED = 6, int(0.3 * STEPS)
+BAG_SIZE, SHARE = 6, 0.3
 ROWS, LENGTH, WIDTH, HEADS, LAYERS = 16, 128, 128, 4, 3
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -48,26 +49,10 @@ class Model(nn.Module):
         for embedding in (self.tokens, self.positions):
             nn.init.normal_(embedding.weight, std=0.02)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """(B, L) bytes, or (B, L, s) bags of them, to (B, L, 256) logits."""
-        # Superposition, 1 of 3: a bag is embedded as the mean of its tokens.
-        x = F_tst.bag_embedding(self.tokens, ids) if ids.ndim == 3 else self.tokens(ids)
-        x = x + self.positions(torch.arange(x.shape[1], device=ids.device))
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, L) bytes to (B, L, 256) logits."""
+        x = self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
         return self.norm(self.blocks(x)) @ self.tokens.weight.t()
-
-
-def next_token_loss(model: Model, ids: Tensor) -> Tensor:
-    """What a plain step minimises: each token predicts the next one."""
-    return F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-
-def superposed_loss(model: Model, ids: Tensor) -> Tensor:
-    """What a superposed step minimises, on s times the rows: each bag predicts the tokens of the next one."""
-    # Superposition, 2 of 3: s rows become one row of bags, (s*B, L) to (B, L, s).
-    batch = F_tst.fold_batch({'input_ids': ids}, bag_size=BAG_SIZE)
-    logits = model(batch['input_ids'])
-    # Superposition, 3 of 3: the cross-entropy with s targets.
-    return F_tst.multi_hot_cross_entropy(logits.flatten(0, 1), batch['labels'].flatten(0, 1))
 
 
 def source() -> tuple[Tensor, Tensor]:
@@ -77,33 +62,47 @@ def source() -> tuple[Tensor, Tensor]:
     return data[: -len(data) // 20], data[-len(data) // 20 :]
 
 
-def rows_of(data: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """(count, L) random rows."""
-    starts = torch.randint(len(data) - LENGTH, (count, 1), generator=generator)
-    return data[starts + torch.arange(LENGTH)].long().to(DEVICE)
+def random_batches(data: Tensor, rows: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """What stands for a loader: batches of ``rows`` random rows ``(rows, L)``, without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        starts = torch.randint(len(data) - LENGTH, (rows, 1), generator=generator)
+        yield {'input_ids': data[starts + torch.arange(LENGTH)].long().to(DEVICE)}
 
 
-def main() -> None:
-    """Train superposed, then plain, and print the validation loss on plain tokens all along."""
+def next_byte_loss(model: Model, ids: Tensor) -> float:
+    """Plain evaluation, in either phase."""
+    with torch.no_grad():
+        return F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+
+
+def main(steps: int) -> None:
+    """Train superposed, then plain, and print the validation loss on plain bytes all along."""
     torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
+    superposed_steps = int(SHARE * steps)
     train, held_out = source()
-    validation = rows_of(held_out, 64, generator)
+    validation = next(random_batches(held_out, 64, seed=1))['input_ids']
     model = Model().to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
-    for step in range(STEPS):
-        superposed = step < SUPERPOSED
-        ids = rows_of(train, ROWS * BAG_SIZE if superposed else ROWS, generator)
-        loss = superposed_loss(model, ids) if superposed else next_token_loss(model, ids)
-        loss.backward()
+
+    # Superposition, 1 of 4: a superposed step draws 6 batches as one.
+    batches = F_tst.draw(random_batches(train, ROWS, seed=0), lambda step: BAG_SIZE if step < superposed_steps else 1)
+    for step, batch in zip(range(1, steps + 1), batches, strict=False):
+        # 2 of 4: their rows become rows of bags, (6 * B, L) to (B, L, 6). With bags of 1, all this is plain training.
+        folded = F_tst.fold_batch(batch, batches.bag_size)
+        # 3 of 4: in this block the embedding looks up the mean of a bag.
+        with F_tst.superposed(model, folded, model.tokens) as inputs:
+            logits = model(**inputs)
+            # 4 of 4: each bag predicts the 6 bytes of the next one. The labels are shifted already.
+            loss = F_tst.multi_hot_cross_entropy(logits.flatten(0, 1), folded['labels'].flatten(0, 1))
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step + 1 in (SUPERPOSED, STEPS) or (step + 1) % 50 == 0:
-            with torch.no_grad():
-                plain = next_token_loss(model, validation)
-            kind = f'bags of {BAG_SIZE}' if superposed else 'plain'
-            print(f'step {step + 1} ({kind}): train loss {loss.item():.3f}, validation loss {plain:.3f}')
+        if step in (superposed_steps, steps) or step % 50 == 0:
+            kind = f'bags of {batches.bag_size}' if batches.bag_size > 1 else 'plain'
+            validation_loss = next_byte_loss(model, validation)
+            print(f'step {step} ({kind}): train loss {loss.item():.3f}, validation loss {validation_loss:.3f}')
 
 
 if __name__ == '__main__':
-    main()
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 600)

@@ -1,7 +1,5 @@
 """The method without Composer: what it imports, what it accepts, and both operations against the definition."""
 
-import math
-import re
 import subprocess
 import sys
 from typing import Any
@@ -281,12 +279,3 @@ def test_other_dtypes_of_ids_are_refused_in_one_sentence():
         F_tst.bag_embedding(torch.zeros(3, 2), torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r'targets must be int64 or int32, but are torch.uint8'):
         F_tst.multi_hot_cross_entropy(torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.uint8))
-
-
-def test_the_example_trains_with_torch_alone():
-    code = "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    output = run(code, str(REPO / 'examples' / 'plain_pytorch.py'), '20')
-    lines = re.findall(r'step (\d+) \((.+)\): train loss (.+), validation loss (.+)', output)
-    assert [line[:2] for line in lines] == [('6', 'bags of 6'), ('20', 'plain')]
-    at_the_switch, at_the_end = (float(line[3]) for line in lines)
-    assert at_the_end < at_the_switch < math.log(256)
