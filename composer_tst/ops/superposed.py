@@ -348,8 +348,9 @@ class _FirstCall:
         try:
             again, copies = _copy_call(args, kwargs)
             ids = [value for value in copies.values() if isinstance(value, Tensor) and _stands_for_bags(value)]
-            self.came |= bool(ids) or id(self._given) in copies  # else it is a call beside the pass, on plain ids
-            if self.came and _version(self._given) == self._version:  # else leaving the block refuses it
+            ours = bool(ids) or id(self._given) in copies  # else it is a call beside the pass, on plain ids
+            self.came |= ours
+            if ours and _version(self._given) == self._version:  # else leaving the block refuses it
                 labels = [*self._labels, *(copies[id(label)] for label in self._labels if id(label) in copies)]
                 watch = _Watch(self._model, self._tables, [self._given, *ids] if self._tables else [], labels)
                 with torch.no_grad(), torch.compiler.set_stance('force_eager'), leaving_no_trace(self._model), watch:

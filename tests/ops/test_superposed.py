@@ -798,24 +798,28 @@ class Reads(Model):
         (lambda labels: labels == -100, 'eq'),
         (
             lambda labels: F.cross_entropy(torch.zeros(labels.numel(), V), labels.roll(1, 1).reshape(-1)),
-            'nll_.*',
+            'roll',
         ),
         (lambda labels: labels.tolist(), 'tolist'),
         (lambda labels: labels.fill_(3), 'fill_'),
     ],
 )
 def test_a_forward_that_reads_labels_is_refused(use: Any, operator: str, superpose: str):
-    """They are given where a forward may want to hand them on, one stand-in at each position."""
+    """They may be given to hand them on, whole."""
     model = Reads(use)
     folded = fold(length=7, expand='none', superpose=superpose)
-    with superposed(model, folded) as inputs:
-        labels = torch.full_like(inputs['input_ids'], module_under_test.NO_LABEL)
+    labels = torch.zeros(2, 7, dtype=torch.long)
+    block = superposed(model, folded)
+    with block as inputs:
+        block.follow_labels(labels)
         with pytest.raises(
             ValueError, match=f'Reads reads the labels by {operator}, test_superposed.py:.* in its forw'
         ):
             model(**inputs, labels=labels)
-    model = Reads(lambda labels: (labels.shape, labels[:, 1:].reshape(-1).clone()))
-    with superposed(model, folded) as inputs:
+    model = Reads(lambda labels: (labels.shape, labels.clone().detach()))
+    block = superposed(model, folded)
+    with block as inputs:
+        block.follow_labels(labels)
         model(**inputs, labels=labels)
 
 
