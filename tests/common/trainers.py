@@ -120,6 +120,8 @@ class Superposed:
 
     def loss(self, folded: dict[str, Any]) -> torch.Tensor:
         """Its loss, after the events that come before the backward pass."""
+        rows = folded['input_ids'].flatten(1)
+        self.state.batch = {'input_ids': rows, 'labels': rows.clone()}  # as handed on, not as predicted
         self.microbatches.begin(self.state, folded)
         self.state.outputs = self.state.model(self.state.batch)
         self.microbatches.after_forward(self.state)
