@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from composer.core import Algorithm, Callback, Event, State, Time
+from composer.core import Algorithm, Callback, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 
@@ -26,7 +26,7 @@ from composer_tst.compatibility import (
     forget_losses,
     put_first,
 )
-from composer_tst.loader import Drawing
+from composer_tst.loader import Drawing, row_length_of
 from composer_tst.messages import (
     report_change,
     report_course,
@@ -37,7 +37,7 @@ from composer_tst.messages import (
     report_shares,
 )
 from composer_tst.ops.fold import lay_out
-from composer_tst.schedule import Progress, Schedule, plan_steps, same
+from composer_tst.schedule import Plan, Progress, Schedule, plan_steps, same
 from composer_tst.settings import SETTINGS, Settings, Weighting, check_resumed_settings, parse_settings, refuse_unknown
 from composer_tst.surgery import Microbatches, MicrobatchSize, put_train_metrics_aside, take_off, takes, unwrapped
 
@@ -320,6 +320,9 @@ class Run:
         self._dropped = 0
         self._warned_of_tail = False
         self._first_batch_checked = False
+        self._announced = False
+        self._whole = False
+        self._plan: Plan | None = None
         self._losses_are_of_other_bags = False
 
     @property
@@ -331,6 +334,14 @@ class Run:
     def _draws(self) -> int:
         """The loader batches that the coming step draws."""
         return self._settings.draws(self.schedule.bag_size) if self.superposed else 1
+
+    def _draws_ahead(self, ahead: int) -> int:
+        """The loader batches of the step that is as many after the coming one; phases end at steps, as far as known."""
+        step, ended = int(self._state.timestamp.batch) + ahead, len(self._progress.ended)
+        for phase, end in zip(self.schedule.phases[ended:], self._progress.ends[ended:], strict=True):
+            if end.unit != TimeUnit.BATCH or step < end.value:
+                return self._settings.draws(phase.bag_size)
+        return 1
 
     def start(self, whole: bool, fresh: bool) -> None:
         """Begin, at FIT_START.
@@ -345,9 +356,11 @@ class Run:
         state, progress = self._state, self._progress
         if progress.began is None:
             progress.began, progress.s_tokens = int(state.timestamp.batch), int(state.timestamp.token)
-        self._drawing = Drawing(state, progress, self._settings.expand == 'sequence', fresh, self._undo)
+        joins_rows = self._settings.expand == 'sequence'
+        self._drawing = Drawing(state, progress, joins_rows, fresh, self._undo, self._draws_ahead)
+        self._whole = whole
         if self.superposed:
-            place_phases(self.schedule, self._settings, self._drawing, state, whole)
+            self._plan = place_phases(self.schedule, self._settings, self._drawing, state, whole)
         if self.superposed:
             self._superpose()
         self._drawing.begin(self._draws)
@@ -376,7 +389,14 @@ class Run:
     def lay_out(self) -> None:
         """Make the batch of a superposed step the rows that the model will see; one in recovery is left alone."""
         state = self._state
-        self._drawing.check_step(self.superposed)
+        ends = self._progress.ends[len(self._progress.ended) :]
+        self._drawing.take(state.batch, self.superposed, ends)
+        if self.superposed and not self._announced:
+            self._announced = True
+            self._drawing.row_length = row_length_of(state.batch)
+            plan = announce(self.schedule, self._settings, self._drawing, state)
+            if self._plan is None:
+                self.schedule.check(state.timestamp, plan, self._whole)
         if self._losses_are_of_other_bags:  # and only now are all of them there: callbacks come after algorithms
             self._losses_are_of_other_bags = False
             forget_losses(state.callbacks)
@@ -451,7 +471,7 @@ class Run:
             self._undo.close()
             self._drawing.set_draws(1)
         self._losses_are_of_other_bags = True
-        report_change(before, self.schedule.bag_size, self._state.timestamp)
+        report_change(before, self.schedule.bag_size, self._state.timestamp, self._progress.dropped)
 
     def close(self) -> None:
         """Undo what is changed, wherever the fit has ended; once."""
@@ -459,7 +479,7 @@ class Run:
         self._undo_later.close()
 
 
-def place_phases(schedule: Schedule, settings: Settings, drawing: Drawing, state: State, whole: bool) -> None:
+def place_phases(schedule: Schedule, settings: Settings, drawing: Drawing, state: State, whole: bool) -> Plan | None:
     """Fix when the phases to come end, and begin with the one whose time it is.
 
     The moments that a checkpoint has stand, as long as the length of training does: a resumed run is the run that did
@@ -472,23 +492,38 @@ def place_phases(schedule: Schedule, settings: Settings, drawing: Drawing, state
         state: The Trainer's.
         whole: Whether training ends where this fit does, as far as is known.
 
+    Returns:
+        Plan | None: The steps of the phases to come, None if they are not known before there is a batch.
+
     Raises:
         ValueError: If a phase has no steps, or there is no recovery, for certain.
     """
     progress, max_duration = schedule.progress, state.max_duration
     assert max_duration is not None
-    phases = schedule.phases[len(progress.ended) :]
-    draws = [settings.draws(phase.bag_size) for phase in phases]
-    drawing.check(max(draws))
-    data, now = drawing.data()
-    plan = plan_steps(phases, draws, max_duration, data, now)
+    plan = expect(schedule, settings, drawing, state)
     if not same(progress.max_duration, max_duration):
         before = list(progress.ends)
         schedule.resolve(max_duration, plan)
         report_moved_ends(schedule, before)
     schedule.check(state.timestamp, plan, whole)
-    report_shares(schedule, plan, draws_more=settings.expand != 'none')
-    report_course(schedule, settings, plan, data, state)
     bag_size = schedule.bag_size
     if schedule.advance(state.timestamp):
-        report_change(bag_size, schedule.bag_size, state.timestamp)
+        report_change(bag_size, schedule.bag_size, state.timestamp, progress.dropped)
+    return plan
+
+
+def expect(schedule: Schedule, settings: Settings, drawing: Drawing, state: State) -> Plan | None:
+    """The steps of the phases to come, as far as is known what a batch holds."""
+    assert state.max_duration is not None
+    phases = schedule.phases[len(schedule.progress.ended) :]
+    draws = [settings.draws(phase.bag_size) for phase in phases]
+    drawing.check(max(draws))
+    return plan_steps(phases, draws, state.max_duration, *drawing.data())
+
+
+def announce(schedule: Schedule, settings: Settings, drawing: Drawing, state: State) -> Plan | None:
+    """Say what the run is going to do, once its first batch shows what a batch holds."""
+    plan = expect(schedule, settings, drawing, state)
+    report_shares(schedule, plan, draws_more=settings.expand != 'none')
+    report_course(schedule, settings, plan, drawing.data()[0], state)
+    return plan

@@ -4,21 +4,21 @@ import copy
 import itertools
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import wrapt
-from composer.core import State
+from composer.core import State, Time, TimeUnit
 from composer.utils import dist
 from streaming import StreamingDataset
-from torch.utils.data import DataLoader, IterableDataset
 
 from composer_tst.compatibility import check_loader
 from composer_tst.ops.draw import merge_batches
-from composer_tst.ops.fold import is_plain
+from composer_tst.ops.fold import is_full, is_plain
 from composer_tst.schedule import Data, Moment, Progress, too_short
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,22 @@ class Resumption(NamedTuple):
 
     drawn: int = 0
     steps: int = 0
+
+
+class Drawn(NamedTuple):
+    """What was drawn for a step that the trainer has not trained on yet.
+
+    Attributes:
+        draws: The loader batches that the step asked for.
+        rows: The rows of its batch, None if they cannot be told.
+        drawn: The loader batches drawn in the epoch, with it.
+        left_out: The samples left out so far, with it.
+    """
+
+    draws: int
+    rows: int | None
+    drawn: int
+    left_out: int
 
 
 class BagLoader(wrapt.ObjectProxy):
@@ -55,10 +71,15 @@ class BagLoader(wrapt.ObjectProxy):
         resumption: Where the first epoch begins.
 
     Attributes:
-        draws: The loader batches that the next step draws; to be set before it is drawn.
+        draws: The loader batches that the coming step draws; to be set before it is drawn.
+        draws_ahead: The same of the step that is as many after it, for when somebody reads ahead.
         drawn: The loader batches drawn in this epoch.
         left_out: The samples left out so far, on this rank.
-        yielded: Whether a batch was yielded; set it to False where that is noted.
+        counted: How many of these are counted.
+        pending: What was drawn and not trained on yet, to be taken step by step. It travels beside the batches, which
+            somebody else may wrap, copy or hold back.
+        retired: Whether another stand-in, around this one, joins the batches: this one hands them on.
+        begun: Whether an epoch was begun.
         passing_over: Whether the steps drawn are ones that the trainer is to pass over. Set it to False where it trains
             on one of them: the epoch then goes on from there.
         ended: What is called when an epoch has no further step.
@@ -68,11 +89,15 @@ class BagLoader(wrapt.ObjectProxy):
     draws = 1
     drawn = 0
     left_out = 0
-    yielded = False
+    counted = 0
+    pending: deque[Drawn] = deque()
+    retired = False
+    begun = False
     passing_over = False
     joins_rows = False
     limit: int | None = None
     resumption = Resumption()
+    draws_ahead: Callable[[int], int] | None = None
     ended: Callable[[], None] = staticmethod(lambda: None)
     warned = False
 
@@ -81,6 +106,7 @@ class BagLoader(wrapt.ObjectProxy):
         self.joins_rows = joins_rows
         self.limit = limit
         self.resumption = resumption
+        self.pending = deque()
 
     def __copy__(self) -> Any:
         return copy.copy(self.__wrapped__)
@@ -93,6 +119,11 @@ class BagLoader(wrapt.ObjectProxy):
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batch of each step."""
+        if self.retired:
+            yield from self.__wrapped__
+            return
+        self.begun = True
+        self.pending.clear()
         drawn, steps = self.resumption
         self.drawn = 0 if steps else drawn
         batches = iter(self.__wrapped__)
@@ -100,9 +131,8 @@ class BagLoader(wrapt.ObjectProxy):
             # All of the epoch was drawn before. But as it begins, a dataset counts its epochs and takes up its state.
             next(batches, None)
         else:
-            for batch in itertools.chain(self._pass_over(batches, drawn, steps), self._steps(batches)):
-                self.yielded = True
-                yield batch
+            yield from self._pass_over(batches, drawn, steps)
+            yield from self._steps(batches)
         self.resumption = Resumption()
         self.ended()
 
@@ -127,11 +157,13 @@ class BagLoader(wrapt.ObjectProxy):
 
     def _steps(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:
-            draws = self.draws
+            ahead = len(self.pending)
+            draws = self.draws_ahead(ahead) if ahead and self.draws_ahead else self.draws
             group = self._draw(batches, draws)
             if not group:
                 return
             if draws == 1:
+                self._note(draws, group[0])
                 yield group[0]
                 continue
             batch = merge_batches(group)
@@ -139,7 +171,12 @@ class BagLoader(wrapt.ObjectProxy):
             used = self._usable_rows(rows, complete=len(group) == draws, draws=draws)
             self._leave_out(rows - used, draws)
             if used:
-                yield {key: value if is_plain(value) else value[:used] for key, value in batch.items()}
+                batch = {key: value if is_plain(value) else value[:used] for key, value in batch.items()}
+                self._note(draws, batch)
+                yield batch
+
+    def _note(self, draws: int, batch: Any) -> None:
+        self.pending.append(Drawn(draws, rows_of(batch), self.drawn, self.left_out))
 
     def _draw(self, batches: Iterator[Any], count: int) -> list[Any]:
         # A StreamingDataset may have a batch more than its loader's length: no epoch draws it.
@@ -164,6 +201,12 @@ class BagLoader(wrapt.ObjectProxy):
                 rows,
                 draws,
             )
+
+
+def rows_of(batch: Any) -> int | None:
+    """The rows of a batch, None if they cannot be told."""
+    ids = batch.get('input_ids') if isinstance(batch, Mapping) else None
+    return len(ids) if isinstance(ids, torch.Tensor) and ids.ndim else None
 
 
 @contextmanager
@@ -209,10 +252,24 @@ class Drawing:
         joins_rows: Whether the rows of a step are joined.
         fresh: Whether this Trainer has not drawn yet: a dataset's state from a checkpoint is still to be taken up.
         undo: Where to register what puts the train loader back.
+        draws_ahead: The loader batches that the step draws which is as many after the coming one.
+
+    Attributes:
+        row_length: Tokens in a row of the first batch, None before it, or if some are padding.
     """
 
-    def __init__(self, state: State, progress: Progress, joins_rows: bool, fresh: bool, undo: ExitStack):
+    def __init__(
+        self,
+        state: State,
+        progress: Progress,
+        joins_rows: bool,
+        fresh: bool,
+        undo: ExitStack,
+        draws_ahead: Callable[[int], int],
+    ):
         self._state = state
+        self._draws_ahead = draws_ahead
+        self._taken: Drawn | None = None
         self._progress = progress
         self._joins_rows = joins_rows
         self._undo = undo
@@ -221,6 +278,7 @@ class Drawing:
         self._steps = 0
         self._cut_short = False
         self._is_judged = True
+        self.row_length: int | None = None
         self._resumption = self._resume(fresh)
 
     def _resume(self, fresh: bool) -> Resumption:
@@ -273,8 +331,11 @@ class Drawing:
         if draws > 1 and not isinstance(self._state.dataloader, BagLoader):
             self.check(draws)
             self._resumption = Resumption()
+            if self._loader is not None:  # perhaps in what was set, around it
+                self._resumption = Resumption() if self._loader.begun else self._loader.resumption
+                self._loader.retired = True
             self._install(draws)
-        elif self._state.dataloader is not self._loader:
+        elif draws == 1 and self._state.dataloader is not self._loader:
             self._loader = None
 
     def end_iteration(self) -> None:
@@ -295,7 +356,7 @@ class Drawing:
         assert state.dataloader is not None
         limit = None if state.dataloader_len is None else int(state.dataloader_len)
         loader = BagLoader(state.dataloader, self._joins_rows, limit, self._resumption)
-        loader.draws, loader.ended = draws, self._let_end
+        loader.draws, loader.draws_ahead, loader.ended = draws, self._draws_ahead, self._let_end
         state.set_dataloader(loader, state.dataloader_label, -1 if limit is None else limit)
         self._loader = loader
 
@@ -334,29 +395,50 @@ class Drawing:
         if batches is not None and int(batches) < draws:
             raise too_short(int(batches), draws)
 
-    def check_step(self, superposed: bool) -> None:
-        """Take note that the trainer trains on what was drawn last.
+    def take(self, batch: Any, superposed: bool, ends: Sequence[Time]) -> None:
+        """Take what was drawn for the step that the trainer trains on.
+
+        Args:
+            batch: Its batch.
+            superposed: Whether the step is superposed.
+            ends: When the phases to come end.
 
         Raises:
-            ValueError: If that is not the data of a step: the loader was replaced, or the trainer has not passed over
-                the steps it has done.
+            ValueError: If that is not the data of the step: the loader was replaced, or reads ahead of a moment that
+                shows only then, or the trainer has not passed over the steps it has done.
         """
-        loader = self._loader
+        loader, self._taken = self._loader, None
         if loader is None:
             return
-        if superposed and not loader.yielded:
-            raise ValueError(
-                'The train loader was replaced after EPOCH_START or FIT_START, so that a superposed step has the data '
-                'of a plain one: have the callback replace it at EPOCH_END or ITERATION_START.'
-            )
-        loader.yielded = False
-        if not loader.passing_over:
+        if loader.passing_over:
+            loader.passing_over = False
+            if superposed and loader.drawn != loader.draws:
+                raise ValueError(
+                    f'The run is at step {int(self._state.timestamp.batch_in_epoch)} of the epoch but its data at step '
+                    '0: set spin_dataloaders: true, or use a StreamingDataset, which resumes itself.'
+                )
             return
-        loader.passing_over = False
-        if superposed and loader.drawn != loader.draws:
+        if not loader.pending:
+            if superposed:
+                raise ValueError(
+                    'The train loader was replaced after EPOCH_START or FIT_START, so that a superposed step has the '
+                    'data of a plain one: have the callback replace it at EPOCH_END or ITERATION_START.'
+                )
+            return
+        taken = self._taken = loader.pending.popleft()
+        unknown = [end for end in ends if end.unit in (TimeUnit.TOKEN, TimeUnit.SAMPLE)]
+        if loader.pending and unknown:
             raise ValueError(
-                f'The run is at step {int(self._state.timestamp.batch_in_epoch)} of the epoch but its data at step 0: '
-                'set spin_dataloaders: true, or use a StreamingDataset, which resumes itself.'
+                f'{type(self._state.dataloader).__name__} reads ahead of the step, and a phase ends at '
+                f'{unknown[0].to_timestring()}, which shows only then: give duration and until in ba, or do not read '
+                'ahead of the train loader.'
+            )
+        rows = rows_of(batch)
+        if taken.draws != loader.draws or (superposed and taken.rows is not None and rows != taken.rows):
+            raise ValueError(
+                f'{type(self._state.dataloader).__name__} hands a step {rows} rows, and {taken.rows} of '
+                f'{taken.draws} loader batches were drawn for it, where it needs {loader.draws}: have what wraps the '
+                'train loader hand each of its batches on, whole and in order.'
             )
 
     def count(self, steps: int) -> None:
@@ -367,9 +449,11 @@ class Drawing:
         if loader is None:
             progress.drawn = (progress.drawn or 0) + steps
         else:
-            progress.drawn = loader.drawn
-            progress.left_out += loader.left_out * dist.get_world_size()
-            loader.left_out = 0
+            taken, self._taken = self._taken, None
+            left_out = taken.left_out if taken else loader.left_out
+            progress.drawn = taken.drawn if taken else loader.drawn
+            progress.left_out += (left_out - loader.counted) * dist.get_world_size()
+            loader.counted = left_out
 
     def end_epoch(self, superposed: bool, draws: int) -> None:
         """Check the epoch that has ended.
@@ -398,7 +482,7 @@ class Drawing:
         """What the loader tells of itself, and where the run stands."""
         state, loader, time = self._state, self._state.dataloader, self._state.timestamp
         samples = self._batch_samples()
-        row_length = row_length_of(loader)
+        row_length = self.row_length
         data = Data(
             None if state.dataloader_len is None else int(state.dataloader_len),
             samples,
@@ -410,24 +494,9 @@ class Drawing:
         return data, Moment(int(time.batch), int(time.epoch), drawn, int(time.sample), int(time.token))
 
 
-def row_length_of(loader: Any) -> int | None:
-    """Tokens in a row, as a StreamingDataset of llm-foundry tells; else, of a map-style dataset, its first batch.
-
-    Returns:
-        int | None: None where the rows cannot be looked at without drawing them, or are padded to some length.
-    """
-    dataset: Any = getattr(loader, 'dataset', None)
-    length = getattr(dataset, 'max_seq_len', None)
-    if length is not None or not isinstance(loader, DataLoader) or loader.batch_size is None:
-        return length
-    if isinstance(dataset, (IterableDataset, StreamingDataset)) or not hasattr(dataset, '__getitem__'):
-        return None
-    with same_random_numbers():
-        batch: Any = loader.collate_fn([dataset[index] for index in range(min(loader.batch_size, len(dataset)))])
-    if not isinstance(batch, Mapping):
-        return None
-    ids: Any = batch.get('input_ids')
-    mask: Any = batch.get('attention_mask')
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or (mask is not None and not bool(mask.all())):
+def row_length_of(batch: Any) -> int | None:
+    """Tokens in a row of a batch, None if they cannot be told or some are padding."""
+    ids = batch.get('input_ids') if isinstance(batch, Mapping) else None
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not is_full(batch.get('attention_mask')):
         return None
     return ids.shape[1]
