@@ -8,12 +8,12 @@ import gc
 import json
 import os
 import sys
-from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from common.profiled import Collectives
 from composer.loggers import InMemoryLogger
 from composer.utils import dist
 from llmfoundry.command_utils.train import train_from_yaml
@@ -22,7 +22,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from composer_tst import TokenSuperposition
 from composer_tst.functional import fold_batch, superposed
@@ -63,19 +62,6 @@ CASES = {
     'ddp, sequence': Case(SEQUENCE, 1, 'fsdp2, sequence'),
     'fsdp2, sequence': Case([*FULL_SHARD, *SEQUENCE], 2, 'ddp, sequence'),
 }
-
-
-class Collectives(TorchDispatchMode):
-    """Counts the collectives that are called, from Python or from DDP's reducer."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if 'c10d' in func.namespace:
-            self.counts[func.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, float]:
