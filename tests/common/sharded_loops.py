@@ -7,7 +7,6 @@ against the definition on one process, or the sentence that refused it.
 import copy
 import functools
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from common import reference
-from common.profiled import Collectives
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -27,6 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
+from common import reference
+from common.profiled import Collectives
 from composer_tst import functional as F_tst
 from composer_tst.ops import superposed as superposing
 
@@ -107,9 +106,9 @@ CASES = {
     'ddp': Case(ddp),
     'ddp, tied, checkpointed': Case(ddp, tied=True, checkpointed=True),
     'ddp, compiled': Case(ddp, compiled=True),
-    'fsdp1': Case(fsdp1),
-    'fsdp1, tied, original parameters': Case(functools.partial(fsdp1, use_orig_params=True), tied=True),
-    'fsdp1, embeddings of their own': Case(functools.partial(fsdp1, own=True), checkpointed=True),
+    'fsdp1': Case(fsdp1, tolerance=1e-3),
+    'fsdp1, tied, original parameters': Case(functools.partial(fsdp1, use_orig_params=True), True, tolerance=1e-3),
+    'fsdp1, embeddings of their own': Case(functools.partial(fsdp1, own=True), False, True, tolerance=1e-3),
     'fsdp2': Case(fsdp2),
     'fsdp2, tied, checkpointed': Case(fsdp2, tied=True, checkpointed=True),
     'fsdp2, embeddings of their own': Case(functools.partial(fsdp2, own=True)),
@@ -117,7 +116,7 @@ CASES = {
     'fsdp2, kept whole': Case(functools.partial(fsdp2, own=True, reshard_after_forward=False)),
     'fsdp2, compiled': Case(fsdp2, compiled=True),
     'fsdp2, bfloat16': Case(functools.partial(fsdp2, mp_policy=HALF), tolerance=0.05),
-    'fsdp2, bfloat16, embeddings of their own': Case(functools.partial(fsdp2, own=True, mp_policy=HALF), tolerance=0.05),
+    'fsdp2, bfloat16, own embeddings': Case(functools.partial(fsdp2, own=True, mp_policy=HALF), tolerance=0.05),
     'fsdp2, offloaded': Case(functools.partial(fsdp2, offload_policy=CPUOffloadPolicy(pin_memory=False))),
     'documents, ddp': Case(ddp, how='documents'),
     'documents, fsdp1': Case(fsdp1, how='documents'),
@@ -166,18 +165,28 @@ def definition(model: Any, plain: bool) -> dict[str, Tensor]:
 
 def gradients_of(model: nn.Module, wrapped: nn.Module) -> dict[str, Tensor]:
     """Whole gradients under their names in a model that is not wrapped."""
-    if isinstance(wrapped, FSDP1):
-        with FSDP1.summon_full_params(wrapped, with_grads=True, writeback=False):
-            return {
-                re.sub('_orig_mod.', '', clean_tensor_name(n)): p.grad.clone()
-                for n, p in wrapped.named_parameters()
-                if p.grad is not None
-            }
-    return {
-        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad.clone()
-        for name, p in model.named_parameters()
-        if p.grad is not None
-    }
+    if isinstance(wrapped, FSDP1):  # which gives whole weights alone: the gradient is what a step takes off them
+        before = weights_of(wrapped)
+        with torch.no_grad():
+            for sign in (-1, 1):
+                for p in wrapped.parameters():
+                    if p.grad is not None:
+                        p.add_(p.grad, alpha=sign)
+                if sign == -1:
+                    after = weights_of(wrapped)
+        found = {name: before[name] - after[name] for name in before}
+    else:
+        found = {
+            name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad.clone()
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        }
+    return {name: gradient for name, gradient in found.items() if gradient.any()}
+
+
+def weights_of(wrapped: nn.Module) -> dict[str, Tensor]:
+    with FSDP1.summon_full_params(wrapped, writeback=False):
+        return {clean_tensor_name(name): p.detach().clone() for name, p in wrapped.named_parameters()}
 
 
 def error(mine: dict[str, Tensor], expected: dict[str, Tensor], scale: float) -> float:
@@ -194,8 +203,7 @@ def make(case: Case) -> tuple[Any, nn.Module, Any]:
     for block in model.blocks:
         block.checkpointed = case.checkpointed  # pyright: ignore
     plain = copy.deepcopy(model)
-    kwargs = {'use_orig_params': True} if case.compiled and case.wrap is fsdp1 else {}
-    wrapped = case.wrap(model, **kwargs)
+    wrapped = case.wrap(model)
     if case.compiled:
         wrapped = torch.compile(wrapped, backend='aot_eager')  # pyright: ignore
     return plain, model, wrapped
@@ -218,12 +226,8 @@ def run(case: Case) -> dict[str, Any]:
     if not case.how:
         wrapped(tokens).square().mean().backward()
         found, expected = gradients_of(model, wrapped), definition(plain, plain=True)
-        scale = round(
-            float(
-                torch.linalg.norm(found['head.weight' if not case.tied else 'wte.weight'])
-                / torch.linalg.norm(expected['head.weight' if not case.tied else 'wte.weight'])
-            )
-        )
+        name = 'wte.weight' if case.tied else 'head.weight'
+        scale = round(float(torch.linalg.norm(found[name]) / torch.linalg.norm(expected[name])))
         assert scale in (1, 2)
         assert error(found, expected, scale) < case.tolerance
     plain, model, wrapped = make(case)
