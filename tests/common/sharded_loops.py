@@ -254,7 +254,7 @@ def buffers_of_ddp(watched: bool) -> list[float]:
     folded = fold_of(dist.get_rank())
     if not watched:
         superposing._WATCHED[True].add(wrapped)
-    for turn in range(4):
+    for turn in range(3):  # another pass would hand them round again
         optimizer.zero_grad()
         if turn < 2:
             wrapped(folded['input_ids'][..., 0]).square().mean().backward()
