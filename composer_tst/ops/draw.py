@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from composer_tst.ops.fold import check_bag_size, check_kinds
+from composer_tst.ops.fold import check_bag_size, check_kinds, is_plain
 
 
 class draw:
@@ -20,14 +20,15 @@ class draw:
 
     Nothing is read ahead: the bag size of a step is asked for when the step is drawn, and a change amid an epoch
     loses or repeats no row. Steps are counted over epochs. At the end of an epoch fewer batches than a step needs may
-    be left: they make no step, and their samples are counted.
+    be left: they make no step. If a batch is smaller than the others, its rows that do not fill a group of ``s`` rows
+    are left out too. All samples left out are counted.
 
     Args:
         loader: A loader, of which each loop over this draws an epoch; or an iterator, which goes on where it stands.
             Its batches are mappings of tensors ``(rows, ...)``, lists one entry a row, and plain numbers, strings or
             flags.
         bag_size: Tokens in a bag, ``s``; or a function of the step, counted from 0, that gives it. 1 draws batch by
-            batch.
+            batch, as the loader gives them.
 
     Attributes:
         bag_size: That of the batch drawn last.
@@ -48,17 +49,43 @@ class draw:
         """Yield the batch of each step."""
         batches = iter(self._loader)
         while True:
-            self.bag_size = check_bag_size(self._bag_size_at(self._step))
-            group = list(itertools.islice(batches, self.bag_size))
-            if len(group) < self.bag_size:
-                self.left_out += sum(map(_samples, group))
+            bag_size = check_bag_size(self._bag_size_at(self._step))
+            group = list(itertools.islice(batches, bag_size))
+            if bag_size > 1 and group:
+                group = self._joined(group, bag_size)
+            if not group:
                 return
-            self._step += 1
-            yield merge_batches(group) if len(group) > 1 else group[0]
+            self._step, self.bag_size = self._step + 1, bag_size
+            yield group[0]
+
+    def _joined(self, group: list[Any], bag_size: int) -> list[Any]:
+        """The batches of a step as one, in a list; an empty one if they make none."""
+        check_batches(group)
+        rows = sum(len(batch['input_ids']) for batch in group)
+        used = rows - rows % bag_size if len(group) == bag_size else 0
+        self.left_out += rows - used
+        if not used:
+            return []
+        batch = merge_batches(group)
+        if used < rows:
+            batch = {key: value if is_plain(value) else value[:used] for key, value in batch.items()}
+        return [batch]
 
 
-def _samples(batch: Any) -> int:
-    return len(batch['input_ids'] if isinstance(batch, Mapping) else batch)
+def check_batches(batches: Sequence[Any]) -> None:
+    """Refuse, with a ValueError, the batches of one step if they are no mappings with input_ids, or differ in keys."""
+    first = batches[0]
+    for batch in batches:
+        if not isinstance(batch, Mapping) or 'input_ids' not in batch:
+            kind = ', '.join(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(
+                f'The train loader yields {kind}: superposition needs a mapping with input_ids and labels.'
+            )
+        if batch.keys() != first.keys():
+            raise ValueError(
+                f'Of the batches of one step one has {", ".join(first)}, another {", ".join(batch)}: have the collator '
+                'give all of them the same.'
+            )
 
 
 def merge_batches(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -74,18 +101,8 @@ def merge_batches(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ValueError: If the batches are no mappings with input_ids, or differ in their keys, row lengths or
             plain values.
     """
+    check_batches(batches)
     first = batches[0]
-    for batch in batches:
-        if not isinstance(batch, Mapping) or 'input_ids' not in batch:
-            kind = ', '.join(batch) if isinstance(batch, Mapping) else type(batch).__name__
-            raise ValueError(
-                f'The train loader yields {kind}: superposition needs a mapping with input_ids and labels.'
-            )
-        if batch.keys() != first.keys():
-            raise ValueError(
-                f'Of the batches of one step one has {", ".join(first)}, another {", ".join(batch)}: have the collator '
-                'give all of them the same.'
-            )
     merged: dict[str, Any] = {}
     check_kinds(first)
     for key, value in first.items():

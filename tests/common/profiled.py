@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def allocated_above(limit: int, call: Callable[[], object]) -> list[int]:
@@ -20,6 +21,19 @@ def allocated_above(limit: int, call: Callable[[], object]) -> list[int]:
 def operators(call: Callable[[], object]) -> Counter[str]:
     """How often each operator was called, by others included."""
     return Counter(event.name() for event in _events(call))
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that are called, from Python or from DDP's reducer."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if 'c10d' in func.namespace:
+            self.counts[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 # The operators that read a tensor's values on the host: on a GPU each of them would wait for it.

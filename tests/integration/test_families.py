@@ -280,3 +280,22 @@ def test_a_mixture_of_experts_logs_its_router_loss_while_superposed():
     mce = float(reference.multi_hot_loss(outputs.logits, rows, [1.0] * S).detach())
     assert logged(logger, 'superposition/router_loss')[0] == pytest.approx(router, rel=1e-5)
     assert logged(logger, 'loss/train/total')[0] == pytest.approx(mce + router, rel=1e-5)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_family_without_a_mask_trains(name: str, device: torch.device):
+    """Also where transformers reads ids, with a pad_token_id, to warn that there is none."""
+
+    def make() -> Any:
+        model = hugging_face(transformers_model(name))
+        model.model.config.pad_token_id = 0
+        return model
+
+    batch = {key: value for key, value in batch_of().items() if key != 'attention_mask'}
+    superposition = Superposed(make().train().to(device), bag_size=S)
+    torch.manual_seed(5)
+    loss = superposition.step(on(device, fold_batch(batch, S)))
+    other = Superposed(make().train().to(device), bag_size=S)
+    torch.manual_seed(5)
+    expected = other.step(on(device, fold_batch(batch_of(), S)))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)

@@ -389,12 +389,16 @@ COMPILED: dict[str, Any] = {
         (model, model),
     )[1],
 }
-BACKENDS = ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize('backend', BACKENDS)
-@pytest.mark.parametrize('way', COMPILED)
-@pytest.mark.parametrize('name', ['own', 'value embeddings', 'llama', pytest.param('gemma', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ('name', 'way', 'backend'),
+    [
+        *((name, way, 'aot_eager') for name in ('own', 'value embeddings', 'llama') for way in COMPILED),
+        *(pytest.param('gemma', way, 'aot_eager', marks=pytest.mark.slow) for way in COMPILED),
+        *(pytest.param(name, 'wrapped', 'inductor', marks=pytest.mark.slow) for name in ('own', 'llama')),
+    ],
+)
 def test_compiled_models(name: str, way: str, backend: str):
     """Padded and not, and plain in between: one graph each, and no more at the next step."""
     torch._dynamo.reset()
@@ -417,9 +421,17 @@ def test_compiled_models(name: str, way: str, backend: str):
     assert graphs[0] == graphs[1] > 0
 
 
-@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('padded', [False, True])
-@pytest.mark.parametrize('look', ['as int64', 'as int32', 'flat', 'shifted behind a token', 'beside a prefix'])
+@pytest.mark.parametrize(
+    ('look', 'backend'),
+    [
+        *(
+            (look, 'aot_eager')
+            for look in ('as int64', 'as int32', 'flat', 'shifted behind a token', 'beside a prefix')
+        ),
+        pytest.param('as int64', 'inductor', marks=pytest.mark.slow),
+    ],
+)
 def test_ids_of_32_bits_and_moves_compiled(look: str, padded: bool, backend: str):
     torch._dynamo.reset()
     folded = fold(padded, torch.int32)

@@ -1,0 +1,214 @@
+"""Drawing several batches of a loader as one: each row once, nothing ahead, tails counted."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from composer_tst import functional as F_tst
+
+LENGTH = 4
+
+
+class Rows(torch.utils.data.Dataset):
+    """Row i is LENGTH times the number i."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {'input_ids': torch.full((LENGTH,), index)}
+
+
+def loader(rows: int, batch_size: int = 2, **settings: Any) -> DataLoader:
+    return DataLoader(Rows(rows), batch_size=batch_size, **settings)
+
+
+def rows_of(batch: Any) -> list[int]:
+    return batch['input_ids'][:, 0].tolist()
+
+
+class Counting:
+    """Counts what it gave, and how often it was begun."""
+
+    def __init__(self, batches: Any):
+        self.batches, self.given, self.begun = batches, 0, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.begun += 1
+        for batch in self.batches:
+            self.given += 1
+            yield batch
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('drop_last', [False, True])
+def test_over_a_switch_inside_an_epoch_each_row_is_read_once(drop_last: bool, workers: int):
+    batches = F_tst.draw(loader(21, drop_last=drop_last, num_workers=workers), lambda step: 3 if step < 2 else 1)
+    seen, sizes = [], []
+    for batch in batches:
+        folded = F_tst.fold_batch(batch, batches.bag_size)
+        assert folded['input_ids'].shape == (2, LENGTH, batches.bag_size) or len(batch['input_ids']) == 1
+        seen += rows_of(batch)
+        sizes.append(batches.bag_size)
+    assert seen == list(range(20 if drop_last else 21))
+    assert sizes == [3, 3] + [1] * (4 if drop_last else 5)
+    assert batches.left_out == 0
+
+
+def test_bag_sizes_from_coarse_to_fine():
+    batches = F_tst.draw(loader(40), lambda step: [4, 4, 2, 2][step] if step < 4 else 1)
+    seen = [rows_of(batch) for batch in batches]
+    assert [len(rows) for rows in seen] == [8, 8, 4, 4] + [2] * 8
+    assert [row for rows in seen for row in rows] == list(range(40))
+
+
+def test_nothing_is_read_ahead():
+    given = Counting(list(loader(20)))
+    batches = F_tst.draw(given, lambda step: 3 if step < 2 else 1)
+    assert given.given == given.begun == 0
+    for step, _ in enumerate(batches):
+        assert given.given == [3, 6, 7, 8, 9, 10][step]
+    assert given.begun == 1
+
+
+def test_the_bag_size_is_asked_for_when_the_step_is_drawn():
+    size = 3
+    batches = F_tst.draw(loader(20), lambda step: size)
+    drawn = iter(batches)
+    assert rows_of(next(drawn)) == [0, 1, 2, 3, 4, 5]
+    size = 1
+    assert batches.bag_size == 3
+    assert rows_of(next(drawn)) == [6, 7]
+    assert batches.bag_size == 1
+
+
+def test_an_iterator_goes_on_where_it_stands():
+    given = iter(loader(20))
+    assert rows_of(next(given)) == [0, 1]
+    batches = F_tst.draw(given, 2)
+    for batch in batches:
+        assert rows_of(batch) == [2, 3, 4, 5]
+        break
+    assert rows_of(next(given)) == [6, 7]
+    assert [rows_of(batch) for batch in batches] == [[8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
+    assert list(batches) == []
+    assert batches.left_out == 0
+
+
+def test_steps_and_what_is_left_out_are_counted_over_epochs():
+    asked = []
+
+    def size(step: int) -> int:
+        asked.append(step)
+        return 3 if step < 5 else 1
+
+    batches = F_tst.draw(loader(15, shuffle=False), size)
+    epochs = [[rows_of(batch) for batch in batches] for _ in range(3)]
+    # 8 batches, the last of one row: two steps of 3, and one of 2 batches that is left out.
+    assert epochs[0] == epochs[1] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+    assert epochs[2] == [[0, 1, 2, 3, 4, 5], [6, 7], [8, 9], [10, 11], [12, 13], [14]]
+    assert batches.left_out == 2 * 3
+    assert sorted(set(asked)) == list(range(11))
+    assert batches.bag_size == 1
+
+
+def test_rows_of_a_smaller_last_batch_that_cannot_be_joined_are_left_out():
+    batches = F_tst.draw(loader(11), 3)
+    seen = []
+    for batch in batches:
+        seen.append(rows_of(batch))
+        F_tst.fold_batch(batch, 3)
+    assert seen == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
+    assert batches.left_out == 2
+    batches = F_tst.draw(loader(11, drop_last=True), 3)
+    assert [rows_of(batch) for batch in batches] == [[0, 1, 2, 3, 4, 5]]
+    assert batches.left_out == 4
+    assert list(F_tst.draw([{'input_ids': torch.zeros(1, 4)}, {'input_ids': torch.zeros(0, 4)}], 2)) == []
+
+
+def test_the_bag_size_is_that_of_the_batch_drawn_last_also_after_a_tail():
+    batches = F_tst.draw(loader(6), lambda step: 2 if step < 1 else 3)
+    assert batches.bag_size == 2
+    assert [rows_of(batch) for batch in batches] == [[0, 1, 2, 3]]
+    assert batches.bag_size == 2
+    assert batches.left_out == 2
+
+
+def test_a_stream_without_a_length():
+    class Stream(IterableDataset):
+        def __iter__(self) -> Iterator[Any]:
+            yield from ({'input_ids': torch.full((LENGTH,), i)} for i in range(10))
+
+    batches = F_tst.draw(DataLoader(Stream(), batch_size=2), 2)
+    assert [len(rows_of(batch)) for batch in batches] == [4, 4]
+    assert batches.left_out == 2
+
+
+def test_bags_of_one_token_are_the_loaders_own_batches():
+    """Of any kind, as plain training takes them."""
+    given = [{'input_ids': torch.zeros(2, 3)}, (1, 2), {'x': None}, torch.zeros(3)]
+    assert all(mine is theirs for mine, theirs in zip(F_tst.draw(given, 1), given, strict=True))
+
+
+def test_tensors_lists_strings_and_plain_values():
+    given = [
+        {
+            'input_ids': torch.full((2, 3), i),
+            'attention_mask': torch.ones(2, 3),
+            'total_tokens': [i, i],
+            'urls': ('a', 'b'),
+            'source': 'web',
+            'scale': 0.5,
+            'flag': True,
+            'temperature': torch.tensor(2.0),
+        }
+        for i in range(3)
+    ]
+    per_row = ('input_ids', 'attention_mask', 'total_tokens', 'urls')
+    given[2] |= {key: given[2][key][:1] for key in per_row}
+    batches = F_tst.draw(given, 3)
+    (batch,) = batches
+    assert rows_of(batch) == [0, 0, 1]
+    assert batch['attention_mask'].shape == (3, 3)
+    assert batch['total_tokens'] == [0, 0, 1]
+    assert batch['urls'] == ['a', 'b', 'a']
+    assert (batch['source'], batch['scale'], batch['flag'], float(batch['temperature'])) == ('web', 0.5, True, 2.0)
+    assert batches.left_out == 2
+
+
+@pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        ([(1, 2)] * 2, 'The train loader yields tuple: superposition needs a mapping with input_ids'),
+        ([{'ids': 1}] * 2, 'The train loader yields ids: superposition needs a mapping with input_ids'),
+        ([(1, 2)], 'The train loader yields tuple'),  # also in a tail
+        (
+            [{'input_ids': torch.zeros(2, 3)}, {'input_ids': torch.zeros(2, 4)}],
+            'input_ids comes in shapes .* pad every',
+        ),
+        ([{'input_ids': torch.zeros(2, 3), 'n': n} for n in (1, 2)], r'n differs between the batches of one step'),
+        ([{'input_ids': torch.zeros(2, 3), 'n': 1}, {'input_ids': torch.zeros(2, 3)}], 'one has input_ids, n, another'),
+        ([{'input_ids': torch.zeros(2, 3), 'n': None}] * 2, 'Superposition cannot fold n: have the collator leave it'),
+    ],
+)
+def test_batches_that_do_not_fit_together_are_refused(given: list[Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        list(F_tst.draw(given, 2))
+
+
+@pytest.mark.parametrize('bag_size', [0, -1, '6', 2.0, None, True, torch.tensor(2)])
+def test_bag_sizes_that_are_none_are_refused_at_once_and_when_drawn(bag_size: Any):
+    message = r'bag_size is .*: give an integer, the tokens in a bag, or 1 for plain training'
+    with pytest.raises(ValueError, match=message):
+        F_tst.draw([], bag_size)
+    with pytest.raises(ValueError, match=message):
+        F_tst.draw([], lambda step: bag_size)
+    batches = F_tst.draw(loader(8), lambda step: bag_size if step else 2)
+    with pytest.raises(ValueError, match=message):
+        list(batches)
