@@ -19,6 +19,8 @@ IGNORE_INDEX = -100
 _PER_TOKEN = ('input_ids', 'labels', 'attention_mask', 'sequence_id')
 # What llm-foundry's count of tokens weighs microbatches by, a value for each row.
 _PER_ROW = ('total_tokens', 'loss_generating_tokens')
+# What rows weigh if nothing at all is to be predicted: Composer divides by the sum of their weights.
+_NEXT_TO_NOTHING = 1e-12
 
 
 class Layout(NamedTuple):
@@ -167,11 +169,10 @@ def lay_out(
     if weights is not None:
         of_columns, of_row = _weights_of_columns(kept, bag_size, superpose, tuple(weights.tolist()))
         if mask is None and not _any_ignored(labels):
-            tokens = torch.full((rows,), of_row, dtype=torch.float64)
+            tokens = torch.full((rows,), of_row or _NEXT_TO_NOTHING, dtype=torch.float64)
         else:
             tokens = (result['labels'] != IGNORE_INDEX).double() @ of_columns
-        # Composer divides by the sum: if nothing at all is to be predicted, rows weigh next to nothing, not nothing.
-        tokens = tokens if tokens.any() else tokens + 1e-12
+            tokens = tokens if tokens.any() else tokens + _NEXT_TO_NOTHING
         result['loss_generating_tokens'] = tokens.tolist() if 'total_tokens' in batch else tokens
         if 'total_tokens' not in batch:
             result['total_tokens'] = torch.full((rows,), kept) if mask is None else mask.bool().sum(1)
