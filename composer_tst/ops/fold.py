@@ -21,6 +21,8 @@ _PER_TOKEN = ('input_ids', 'labels', 'attention_mask', 'sequence_id')
 _PER_ROW = ('total_tokens', 'loss_generating_tokens')
 # What may be left out, if it says no more than a model takes for granted.
 _TAKEN_FOR_GRANTED = ('token_type_ids', 'position_ids')
+# What rows weigh if nothing at all is to be predicted: Composer divides by the sum of their weights.
+_NEXT_TO_NOTHING = 1e-12
 
 
 class Layout(NamedTuple):
@@ -185,14 +187,14 @@ def lay_out(
     if weights is not None:
         of_columns, of_row = _weights_of_columns(kept, bag_size, superpose, tuple(weights.tolist()))
         if mask is None and not _any_ignored(labels):
-            tokens = torch.full((rows,), of_row, dtype=torch.float64)
+            tokens = torch.full((rows,), of_row or _NEXT_TO_NOTHING, dtype=torch.float64, device=labels.device)
         else:
-            tokens = (result['labels'] != IGNORE_INDEX).double() @ of_columns
-        # Composer divides by the sum: if nothing at all is to be predicted, rows weigh next to nothing, not nothing.
-        tokens = tokens if tokens.any() else tokens + 1e-12
+            tokens = (result['labels'] != IGNORE_INDEX).double() @ of_columns.to(labels.device)
+            tokens = tokens if tokens.any() else tokens + _NEXT_TO_NOTHING
         result['loss_generating_tokens'] = tokens.tolist() if 'total_tokens' in batch else tokens
         if 'total_tokens' not in batch:
-            result['total_tokens'] = torch.full((rows,), kept) if mask is None else mask.bool().sum(1)
+            attended = torch.full((rows,), kept, device=labels.device) if mask is None else mask.bool().sum(1)
+            result['total_tokens'] = attended
     positions = rows * kept // (1 if superpose == 'output' else bag_size)
     dropped = rows * (length - kept)
     if dropped and 'attention_mask' in batch:
@@ -255,7 +257,7 @@ def bag_rows(batch: Mapping[str, Any], bag_size: int, superpose: str, padded: bo
     if superpose == 'output':
         return folded
     ids = batch['input_ids']
-    folded['input_ids'] = ids.view(len(ids), -1, bag_size)
+    folded['input_ids'] = ids.view(len(ids), ids.shape[1] // bag_size, bag_size)
     bag_mask = None
     if mask is not None:
         bag_mask = folded['bag_mask'] = mask.bool().view(folded['input_ids'].shape)
@@ -276,7 +278,7 @@ def bag_targets(labels: torch.Tensor, mask: torch.Tensor | None, bag_size: int, 
     following = torch.cat([following, following.new_full((len(labels), bag_size), IGNORE_INDEX)], 1)
     if superpose == 'output':
         return following.unfold(1, bag_size, 1).contiguous()
-    targets = following.view(len(labels), -1, bag_size)
+    targets = following.view(len(labels), labels.shape[1] // bag_size, bag_size)
     if superpose == 'input':
         targets[..., 1:] = IGNORE_INDEX
     return targets

@@ -87,6 +87,27 @@ def test_rows_laid_out_stay_plain_and_bag_by_themselves(
         assert int(part['total_tokens']) == int(attended.sum())
 
 
+@pytest.mark.parametrize('superpose', ['both', 'input', 'output'])
+def test_no_rows(superpose: str):
+    ids = torch.zeros(0, 6).long()
+    batch = {'input_ids': ids, 'attention_mask': ids.bool()}
+    layout = lay_out(batch, 2, 'none', superpose, torch.ones(2) / 2)
+    folded = bag_rows(layout.batch, 2, superpose)
+    assert folded['labels'].shape == (0, 6 if superpose == 'output' else 3, 2)
+    assert layout.batch['loss_generating_tokens'].shape == layout.batch['total_tokens'].shape == (0,)
+
+
+@pytest.mark.parametrize('dtype', [torch.int64, torch.int32])
+def test_ignored_labels_are_found_in_any_half_of_a_number(dtype: torch.dtype):
+    ids = torch.arange(24, dtype=dtype).view(2, 12)
+    wide = torch.zeros(2, 24, dtype=dtype)
+    for labels in (ids.clone(), wide[:, ::2]):
+        labels[1, 7] = -100
+        batch = {'input_ids': ids, 'labels': labels}
+        weights = lay_out(batch, 3, 'batch', 'both', torch.ones(3) / 3).batch['loss_generating_tokens']
+        assert weights.tolist() == pytest.approx([3, 3 - 1 / 3])
+
+
 def test_a_batch_without_a_target_weighs_next_to_nothing():
     ids = torch.zeros(2, 4).long()
     batch = {'input_ids': ids, 'labels': torch.full_like(ids, -100)}

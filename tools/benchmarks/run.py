@@ -63,7 +63,7 @@ def table(results: list[Result]) -> str:
     for result in results:
         low, high = result.time_ratio_quartiles
         lines.append(
-            f'| {result.setting} | {result.other} | {result.ours_ms:.1f} | {result.other_ms:.1f} '
+            f'| {result.setting} | {result.other} | {result.ours_ms:.2f} | {result.other_ms:.2f} '
             f'| {result.time_ratio:.3f} ({low:.3f} to {high:.3f}) | {result.rounds} '
             f'| {_verdict(result.time_ratio, result.time_at_most)} '
             f'| {"" if result.bandwidth_share is None else f"{result.bandwidth_share:.0%}"} '
