@@ -4,8 +4,9 @@
     pip install --no-deps WHEEL      # beside any torch from 2.7; README says where the wheel is from
     python examples/hf_trainer.py OUTPUT [STEPS]      # the same again goes on from its last checkpoint
 
-Right: gradient accumulation, several processes (``torchrun``), resumption, num_input_tokens_seen (data tokens),
-total_flos, and evaluation, which is plain. Not right, because the Trainer does not know of bags:
+Right: gradient accumulation, several processes (``torchrun``; on CPUs set ``ACCELERATE_USE_CPU=true`` as well),
+resumption, num_input_tokens_seen (data tokens), total_flos, and evaluation, which is plain. Not right, because the
+Trainer does not know of bags:
 
 - ``epoch`` is a share of the run. The rows come in random order, and anew when all were read.
 - train_samples_per_second and train_tokens_per_second count superposed steps as plain ones.
