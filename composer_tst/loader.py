@@ -90,7 +90,7 @@ class BagLoader(wrapt.ObjectProxy):
     drawn = 0
     left_out = 0
     counted = 0
-    pending: deque[Drawn] = deque()
+    pending: deque[Drawn] = deque()  # noqa: RUF012  each has its own
     retired = False
     begun = False
     passing_over = False

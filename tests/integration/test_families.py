@@ -287,7 +287,7 @@ def test_a_family_without_a_mask_trains(name: str, device: torch.device):
     """Also where transformers reads ids, with a pad_token_id, to warn that there is none."""
 
     def make() -> Any:
-        model = hugging_face(transformers_model(name))
+        model: Any = hugging_face(transformers_model(name))
         model.model.config.pad_token_id = 0
         return model
 
