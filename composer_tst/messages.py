@@ -13,7 +13,7 @@ from composer.core import State, Time, Timestamp, TimeUnit
 from composer.utils import dist
 
 from composer_tst.lr_scheduler import turns_of
-from composer_tst.schedule import Data, Plan, Progress, Schedule
+from composer_tst.schedule import Data, Plan, Progress, Schedule, simulate
 from composer_tst.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ class Course:
         batches_an_epoch: Loader batches in an epoch; None if unknown.
         warmup_ends: The step at which the learning rate has warmed up; None without a warmup or if unknown.
         decay_begins: The step at which its last decay begins; None without a decay or if unknown.
+        read: Loader batches that each phase and recovery read, if that is not as many as their steps ask for.
+        goes_through: Epochs that the run goes through, if ends of epochs are left out or make smaller steps.
     """
 
     bag_sizes: Sequence[int]
@@ -51,6 +53,8 @@ class Course:
     batches_an_epoch: int | None = None
     warmup_ends: int | None = None
     decay_begins: int | None = None
+    read: Sequence[int] | None = None
+    goes_through: float | None = None
 
     @property
     def superposed_until(self) -> int:
@@ -63,9 +67,11 @@ class Course:
         starts = [0, self.began, *self.ends]
         stops = [self.began, *self.ends, self.total]
         sizes, draws = [1, *self.bag_sizes, 1], [1, *self.draws, 1]
+        asked = [(stop - start) * drawn for drawn, start, stop in zip(draws, starts, stops, strict=True)]
+        read = asked if self.read is None else [self.began, *self.read]
         return [
-            (size, stop - start, (stop - start) * drawn)
-            for size, drawn, start, stop in zip(sizes, draws, starts, stops, strict=True)
+            (size, stop - start, batches)
+            for size, batches, start, stop in zip(sizes, read, starts, stops, strict=True)
             if stop > start
         ]
 
@@ -79,7 +85,7 @@ class Course:
         read = 0
         for _, steps, batches in self.phases:
             done = min(step, steps)
-            read, step = read + batches // steps * done, step - done
+            read, step = read + batches * done // steps, step - done
         return read
 
     @property
@@ -90,7 +96,9 @@ class Course:
     @property
     def epochs(self) -> float | None:
         """Epochs of this loader that it reads; None if their length is not known."""
-        return None if self.batches_an_epoch is None else self.batches / self.batches_an_epoch
+        if self.batches_an_epoch is None:
+            return None
+        return self.batches / self.batches_an_epoch if self.goes_through is None else self.goes_through
 
 
 def first_lines(course: Course) -> list[str]:
@@ -236,6 +244,11 @@ def report_course(schedule: Schedule, settings: Settings, plan: Plan | None, dat
         batches = course.batches_before(step)
         return Timestamp(batch=step, sample=batches * (data.samples or 0), token=batches * (data.tokens or 0))
 
+    if course.began == 0:
+        assert progress.max_duration is not None
+        whole = simulate(progress.ends, course.draws, progress.max_duration, data)
+        if whole.ends == list(course.ends) and whole.total == course.total:
+            course = replace(course, read=whole.read, goes_through=whole.epochs)
     warmup_ends, decay_begins = turns_of(state, at, plan.total)
     course = replace(course, warmup_ends=warmup_ends, decay_begins=decay_begins)
     say(first_lines(course))

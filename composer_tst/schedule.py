@@ -57,10 +57,14 @@ class Plan:
     Attributes:
         ends: The step at which each phase ends.
         total: The steps in the run.
+        read: The loader batches that the steps of each phase read, and then those of recovery.
+        epochs: The epochs that the run goes through, those before it begins too; None if they have no end.
     """
 
     ends: list[int]
     total: int
+    read: list[int] = field(default_factory=list, compare=False)
+    epochs: float | None = field(default=None, compare=False)
 
 
 def same(time: Time | None, other: Time | None) -> bool:
@@ -125,16 +129,30 @@ def plan_steps(
     return less if phases and plan.ends[-1] >= plan.total and less.ends[-1] < less.total else plan
 
 
+def simulate(ends: Sequence[Time], draws: Sequence[int], max_duration: Time, data: Data) -> Plan:
+    """A whole run whose phases end at moments that are known.
+
+    Args:
+        ends: When each phase ends; no shares of the duration.
+        draws: Loader batches read for one step of each phase.
+        max_duration: The length of training.
+        data: What a loader batch and an epoch hold.
+    """
+    return _walk(ends, draws, max_duration, data, Moment())
+
+
 def _walk(ends: Sequence[Time], draws: Sequence[int], max_duration: Time, data: Data, now: Moment) -> Plan:
     """Go through a run, as many steps at a time as are alike."""
     found: list[int] = []
+    read = [0] * (len(ends) + 1)
     steps_in_epoch = now.drawn  # or batches: whether there are any is what counts
     while True:
         while len(found) < len(ends) and _reached(ends[len(found)], now):
             found.append(now.step)
         if _reached(max_duration, now):
             # Phases that the run does not come to end behind its end.
-            return Plan(found + [now.step] * (len(ends) - len(found)), now.step)
+            epochs = None if data.batches is None else now.epoch + now.drawn / data.batches
+            return Plan(found + [now.step] * (len(ends) - len(found)), now.step, read, epochs)
         superposed = len(found) < len(ends)
         drawn = draws[len(found)] if superposed else 1
         moments = [ends[len(found)], max_duration] if superposed else [max_duration]
@@ -144,6 +162,7 @@ def _walk(ends: Sequence[Time], draws: Sequence[int], max_duration: Time, data: 
             if left < drawn:
                 used = data.tail(left, drawn)
                 steps_in_epoch += used
+                read[len(found)] += used
                 if not steps_in_epoch:
                     raise too_short(data.batches, drawn)
                 now = replace(_after(now, 1, used, data) if used else now, epoch=now.epoch + 1, drawn=0)
@@ -151,6 +170,7 @@ def _walk(ends: Sequence[Time], draws: Sequence[int], max_duration: Time, data: 
                 continue
             steps = min(steps, left // drawn)
         now = _after(now, int(steps), drawn, data)
+        read[len(found)] += int(steps) * drawn
         steps_in_epoch += int(steps)
 
 
