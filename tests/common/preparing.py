@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from typer.testing import CliRunner, Result
 
-from composer_tst.cli.prepare_data import convert, parts, sources, workers
-from composer_tst.cli.prepare_data.address import Address
+from composer_tst.cli.prepare_data import convert, inputs, parts, workers
 from composer_tst.cli.prepare_data.command import app
 
 if __name__ != '__main__':
@@ -80,12 +79,13 @@ def _prepare_and_die(arguments: list[str]) -> None:
     app(arguments[1:])
 
 
-def sources_of(*inputs: object) -> list[sources.Source]:
+def sources_of(*given: object, form: str | None = None) -> list[inputs.Source]:
     """List inputs, for an output elsewhere."""
-    return sources.list_sources([str(each) for each in inputs], Address('/nowhere/out', False), ['stats.json'])
+    output = inputs.Address('/nowhere/out', False)
+    return inputs.list_sources([str(each) for each in given], output, ['stats.json'], form)[0]
 
 
-def source(path: object) -> sources.Source:
+def source(path: object) -> inputs.Source:
     """List one file."""
     (found,) = sources_of(path)
     return found
@@ -103,6 +103,12 @@ def read_rows(folder: Path, length: int = L) -> list[list[int]]:
     rows = [dataset[index]['tokens'] for index in range(len(dataset))]
     assert all(row.dtype == np.int32 and row.shape == (length,) for row in rows)
     return [row.tolist() for row in rows]
+
+
+def shards_in(folder: Path) -> list[tuple[str, int]]:
+    """The name and the rows of each shard of a split."""
+    index = json.loads((folder / 'index.json').read_text())
+    return [(shard['raw_data']['basename'], shard['samples']) for shard in index['shards']]
 
 
 def define_rows(texts: list[str], folder: str, length: int = L) -> list[list[int]]:

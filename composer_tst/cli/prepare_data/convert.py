@@ -1,16 +1,17 @@
-"""Parts to shards and records: the one task of both engines, and what is made of the records of all parts."""
+"""Parts to shards and records: the one task of both engines."""
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data.lock import DiskLock, S3Lock
-from composer_tst.cli.prepare_data.output import Output, part_name
-from composer_tst.cli.prepare_data.parts import BAD_ADVICE, Done, Part, PartCount, Report, Settings, pack_part, size_of
-from composer_tst.cli.prepare_data.shards import ShardOptions, digest_of, stored
+from composer_tst.cli.prepare_data.documents import BAD_ADVICE
+from composer_tst.cli.prepare_data.output import Output, part_folder
+from composer_tst.cli.prepare_data.parts import Done, Part, PartCount, Report, Settings, pack_part, size_of
+from composer_tst.cli.prepare_data.shards import INDEX, RowWriter, ShardOptions
+from composer_tst.cli.prepare_data.storage import explained, is_s3
 from composer_tst.cli.prepare_data.tokenizer import TextTokenizer
 from composer_tst.cli.prepare_data.workers import parallel
 from composer_tst.cli.progress_bar import progress
@@ -20,13 +21,12 @@ Item = tuple[int, Part]
 
 @dataclass(frozen=True)
 class Job:
-    """What every part is converted with and to, and the lock that its workers share."""
+    """What every part is converted with and to."""
 
     tokenizer: TextTokenizer
     settings: Settings
     shards: ShardOptions
     output: Output
-    lock: DiskLock | S3Lock | None = None
 
 
 # Converts items, the first argument of all being the job, and yields (number, record) as they are finished.
@@ -34,64 +34,37 @@ Engine = Callable[[Job, list[Item], Report], Iterable[tuple[int, dict]]]
 
 
 def convert_part(job: Job, item: Item, report: Report) -> tuple[int, dict]:
-    """Convert one part: write its shards, then its record.
+    """Convert one part: write its shards beside the output, bring them to their place, then write its record.
 
     Raises:
         CommandError: for anything that the user can act on.
     """
     number, part = item
-    count = PartCount.zero(job.settings)
-    writers = {split: _SplitWriter(job, number, split) for split, _ in job.settings.splits}
-    for split, rows in pack_part(part, job.tokenizer, job.settings, count, report):
-        writers[split].write(rows)
-    for writer in writers.values():
-        writer.finish()
-    record = {
-        'count': asdict(count),
-        'files': {split: writer.files for split, writer in writers.items()},
-        'shards': {split: writer.entries for split, writer in writers.items()},
-    }
-    job.output.record(part_name(number), record)
+    # On a cluster, the driver's temporary folder is not that of a node.
+    scratch = job.output.scratch if os.path.isdir(job.output.scratch) else None
+    with explained('write', scratch or f'the temporary folder {tempfile.gettempdir()}'):
+        folder = tempfile.mkdtemp(prefix=part_folder(number), dir=scratch)
+    try:
+        count = PartCount.zero(job.settings)
+        folders = {split: os.path.join(folder, split) for split, _ in job.settings.splits}
+        writers = {split: RowWriter(path, job.shards) for split, path in folders.items()}
+        for split, rows in pack_part(part, job.tokenizer, job.settings, count, report):
+            writers[split].write(rows)
+        files = {split: written for split, writer in writers.items() if (written := writer.finish())}
+        indexes = {}
+        for split in files:
+            with explained('read', folder), open(os.path.join(folders[split], INDEX)) as file:
+                indexes[split] = file.read()
+        record = {'part': number, 'count': asdict(count), 'files': files, 'indexes': indexes}
+        job.output.finish_part(number, folders, record)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return number, record
-
-
-class _SplitWriter:
-    """Writes the shards of one part and split, each when it is full."""
-
-    def __init__(self, job: Job, number: int, split: str):
-        self.job, self.number, self.split = job, number, split
-        self.full = job.shards.rows_in_shard(job.settings.seq_len)
-        self.held: list[NDArray[np.int32]] = []
-        self.entries: list[dict] = []
-        self.files: list[dict] = []
-
-    def write(self, rows: NDArray[np.int32]) -> None:
-        """Write rows[N, L]."""
-        while len(rows):
-            room = self.full - sum(map(len, self.held))
-            self.held.append(rows[:room])
-            rows = rows[room:]
-            if sum(map(len, self.held)) == self.full:
-                self.finish()
-
-    def finish(self) -> None:
-        """Write what is left."""
-        if not self.held:
-            return
-        rows = np.concatenate(self.held)
-        self.held = []
-        name = f'shard.{self.number:05}.{len(self.entries):05}.mds'
-        data, entry = self.job.shards.pack(self.job.shards.encode(rows), name)
-        entry = {'samples': len(rows), **entry}
-        name = stored(entry)['basename']
-        self.job.output.create(data, self.split, name)
-        self.entries.append(entry)
-        self.files.append({'name': name, 'bytes': len(data), 'rows': len(rows), 'sha256': digest_of(data)})
 
 
 def convert_locally(job: Job, items: list[Item], report: Report) -> Iterator[tuple[int, dict]]:
     """The local engine: parts over all cores."""
-    yield from parallel(convert_part, job, items, report)
+    yield from parallel(convert_part, job, items, report, job.output.scratch if is_s3(job.output.path) else None)
 
 
 def convert(parts: Sequence[Part], job: Job, engine: Engine) -> list[dict]:
@@ -123,12 +96,9 @@ def convert(parts: Sequence[Part], job: Job, engine: Engine) -> list[dict]:
     return [records[number] for number in range(len(parts))]
 
 
-def merged(records: list[dict], settings: Settings) -> tuple[dict[str, list], PartCount]:
-    """Put the index entries and the counts of all parts, in their order, together."""
-    shards: dict[str, list] = {name: [] for name, _ in settings.splits}
+def summed(records: list[dict], settings: Settings) -> PartCount:
+    """Put the counts of all parts together."""
     count = PartCount.zero(settings)
     for record in records:
         count.add(PartCount.from_json(record['count']))
-        for split, entries in record['shards'].items():
-            shards[split] += entries
-    return shards, count
+    return count

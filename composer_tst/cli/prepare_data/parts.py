@@ -4,7 +4,9 @@ Parts depend on the inputs alone, never on the number of workers, so every run m
 not run on from one part to the next: the last, incomplete row of a part and split is dropped and counted.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,12 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data.documents import BadDocument, Piece, open_parquet, read_documents
-from composer_tst.cli.prepare_data.errors import shown
-from composer_tst.cli.prepare_data.packing import Packer
-from composer_tst.cli.prepare_data.reading import DamagedError, Meter, opened, refusing
-from composer_tst.cli.prepare_data.sources import Source
-from composer_tst.cli.prepare_data.split import Splits, choose_split
+from composer_tst.cli.prepare_data.documents import BAD_ADVICE, BadDocument, Piece, open_parquet, read_documents
+from composer_tst.cli.prepare_data.inputs import Source
+from composer_tst.cli.prepare_data.streams import DamagedError, Meter, opened, refusing
 from composer_tst.cli.prepare_data.tokenizer import TextTokenizer
 
 # About as many bytes of rows as of text, so about one shard of streaming's default size.
@@ -27,8 +26,9 @@ MOST_PARTS = 10_000
 # What is tokenised in one call, in characters; bounds the memory of a worker.
 BATCH_CHARS = 1 << 20
 
-BAD_ADVICE = ' (with --skip-bad, the same command goes on from here without such documents)'
+NAME = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_-]*')
 
+Splits = tuple[tuple[str, float], ...]
 Part = tuple[Piece, ...]
 
 
@@ -63,9 +63,8 @@ class SplitCount:
     # Documents that are whole in rows: their end-of-text tokens are. Those of the others went with dropped tokens.
     ends: int = 0
     dropped_tokens: int = 0
-    # Tokens that stand for what the vocabulary does not know, and characters that no token stands for at all.
+    # Tokens that stand for what the vocabulary does not know.
     unknown_tokens: int = 0
-    lost_characters: int = 0
 
 
 @dataclass
@@ -91,6 +90,54 @@ class PartCount:
         for name, split in other.splits.items():
             for key, value in vars(split).items():
                 setattr(self.splits[name], key, getattr(self.splits[name], key) + value)
+
+
+def parse_splits(text: str) -> Splits:
+    """Read `train=0.99,val=0.01`.
+
+    Raises:
+        CommandError: if a share is not a positive number, a name is unfit or repeated, or the sum is not 1.
+    """
+    splits = []
+    for item in text.split(','):
+        name, _, share = item.strip().partition('=')
+        try:
+            value = float(share)
+        except ValueError:
+            value = math.nan
+        if not value > 0:
+            raise CommandError(f'--split {text}: {item.strip()!r} is not NAME=SHARE with a share above 0')
+        if not NAME.fullmatch(name):
+            raise CommandError(f'--split {text}: {name!r} is no name of a folder: use letters, digits, _ and -')
+        if name.lower() == 'tokenizer':
+            raise CommandError(f'--split {text}: the folder {name} is that of the tokenizer: use another name')
+        splits.append((name, value))
+    # On some disks, names that differ in case alone are one.
+    names = [name.lower() for name, _ in splits]
+    if len(set(names)) < len(names):
+        raise CommandError(f'--split {text}: a name is given twice')
+    if not math.isclose(sum(share for _, share in splits), 1.0, abs_tol=1e-6):
+        raise CommandError(f'--split {text}: the shares do not sum to 1')
+    return tuple(splits)
+
+
+def choose_split(digest: bytes, splits: Sequence[tuple[str, float]]) -> str:
+    """Place a document by the hash of its text.
+
+    The same text goes to the same split whatever its name and whatever else is prepared with it, so no
+    document is ever in two splits, and files added later move none.
+
+    Args:
+        digest: 8 bytes from `content_hash`.
+        splits: names and shares, the shares summing to 1.
+    """
+    position = int.from_bytes(digest, 'big') / 2**64
+    edge = 0.0
+    for name, share in splits:
+        edge += share
+        if position < edge:
+            return name
+    return splits[-1][0]
 
 
 def size_of(part: Part) -> int:
@@ -125,7 +172,7 @@ def _pieces(source: Source, part_bytes: int) -> Iterator[Piece]:
             yield Piece(source, start, end, end - start)
     else:
         try:
-            with opened(source) as stream, refusing('parquet'):
+            with opened(source) as stream, refusing('parquet', source.path):
                 metadata = open_parquet(stream).metadata
         except DamagedError:
             # Reading it will report it as a bad document.
@@ -137,6 +184,36 @@ def _pieces(source: Source, part_bytes: int) -> Iterator[Piece]:
             if size >= part_bytes or group == metadata.num_row_groups - 1:
                 yield Piece(source, start, group + 1, size)
                 start, size = group + 1, 0
+
+
+class Packer:
+    """Joins token arrays and hands them back as full rows.
+
+    Args:
+        seq_len: the tokens of a row, L.
+    """
+
+    def __init__(self, seq_len: int):
+        self.seq_len = seq_len
+        self.held: list[NDArray[np.int32]] = []
+        self.held_tokens = 0
+
+    def add(self, tokens: NDArray[np.int32]) -> None:
+        """Append tokens[T] to the stream."""
+        self.held.append(tokens)
+        self.held_tokens += len(tokens)
+
+    def rows(self) -> NDArray[np.int32]:
+        """Take the full rows[N, L] out, N >= 0; fewer than L tokens stay held."""
+        count = self.held_tokens // self.seq_len
+        if count == 0:
+            return np.empty((0, self.seq_len), np.int32)
+        stream = np.concatenate(self.held)
+        whole = count * self.seq_len
+        # A copy, because a view would keep the whole stream in memory.
+        self.held = [stream[whole:].copy()]
+        self.held_tokens -= whole
+        return stream[:whole].reshape(count, self.seq_len)
 
 
 def pack_part(
@@ -159,7 +236,7 @@ def pack_part(
         encoded = tokenizer.encode([text for _, text, _ in batch])
         for (split, text, last), ids in zip(batch, encoded, strict=True):
             counted = count.splits[split]
-            counted.lost_characters += tokenizer.count_lost(text)
+            counted.characters += len(text)
             if tokenizer.unknown_id is not None:
                 counted.unknown_tokens += int(np.count_nonzero(ids == tokenizer.unknown_id))
             packers[split].add(ids)
@@ -180,12 +257,6 @@ def pack_part(
     for split, packer in packers.items():
         counted = count.splits[split]
         counted.dropped_tokens = packer.held_tokens
-        ends = counted.ends + sum(int(np.count_nonzero(held == tokenizer.eos_id)) for held in packer.held)
-        if ends != counted.documents:
-            raise CommandError(
-                f'--tokenizer: it makes end-of-text of text, {ends - counted.documents:,} times in a part that begins '
-                f'with {part[0].source.path}: use one that keeps an id for the ends of documents'
-            )
 
 
 def _batches(
@@ -201,13 +272,12 @@ def _batches(
         meter = Meter()
         for document in read_documents(piece, settings.text_key, meter):
             if isinstance(document, BadDocument):
-                sentence = shown(f'{document.where}: {document.why}')
                 if not settings.skip_bad:
-                    raise CommandError(sentence + BAD_ADVICE)
-                count.bad.append(sentence)
+                    raise CommandError(f'{document}{BAD_ADVICE}')
+                count.bad.append(str(document))
                 continue
             split = choose_split(document.digest, settings.splits)
-            texts = tokenizer.pieces(_counted(document.chunks, count.splits[split]))
+            texts = tokenizer.pieces(document.chunks)
             text = next(texts)
             while text is not None:
                 following = next(texts, None)
@@ -220,9 +290,3 @@ def _batches(
         read += piece.size
     if batch:
         yield batch, read
-
-
-def _counted(chunks: Iterable[str], count: SplitCount) -> Iterator[str]:
-    for chunk in chunks:
-        count.characters += len(chunk)
-        yield chunk

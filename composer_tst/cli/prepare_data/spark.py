@@ -1,17 +1,19 @@
 # pyright: reportMissingImports=false
-"""The Spark engine: the same tasks as those of the local engine, which write the same bytes, on a cluster."""
+"""The Spark engine: the same tasks as those of the local engine, which write the same rows, on a cluster."""
 
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
+import composer_tst
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.convert import Item, Job, convert_part
 from composer_tst.cli.prepare_data.parts import Done, Part, PartCount, Report, size_of
@@ -30,9 +32,9 @@ def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[
         session = _session()
         context = session.sparkContext
         # The workers of a cluster have no copy of this package.
-        package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        archive = os.path.join(folder, 'composer_tst')
-        context.addPyFile(shutil.make_archive(archive, 'zip', os.path.dirname(package), os.path.basename(package)))
+        package = Path(composer_tst.__file__).parent
+        archive = os.path.join(folder, package.name)
+        context.addPyFile(shutil.make_archive(archive, 'zip', package.parent, package.name))
         told, parts = context.broadcast(job), dict(items)
         endpoint = os.environ.get('S3_ENDPOINT_URL')
 

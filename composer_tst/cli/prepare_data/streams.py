@@ -1,9 +1,10 @@
-"""Opening inputs: the stream of a source's bytes, unpacked, with damage told from failures to read."""
+"""Inputs as streams of bytes, unpacked. A store that fails is a sentence and never taken for damaged data."""
 
 import bz2
 import gzip
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,23 +12,73 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import zstandard
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data.errors import shown
-from composer_tst.cli.prepare_data.inputs import Input
-from composer_tst.cli.prepare_data.sources import MISSING, Source
-from composer_tst.cli.prepare_data.stores import store_of
+from composer_tst.cli.prepare_data.inputs import MISSING, Source
+from composer_tst.cli.prepare_data.storage import ChangedError, explained, is_s3, s3, shown
 
 BLOCK_BYTES = 1 << 20
-ZSTD_HEADER = 18  # bytes of a frame's header at most
-ZSTD_WINDOW = 1 << 27  # what decoders take unless told otherwise, and Arrow's cannot be
+
+
+class DamagedError(Exception):
+    """A file that is not there, or whose bytes its format refuses."""
+
+
+class Input(io.RawIOBase):
+    """The bytes of a source, on disk or in a bucket, as it was when it was listed."""
+
+    def __init__(self, source: Source):
+        self.path = source.path
+        # The byte that is read next.
+        self.position = 0
+        with explained('read', self.path):
+            self.raw: Any = (
+                s3().S3Object(source.path, source.size, source.stamp) if is_s3(self.path) else io.FileIO(self.path)
+            )
+        self.listed = source.size, source.stamp
+        self.check()
+
+    def check(self) -> None:
+        """Refuse an input that changed. Of an object, each answer of the store is checked."""
+        if is_s3(self.path):
+            return
+        with explained('read', self.path):
+            found = os.fstat(self.raw.fileno())
+        if (found.st_size, str(found.st_mtime_ns)) != self.listed:
+            raise ChangedError(self.path)
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read up to the buffer's size."""
+        with explained('read', self.path):
+            count = self.raw.readinto(buffer)
+        self.position += count
+        return count
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a byte."""
+        self.position = self.raw.seek(offset, whence)
+        return self.position
+
+    def close(self) -> None:
+        """Close the file."""
+        if not self.closed:
+            self.raw.close()
+        super().close()
 
 
 class _Members(io.RawIOBase):
     """The bytes of bzip2 or xz members, one after another.
 
-    Python's own files take a member that is damaged at its start for the end of the data.
+    Python's own files take a member that is damaged at its start for the end of the data; pyarrow refuses an empty
+    member of bzip2 before another.
     """
 
     def __init__(self, stream: Any, decoder: Callable[[], Any], padding: bytes = b''):
@@ -62,6 +113,7 @@ class _Members(io.RawIOBase):
 
 
 UNPACKERS: dict[str, Callable[[Any], Any]] = {
+    # Not pyarrow, which refuses the zeros that tapes and tools leave after a member.
     'gzip': lambda stream: gzip.GzipFile(fileobj=stream),
     'zstd': lambda stream: io.BufferedReader(pa.input_stream(stream, compression='zstd'), BLOCK_BYTES),  # pyright: ignore
     'bzip2': lambda stream: io.BufferedReader(_Members(stream, bz2.BZ2Decompressor), BLOCK_BYTES),
@@ -69,10 +121,11 @@ UNPACKERS: dict[str, Callable[[Any], Any]] = {
 }
 # What decoders raise on data that their format refuses. A failure to read is a CommandError by then.
 REFUSALS = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, pa.ArrowException)
-
-
-class DamagedError(Exception):
-    """A file that is not there, or whose bytes its format refuses."""
+# What pyarrow says of zstd that is whole, and that it cannot read.
+UNREADABLE = {
+    'too much memory': 'is compressed over windows of more than 128 MiB: compress it again with zstd --long=27',
+    'Dictionary mismatch': 'is compressed with a dictionary: compress it again without one',
+}
 
 
 @dataclass
@@ -94,38 +147,27 @@ def opened(source: Source, meter: Meter | None = None) -> Iterator[Any]:
     """Open a source as a stream of unpacked bytes; at its end, see whether it changed meanwhile."""
     if source.stamp == MISSING:
         raise DamagedError('it is not there')
-    with store_of(source.path).open(source.path, source.size, source.stamp) as raw:
+    with Input(source) as raw:
         if meter is not None:
             meter.file = raw
         stream = io.BufferedReader(raw, BLOCK_BYTES)
         if source.compression:
             if source.size == 0:
                 raise DamagedError(f'damaged {source.compression} data (an empty file)')
-            if source.compression == 'zstd':
-                _check_window(source, stream.peek(ZSTD_HEADER))
             stream = UNPACKERS[source.compression](stream)
         yield stream
         raw.check()
 
 
-def _check_window(source: Source, start: bytes) -> None:
-    try:
-        window = zstandard.get_frame_parameters(start[:ZSTD_HEADER]).window_size
-    except zstandard.ZstdError:  # which the decoder says better
-        return
-    if window > ZSTD_WINDOW:
-        raise CommandError(
-            f'{shown(source.path)} is compressed over windows of {window >> 20:,} MiB, and at most '
-            f'{ZSTD_WINDOW >> 20} can be read: compress it again, with zstd --long=27 at most'
-        )
-
-
 @contextmanager
-def refusing(kind: str) -> Iterator[None]:
+def refusing(kind: str, path: str) -> Iterator[None]:
     """Turn what a decoder raises into the one word for damaged data."""
     try:
         yield
     except REFUSALS as error:
+        for word, why in UNREADABLE.items():
+            if word in str(error):
+                raise CommandError(f'{shown(path)} {why}') from error
         raise DamagedError(f'damaged {kind} data') from error
 
 
