@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.documents import BAD_ADVICE
+from composer_tst.cli.prepare_data.inputs import plural
 from composer_tst.cli.prepare_data.output import Output, part_folder
 from composer_tst.cli.prepare_data.parts import Done, Part, PartCount, Report, Settings, pack_part, size_of
 from composer_tst.cli.prepare_data.shards import INDEX, RowWriter, ShardOptions
@@ -89,7 +90,7 @@ def convert(parts: Sequence[Part], job: Job, engine: Engine) -> list[dict]:
             def show(done: Done) -> None:
                 nonlocal documents, tokens
                 documents, tokens = documents + done.documents, tokens + done.tokens
-                bar.set_postfix_str(f'{documents:,} documents, {tokens:,} tokens', refresh=False)
+                bar.set_postfix_str(f'{documents:,} {plural(documents, "document")}, {tokens:,} tokens', refresh=False)
                 bar.update(done.bytes)
 
             records.update(engine(job, items, show))

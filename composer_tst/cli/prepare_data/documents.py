@@ -82,8 +82,8 @@ def look(sources: Sequence[Source], text_key: str, skip_bad: bool) -> None:
         for document in islice(read_documents(Piece(source), text_key), LOOKED_AT):
             if isinstance(document, Document):
                 break
-            if not document.cure and not skip_bad:
-                raise CommandError(f'{document}{BAD_ADVICE}')
+            if not skip_bad:
+                raise CommandError(f'{document}: {document.cure}' if document.cure else f'{document}{BAD_ADVICE}')
             cured = cured or (document if document.cure else None)
         else:
             if cured:

@@ -146,14 +146,17 @@ class _Search:
         else:
             start = address.path.rindex('/', 0, at.start())
             root, parts = address.path[:start] or '/', address.path[start + 1 :].split('/')
-        below = (root if is_s3(root) else os.path.realpath(root)).rstrip('/') + '/'
-        for path in self.own:
-            if path.startswith(below) and _left(parts, path[len(below) :].split('/')) is not None:
-                raise CommandError(
-                    f'the output {os.path.dirname(self.own[0])} lies in the input {root}, which would be read with it: '
-                    'name another output'
-                )
         return root, parts
+
+    def _check_output(self, folder: str, above: list[str], parts: list[str]) -> None:
+        """Refuse an output whose files would be among the inputs of the next run, of those below a folder."""
+        below = folder.rstrip('/') + '/'
+        for path in self.own:
+            if path.startswith(below) and _left(parts, [*above, *path[len(below) :].split('/')]) is not None:
+                raise CommandError(
+                    f'the output {os.path.dirname(self.own[0])} lies in the input {folder}, which would be read with '
+                    'it: name another output'
+                )
 
     def _take_local(self, address: Address) -> None:
         path = address.path
@@ -177,6 +180,7 @@ class _Search:
         seen = {real} if not parts else set()
         queue: list[tuple[str, list[str], frozenset[str]]] = [(root, [], frozenset([real]))]
         for folder, above, holders in queue:
+            self._check_output(os.path.realpath(folder), above, parts)
             with explained('read', folder):
                 # Without a word, what is in a folder that we may not read would be left out.
                 entries = sorted(os.scandir(folder), key=lambda entry: entry.name) if os.path.isdir(folder) else []
@@ -226,6 +230,7 @@ class _Search:
             self.add(address.path, size, stamp, True)
             return
         root, parts = self._pattern(address, bool(found))
+        self._check_output(root.rstrip('/'), [], parts)
         if not found and parts:
             # Up to the first wildcard: fewer objects to look through.
             found = s3().listing(MAGIC.split(address.path, maxsplit=1)[0])

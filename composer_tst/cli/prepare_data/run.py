@@ -70,7 +70,7 @@ def prepare(
     _check_place(address)
     run = _engine(engine)
     preload()
-    sources, left_out = list_sources(inputs, address, _own_files(settings), form)
+    sources, left_out = list_sources(inputs, address, _own_files(settings, shard_options.compression), form)
     look(sources, settings.text_key, settings.skip_bad)
     if shard_options.compression or shard_options.hashes:
         in_worker(check_options, shard_options)
@@ -136,12 +136,13 @@ def _warn_of_small_splits(parts: Sequence[Part], settings: Settings) -> None:
             )
 
 
-def _own_files(settings: Settings) -> list[str]:
-    """Files that the output will have, those of them that may have a format in their names."""
-    folders = [(name, f'{name}/{part_folder(0)}') for name, _ in settings.splits]
+def _own_files(settings: Settings, compression: str | None) -> list[str]:
+    """Files that the output will have, one of each kind."""
+    shard = f'{part_folder(0)}/shard.00000.mds'
+    shards = [shard, f'{shard}.{compression.split(":")[0]}'] if compression else [shard]
     return [
         *('stats.json', 'bad_documents.txt', f'{TOKENIZER}/tokenizer.json'),
-        *(f'{folder}/{INDEX}' for pair in folders for folder in pair),
+        *(f'{split}/{name}' for split, _ in settings.splits for name in (INDEX, f'{part_folder(0)}/{INDEX}', *shards)),
     ]
 
 

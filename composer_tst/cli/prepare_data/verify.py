@@ -62,10 +62,10 @@ def describe(stats: dict) -> str:
             f'{plural(rows, "row")} of {stats["seq_len"]:,}, {split["tokens_per_document"]:,.1f} tokens per document, '
             f'{split["bytes"]:,} bytes in {shards:,} {plural(shards, "shard")}'
         )
-        if split['dropped_tokens']:
+        if dropped := split['dropped_tokens']:
             lines.append(
-                f'{name}: {split["dropped_tokens"]:,} tokens at the ends of parts fill no row, which cuts or drops '
-                f'{cut:,} {plural(cut, "document")}'
+                f'{name}: cut or left out are {cut:,} {plural(cut, "document")}, by {dropped:,} '
+                f'{plural(dropped, "token")} that fill no row at the ends of parts'
             )
     if bad := stats['bad_documents']:
         lines.append(f'{bad:,} bad {plural(bad, "document")} skipped')
