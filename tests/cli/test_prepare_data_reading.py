@@ -412,8 +412,8 @@ def test_what_is_packed_in_another_way_is_refused(tmp_path: Path, name: str):
     ('name', 'data', 'said'),
     [
         ('a.jsonl', b'{"id": 1, "content": "x"}\n' * 40, 'line 1: no text in "text" (its fields: id, content): name'),
-        ('a.parquet', parquet_bytes(['x']).replace(b'text', b'body'), 'no text in "text" (its columns: id, body): name'),
-        ('a.json', json.dumps([{'text': 'x'}]).encode(), "one array, not lines: make lines of it, as with: jq -c '.[]'"),
+        ('a.parquet', parquet_bytes(['x']).replace(b'text', b'body'), '(its columns: id, body): name the one'),
+        ('a.json', json.dumps([{'text': 'x'}]).encode(), "one array, not lines: make lines of it, as with: jq -c"),
         ('a.json', json.dumps([{'text': 'x'}], indent=2).encode(), 'one array over several lines: make lines of it'),
     ],
 )  # fmt: skip

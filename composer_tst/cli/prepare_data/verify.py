@@ -77,7 +77,7 @@ def describe_loaders(stats: dict, path: str, tokenizer: str) -> str:
     lines = [
         'to train on it:',
         f'max_seq_len: {stats["seq_len"]}',
-        f'tokenizer: {{name: {json.dumps(tokenizer)}, kwargs: {{model_max_length: ${{max_seq_len}}}}}}',
+        f'tokenizer: {{name: {json.dumps(tokenizer)}, kwargs: {{model_max_length: {stats["seq_len"]}}}}}',
     ]
     remote, local = ('remote: ' + json.dumps(path), '/tmp/mds-cache') if path.startswith('s3://') else ('', path)
     where = ', '.join(filter(None, [remote, f'local: {json.dumps(local)}']))
@@ -88,7 +88,7 @@ def describe_loaders(stats: dict, path: str, tokenizer: str) -> str:
             lines += [
                 f'{loader}:',
                 '  name: text',
-                f'  dataset: {{{where}, split: {split}, max_seq_len: ${{max_seq_len}}, '
+                f'  dataset: {{{where}, split: {split}, max_seq_len: {stats["seq_len"]}, '
                 f'shuffle: {str(loader == "train_loader").lower()}}}',
                 f'  drop_last: {str(loader == "train_loader").lower()}',
                 '  num_workers: 8',
