@@ -1,19 +1,13 @@
 """composer-tst prepare-data against a real S3 server, up to a training run that streams what it made."""
 
 import gzip
-import http.client
-import http.server
 import io
 import json
 import os
 import signal
-import socket
-import struct
 import subprocess
 import sys
-import threading
 import time
-import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from common.preparing import Bucket, prepare, read_rows, refuse, source, sources_of, succeed, tree
-from common.s3 import BUCKET, s3_server  # noqa: F401
+from common.s3 import BUCKET, Faulty, s3_server  # noqa: F401
 from composer.utils.object_store import S3ObjectStore
 from llmfoundry.command_utils import train_from_yaml
 
@@ -225,68 +219,6 @@ def test_a_copy_of_the_cache_of_a_hub_is_read_once(client: Any, capsys: pytest.C
     assert f'2 without a format in their names (as {root}/blobs/0a1b2c)' in said
     with pytest.raises(CommandError, match='blobs/0a1b2c has no format in its name'):
         sources_of(f'{root}/blobs/0a1b2c')
-
-
-class Faulty:
-    """Stands before the real server, and deals with the first answers to some requests as `fault` says."""
-
-    def __init__(self, url: str, fault: str, faults: int, what: str = 'objects'):
-        host = urllib.parse.urlsplit(url)
-        outer = self
-        self.faults = faults
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = 'HTTP/1.1'
-
-            def pass_on(self) -> None:
-                sent = self.rfile.read(int(self.headers.get('Content-Length', 0)))
-                concerned = {
-                    'objects': self.command == 'GET' and 'Range' in self.headers,
-                    'listings': 'list-type=2' in self.path,
-                    'writes': self.command == 'PUT',
-                    'all': True,
-                }[what]
-                if failing := concerned and outer.faults > 0:
-                    outer.faults -= 1
-                if failing and fault == 'reset':
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-                    self.connection.close()
-                    self.close_connection = True
-                    self.wfile = io.BytesIO()  # pyright: ignore
-                    return
-                if failing and fault == '503':
-                    self.send_response(503)
-                    self.send_header('Content-Length', '0')
-                    self.end_headers()
-                    return
-                connection = http.client.HTTPConnection(str(host.hostname), host.port)
-                connection.request(self.command, self.path, sent, dict(self.headers))
-                answer = connection.getresponse()
-                body = answer.read()
-                self.send_response(answer.status)
-                for name, value in answer.getheaders():
-                    if name.lower() not in ('connection', 'transfer-encoding', 'date', 'server', 'content-length'):
-                        self.send_header(name, value)
-                length = answer.getheader('Content-Length') if self.command == 'HEAD' else str(len(body))
-                self.send_header('Content-Length', length or '0')
-                self.end_headers()
-                if failing:
-                    self.wfile.write(body[: len(body) // 2])
-                    if fault == 'timeout':
-                        self.wfile.flush()
-                        time.sleep(1.5)
-                    self.close_connection = True
-                elif self.command != 'HEAD':
-                    self.wfile.write(body)
-
-            do_GET = do_HEAD = do_PUT = do_POST = pass_on
-
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-        self.url = f'http://127.0.0.1:{self.server.server_port}'
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
 @pytest.fixture

@@ -151,11 +151,12 @@ def test_an_added_token_that_is_an_ordinary_word_works(word: str, special: bool,
     backend: Any = Tokenizer(made.BPE({token: at for at, token in enumerate(tokens)}, merges))
     backend.pre_tokenizer = steps.ByteLevel(add_prefix_space=False)
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
-    fast.add_tokens([AddedToken(word, special=special, normalized=False)], special_tokens=special)
+    added: Any = AddedToken(word, special=special, normalized=False)
+    fast.add_tokens([added], special_tokens=special)
     fast.save_pretrained(str(tmp_path / 'tokenizer'))
     loaded = tokenizer.load_tokenizer(str(tmp_path / 'tokenizer'))
     text = f'the there !! naive {EOS} end the'
-    expected = fast(text, add_special_tokens=False, split_special_tokens=True)['input_ids']
+    expected: Any = fast(text, add_special_tokens=False, split_special_tokens=True)['input_ids']
     assert loaded.encode([text])[0].tolist() == expected
     assert tokens.index('there') in expected or not special
     path = write_jsonl(tmp_path / 'a.jsonl', [text] * 9)
