@@ -32,6 +32,7 @@ import boto3
 from common.fuzz_inputs import TOKENIZERS, Corpus, corpora, make_tokenizers
 from common.preparing import Bucket, Folder, of_split, prepare
 from common.s3 import Faulty, serve
+from fsspec.asyn import reset_lock
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -148,6 +149,7 @@ def start(arguments: list[str], before: Callable[[], None] = lambda: None) -> tu
     process = os.fork()
     if process == 0:
         try:
+            reset_lock()  # the thread of s3fs did not come along
             before()
             result = prepare(*arguments)
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
