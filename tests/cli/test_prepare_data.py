@@ -19,8 +19,10 @@ from common.preparing import (
     prepare,
     prepare_until_killed,
     read_rows,
+    read_shard,
     shards_in,
     sources_of,
+    stored,
     succeed,
     tree,
     write_jsonl,
@@ -83,14 +85,15 @@ def test_rows_of_random_unicode_documents_concatenate_to_the_tokens(
 ):
     path = write_jsonl(tmp_path_factory.mktemp('random') / 'random.jsonl', texts)
     options = parts.Settings(length, SPLITS, 'text', False)
-    count = parts.PartCount.zero(options)
     (part,) = parts.plan_parts(sources_of(path))
-    rows: dict[str, list] = {name: [] for name, _ in SPLITS}
-    for name, some in parts.pack_part(part, bpe, options, count, lambda _: None):
-        rows[name] += some.tolist()
+    job = convert.Job(bpe, options, shards.ShardOptions(None, []), Output(str(path.parent / 'out'), str(path.parent)))
+    record = convert.convert_part(job, (0, part), lambda _: None)
     for name, _ in SPLITS:
-        assert rows[name] == define_rows(of_split(texts, name), tokenizer_dir, length)
-        assert count.splits[name].documents == len(of_split(texts, name))
+        rows = []
+        for entry in shards.entries_of(record['splits'][name]['index']) if name in record['splits'] else []:
+            rows += read_shard((path.parent / 'out' / name / '00000' / stored(entry)).read_bytes(), entry).tolist()
+        assert rows == define_rows(of_split(texts, name), tokenizer_dir, length)
+        assert record['counts'][name]['documents'] == len(of_split(texts, name))
 
 
 # Splits
@@ -109,7 +112,7 @@ def test_no_text_is_in_two_splits_and_shares_are_kept():
 @pytest.mark.parametrize(
     'text',
     ['train', 'train=0.5', 'train=0.5,train=0.5', 'train=0.5,Train=0.5', 'train=2,val=-1', 'a b=1', 'a/b=1', '..=1',
-     'train=nan', 'tokenizer=1', '-a=1', ''],
+     'train=nan', 'train=.', 'train=0.5.5', 'tokenizer=1', '-a=1', ''],
 )  # fmt: skip
 def test_splits_that_make_no_sense_are_refused(text: str):
     with pytest.raises(CommandError, match='--split'):
@@ -285,7 +288,7 @@ def test_a_disk_that_fills_up_gets_one_sentence(corpus: Path, bpe: tokenizer.Tex
     process.join()
     assert not (tmp_path / 'out').exists()
     assert not list(scratch.iterdir())
-    _, record = convert.convert_part(job, (0, part), lambda _: None)
+    record = convert.convert_part(job, (0, part), lambda _: None)
     assert record == job.output.recorded('part.000000.json')
     index = json.loads((tmp_path / 'out' / 'train' / '00000' / 'index.json').read_text())
-    assert sum(shard['samples'] for shard in index['shards']) == record['count']['splits']['train']['rows'] > 10
+    assert sum(shard['samples'] for shard in index['shards']) == record['counts']['train']['rows'] > 10

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from common.preparing import TEXTS, L, define_rows, prepare, read_rows, refuse, succeed
+from common.preparing import TEXTS, L, define_rows, prepare, read_rows, read_shard, refuse, stored, succeed
 from llmfoundry.data.text_data import StreamingTextDataset
 from streaming import MDSWriter
 
@@ -33,11 +33,11 @@ def test_rows_come_back_as_they_were_written(
         written.append(writer.finish())
         monkeypatch.setattr(time, 'time', lambda: 1e9)
     assert written[0] == written[1]
-    assert list(written[0])[-1] == 'index.json'
-    entries = shards.entries_of((tmp_path / 'one' / 'index.json').read_text())
+    assert list(written[0]['files'])[-1] == 'index.json'
+    entries = shards.entries_of(written[0]['index'])
     assert len(entries) > 1 or length == 1
-    data = [(tmp_path / 'one' / shards.stored(entry)['basename']).read_bytes() for entry in entries]
-    read = [shards.read_rows(*pair) for pair in zip(data, entries, strict=True)]
+    data = [(tmp_path / 'one' / stored(entry)).read_bytes() for entry in entries]
+    read = [read_shard(*pair) for pair in zip(data, entries, strict=True)]
     assert np.array_equal(np.concatenate(read), rows)
 
 

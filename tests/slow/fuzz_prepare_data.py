@@ -30,7 +30,7 @@ from unittest import mock
 
 import boto3
 from common.fuzz_inputs import TOKENIZERS, Corpus, corpora, make_tokenizers
-from common.preparing import Bucket, Folder, of_split, prepare
+from common.preparing import Bucket, Folder, of_split, prepare, read_shard, stored
 from common.s3 import Faulty, serve
 from fsspec.asyn import reset_lock
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -56,10 +56,9 @@ NAMES = ['out', 'out[1]', 'o?t', 'a*b', 'deep/er/out', 'x#y%20z', 'é']
 FOREIGN = ['beside.txt', 'out1/x', '.{}.partial/x', '{}/.hidden', '{}/train/notes.txt', '{}/.records/notes', '{}.old/x']
 SIZES = {
     (parts, 'PART_BYTES'): [150, 600, 2000, 1 << 20],
-    (parts, 'BATCH_CHARS'): [1, 300, 1 << 20],
+    (convert, 'BATCH_CHARS'): [1, 300, 1 << 20],
     (tokenizer, 'PIECE_CHARS'): [600, 1 << 18],
     (streams, 'BLOCK_BYTES'): [5, 64, 1 << 20],
-    (documents, 'HELD_BYTES'): [1, 1000],
     (documents, 'BATCH_ROWS'): [1, 64],
     (s3, 'BLOCK_BYTES'): [700, 1 << 20],
     (shards, 'SHARD_BYTES'): [600, 1200, 1 << 26],
@@ -151,8 +150,10 @@ def start(arguments: list[str], before: Callable[[], None] = lambda: None) -> tu
         try:
             reset_lock()  # the thread of s3fs did not come along
             before()
-            result = prepare(*arguments)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            try:
+                result = prepare(*arguments)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             Path(answer).write_bytes(pickle.dumps((result.exit_code, result.output)))
         except BaseException:
             traceback.print_exc()
@@ -337,16 +338,16 @@ class Attack:
         for name in sorted(name for name in own if name.startswith('.records/part.') and name.endswith('.json')):
             record = json.loads(own[name])
             number = record['part']
-            bad += record['count']['bad']
+            bad += record['bad']
             for split in names:
-                count = record['count']['splits'][split]
+                count = record['counts'][split]
                 read: list[int] = []
-                for file, (size, digest) in record['files'].get(split, {}).items():
+                made = record['splits'].get(split, {'files': {}, 'index': '{"shards": []}'})
+                for file, (size, digest) in made['files'].items():
                     data = own[f'{split}/{number:05}/{file}']
                     assert (len(data), hashlib.sha256(data).hexdigest()) == (size, digest)
-                for entry in shards.entries_of(record['indexes'].get(split, '{"shards": []}')):
-                    data = own[f'{split}/{number:05}/{shards.stored(entry)["basename"]}']
-                    rows = shards.read_rows(data, entry)
+                for entry in shards.entries_of(made['index']):
+                    rows = read_shard(own[f'{split}/{number:05}/{stored(entry)}'], entry)
                     assert rows.shape == (entry['samples'], self.seq_len)
                     read += rows.ravel().tolist()
                 assert len(read) == count['rows'] * self.seq_len
@@ -372,7 +373,8 @@ class Attack:
             entries = []
             for name in sorted(name for name in own if name.startswith('.records/part.')):
                 record = json.loads(own[name])
-                for entry in shards.entries_of(record['indexes'].get(split, '{"shards": []}')):
+                made = record['splits'].get(split, {'index': '{"shards": []}'})
+                for entry in shards.entries_of(made['index']):
                     for kind in ('raw_data', 'zip_data'):
                         if entry[kind]:
                             entry[kind]['basename'] = f'{record["part"]:05}/{entry[kind]["basename"]}'

@@ -10,7 +10,7 @@ from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.parts import Settings, parse_splits
 from composer_tst.cli.prepare_data.run import prepare
 from composer_tst.cli.prepare_data.shards import ShardOptions
-from composer_tst.cli.prepare_data.storage import shown
+from composer_tst.cli.prepare_data.storage import reason, shown
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -70,6 +70,10 @@ def main(
         prepare(inputs or [], output, settings, shards, tokenizer, train_tokenizer, engine.value, verify, of)
     except CommandError as error:
         typer.echo(f'error: {shown(str(error))}', err=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        what = f'cannot use {shown(str(error.filename))}: ' if error.filename else ''
+        typer.echo(f'error: {what}{reason(error)}: mend that, and the same command goes on from here', err=True)
         raise typer.Exit(1) from None
     except Exception as error:
         traceback.print_exc()

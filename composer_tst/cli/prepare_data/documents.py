@@ -4,7 +4,6 @@ import codecs
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -15,10 +14,8 @@ import pyarrow.parquet as pq
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.inputs import Source
 from composer_tst.cli.prepare_data.storage import explained, shown
-from composer_tst.cli.prepare_data.streams import BLOCK_BYTES, DamagedError, Meter, blocks, opened, refusing
+from composer_tst.cli.prepare_data.streams import BLOCK_BYTES, DamagedError, Meter, opened, refusing
 
-# A text file up to this size is read once and held; a longer one is read twice, first for its hash.
-HELD_BYTES = 4 << 20
 # Few rows of Parquet at a time, since a row may be a book.
 BATCH_ROWS = 64
 # How many documents of a format are looked at before a run, and how many names a sentence lists.
@@ -111,37 +108,26 @@ def read_documents(piece: Piece, text_key: str, meter: Meter | None = None) -> I
         yield BadDocument(source.path, str(error))
 
 
-def _decoded(source: Source, meter: Meter) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder('utf-8')()
-    with opened(source, meter) as stream:
-        for block in blocks(stream):
-            yield decoder.decode(block)
-
-
 def _text_document(piece: Piece, text_key: str, meter: Meter) -> Iterator[Document | BadDocument]:
-    source = piece.source
+    path = piece.source.path
     decoder = codecs.getincrementaldecoder('utf-8')()
     digest = content_hash()
-    size = 0
-    held = []
-    with opened(source, meter) as stream:
+    chunks = []
+    with opened(piece.source, meter) as stream:
         try:
-            for block in blocks(stream):
+            while block := stream.read(BLOCK_BYTES):
                 if b'\0' in block:
-                    yield BadDocument(source.path, 'NUL bytes, as in UTF-16 or in what is no text')
+                    yield BadDocument(path, 'NUL bytes, as in UTF-16 or in what is no text')
                     return
+                # Some editors put a mark before UTF-8.
+                block = block if chunks else block.removeprefix(codecs.BOM_UTF8)
                 digest.update(block)
-                size += len(block)
-                text = decoder.decode(block)
-                held = [*held, text] if size <= HELD_BYTES else []
+                chunks.append(decoder.decode(block))
             decoder.decode(b'', final=True)
         except UnicodeDecodeError:
-            yield BadDocument(source.path, 'invalid UTF-8')
+            yield BadDocument(path, 'invalid UTF-8')
             return
-    if size == 0:
-        yield BadDocument(source.path, 'empty document')
-    else:
-        yield Document(digest.digest(), held or _decoded(source, meter))
+    yield Document(digest.digest(), chunks) if any(chunks) else BadDocument(path, 'empty document')
 
 
 def _jsonl_documents(piece: Piece, text_key: str, meter: Meter) -> Iterator[Document | BadDocument]:
@@ -243,16 +229,20 @@ def open_parquet(stream: Any) -> pq.ParquetFile:
 
 def _parquet_documents(piece: Piece, text_key: str, meter: Meter) -> Iterator[Document | BadDocument]:
     source = piece.source
-    # Parquet is read from its end, so a file compressed as a whole is unpacked to disk first.
-    with opened(source) as raw, _unpacked(raw) if source.compression else nullcontext(raw) as stream:
+    with opened(source) as stream, tempfile.TemporaryFile() as unpacked:
+        if source.compression:  # Parquet is read from its end
+            while block := stream.read(BLOCK_BYTES):
+                with explained('write', f'the temporary folder {tempfile.gettempdir()}'):
+                    unpacked.write(block)
+                    unpacked.flush()
         with refusing('parquet', source.path):
-            file = open_parquet(stream)
+            file = open_parquet(unpacked if source.compression else stream)
         names = file.schema_arrow.names
-        if names.count(text_key) != 1:
-            if text_key in names:
-                yield BadDocument(source.path, f'several columns "{text_key}"')
-            else:
-                yield BadDocument(source.path, *_missing(text_key, 'columns', names).args)
+        if text_key not in names:
+            yield BadDocument(source.path, *_missing(text_key, 'columns', names).args)
+            return
+        if names.count(text_key) > 1:
+            yield BadDocument(source.path, f'several columns "{text_key}"')
             return
         groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         if min(groups, default=0) < 0 or sum(groups) != file.metadata.num_rows:
@@ -265,31 +255,19 @@ def _parquet_documents(piece: Piece, text_key: str, meter: Meter) -> Iterator[Do
             try:
                 with refusing('parquet', source.path):
                     _check_rows(file, group, text_key)
-                    for cell in _cells(file, group, text_key):
-                        number += 1
-                        meter.share = (number - first) / rows
-                        try:
-                            yield _from_cell(cell, text_key)
-                        except _BadError as error:
-                            yield BadDocument(f'{source.path}, row {number}', *error.args)
+                    for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[text_key]):
+                        for cell in batch.column(batch.schema.get_field_index(text_key)):
+                            number += 1
+                            meter.share = (number - first) / rows
+                            try:
+                                yield _from_cell(cell, text_key)
+                            except _BadError as error:
+                                yield BadDocument(f'{source.path}, row {number}', *error.args)
                 if number != end:
                     raise DamagedError('damaged parquet data (it has not as many rows as it says)')
             except DamagedError as error:
                 # The other row groups are none the worse for it.
                 yield BadDocument(f'{source.path}, rows {number + 1} to {end}', str(error))
-
-
-@contextmanager
-def _unpacked(stream: Any) -> Iterator[Any]:
-    """A temporary file of the bytes of a stream. Its failures are not those of the data."""
-    with explained('write', f'the temporary folder {tempfile.gettempdir()}'):
-        file = tempfile.TemporaryFile()  # noqa: SIM115
-    with file:
-        while block := stream.read(BLOCK_BYTES):
-            with explained('write', f'the temporary folder {tempfile.gettempdir()}'):
-                file.write(block)
-                file.flush()
-        yield file
 
 
 def _check_rows(file: pq.ParquetFile, group: int, text_key: str) -> None:
@@ -299,11 +277,6 @@ def _check_rows(file: pq.ParquetFile, group: int, text_key: str) -> None:
         column = found.column(at)
         if column.path_in_schema == text_key and column.num_values != found.num_rows:
             raise DamagedError(f'damaged parquet data ({column.num_values} values in {found.num_rows} rows)')
-
-
-def _cells(file: pq.ParquetFile, group: int, text_key: str) -> Iterator[Any]:
-    for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[text_key]):
-        yield from batch.column(batch.schema.get_field_index(text_key))
 
 
 def _from_cell(cell: Any, text_key: str) -> Document:

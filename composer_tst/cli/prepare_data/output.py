@@ -78,12 +78,12 @@ class Output:
         except ValueError:
             return None
 
-    def finish_part(self, number: int, folders: dict[str, str], record: dict[str, Any]) -> None:
-        """Bring the files of a part to their place, the index of each folder last, then its record."""
-        for split, files in record['files'].items():
-            for name in files:
-                move_in(os.path.join(folders[split], name), self.at(split, part_folder(number), name))
-        self.record(part_name(number), record)
+    def finish_part(self, folder: str, record: dict[str, Any]) -> None:
+        """Bring the files of a part to their place, the index of each split last, then its record."""
+        for split, made in record['splits'].items():
+            for name in made['files']:
+                move_in(os.path.join(folder, split, name), self.at(split, part_folder(record['part']), name))
+        self.record(part_name(record['part']), record)
 
     def part_records(self, parts: int, splits: Iterable[str]) -> dict[int, dict]:
         """The records of finished parts all of whose files are there, by the number of the part."""
@@ -99,8 +99,8 @@ class Output:
             if isinstance(record, dict) and record.get('part') == number
             and all(
                 found[split].get(f'{part_folder(number)}/{name}') == size
-                for split, files in record['files'].items()
-                for name, (size, _) in files.items()
+                for split, made in record['splits'].items()
+                for name, (size, _) in made['files'].items()
             )
         }  # fmt: skip
 

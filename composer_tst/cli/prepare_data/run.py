@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data.convert import Engine, Job, convert, convert_locally, summed
+from composer_tst.cli.prepare_data.convert import Engine, Job, convert, convert_locally
 from composer_tst.cli.prepare_data.documents import look
 from composer_tst.cli.prepare_data.inputs import Address, list_sources, parse_address
 from composer_tst.cli.prepare_data.output import BEGUN, TOKENIZER, Output, check_output, locked, part_folder, versions
-from composer_tst.cli.prepare_data.parts import Part, PartCount, Settings, plan_parts, size_of
+from composer_tst.cli.prepare_data.parts import Part, Settings, plan_parts, size_of
 from composer_tst.cli.prepare_data.shards import INDEX, LONGEST_ROW, ShardOptions, check_options, entries_of, merge
 from composer_tst.cli.prepare_data.storage import explained, is_s3, s3
 from composer_tst.cli.prepare_data.tokenizer import (
@@ -100,21 +100,26 @@ def prepare(
         tokenizer = loaded or _trained(output, parts, settings, vocab_size or 0, _digest(fingerprint))
         job = Job(tokenizer, settings, shard_options, output)
         records = convert(parts, job, run)
-        count = summed(records, settings)
         indexes = {
-            name: {part_folder(r['part']): r['indexes'][name] for r in records if name in r['indexes']}
+            name: {part_folder(r['part']): r['splits'][name]['index'] for r in records if name in r['splits']}
             for name, _ in settings.splits
         }
         if not any(indexes.values()):
-            raise _nothing(count, settings)
+            raise _nothing(records, settings)
         if check:
-            verify(job, records, count)
+            verify(job, records)
         merged = {name: in_worker(merge, some) for name, some in indexes.items() if some}
         shards = {name: entries_of(merged[name]) if name in merged else [] for name in indexes}
-        stats = summarize(shards, count, settings, tokenizer)
-        _publish(output, merged, count, stats)
+        stats = summarize(job, records, shards)
+        # What is not a shard, the indexes last.
+        bad = [line for record in records for line in record['bad']]
+        if bad:
+            output.publish(''.join(f'{line}\n' for line in bad).encode(), 'bad_documents.txt')
+        output.publish(json.dumps(stats, indent=2).encode(), 'stats.json')
+        for name, index in merged.items():
+            output.publish(index.encode(), name, INDEX)
     with explained('write', 'to the screen what was done, which is whole'):
-        _report(stats, count, left_out)
+        _report(stats, bad, left_out)
         copied = f'copy {output.at(TOKENIZER)} here' if is_s3(output.path) else output.at(TOKENIZER)
         print(describe_loaders(stats, output.path, tokenizer_name or copied))
         sys.stdout.flush()
@@ -189,33 +194,25 @@ def _trained(output: Output, parts: Sequence[Part], settings: Settings, vocab_si
     return TextTokenizer(**state['tokenizer'])
 
 
-def _nothing(count: PartCount, settings: Settings) -> CommandError:
-    documents = sum(split.documents for split in count.splits.values())
-    if count.bad and not documents:
-        return CommandError(f'none of {len(count.bad):,} documents is good; the first: {count.bad[0]}')
-    bad = f' and {len(count.bad):,} bad ones, the first: {count.bad[0]}' if count.bad else ''
+def _nothing(records: list[dict], settings: Settings) -> CommandError:
+    documents = sum(count['documents'] for record in records for count in record['counts'].values())
+    bad = [line for record in records for line in record['bad']]
+    if bad and not documents:
+        return CommandError(f'none of {len(bad):,} documents is good; the first: {bad[0]}')
+    also = f' and {len(bad):,} bad ones, the first: {bad[0]}' if bad else ''
     return CommandError(
-        f'the input is too small: no split fills a row of --seq-len {settings.seq_len} ({documents:,} documents{bad})'
+        f'the input is too small: no split fills a row of --seq-len {settings.seq_len} ({documents:,} documents{also})'
     )
 
 
-def _publish(output: Output, merged: dict[str, str], count: PartCount, stats: dict) -> None:
-    """Write what is not a shard, the indexes last."""
-    if count.bad:
-        output.publish(''.join(f'{line}\n' for line in count.bad).encode(), 'bad_documents.txt')
-    output.publish(json.dumps(stats, indent=2).encode(), 'stats.json')
-    for name, index in merged.items():
-        output.publish(index.encode(), name, INDEX)
-
-
-def _report(stats: dict, count: PartCount, left_out: str) -> None:
+def _report(stats: dict, bad: list[str], left_out: str) -> None:
     print(describe(stats))
     if left_out:
         print(f'left out: {left_out}')
-    for line in count.bad[:BAD_SHOWN]:
+    for line in bad[:BAD_SHOWN]:
         print(f'skipped {line}', file=sys.stderr)
-    if len(count.bad) > BAD_SHOWN:
-        print(f'and {len(count.bad) - BAD_SHOWN:,} more, see bad_documents.txt', file=sys.stderr)
+    if len(bad) > BAD_SHOWN:
+        print(f'and {len(bad) - BAD_SHOWN:,} more, see bad_documents.txt', file=sys.stderr)
     for name, split in stats['splits'].items():
         tokens = split['tokens'] + split['dropped_tokens']
         if not split['rows']:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
-from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -46,19 +45,16 @@ class _Absent(ModuleType):
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
     """Import streaming's writer alone: its package brings torch, half a gigabyte for each worker and ten seconds."""
-    found = importlib.util.find_spec('streaming')
-    assert found is not None
-    assert found.submodule_search_locations is not None
-    for name, path in (('streaming', ''), ('streaming.base', 'base')):
+    (root,) = importlib.util.find_spec('streaming').submodule_search_locations  # pyright: ignore
+    for name, path in (('streaming', root), ('streaming.base', os.path.join(root, 'base'))):
         sys.modules[name] = ModuleType(name)
-        sys.modules[name].__path__ = [os.path.join(found.submodule_search_locations[0], path)]
-    absent = ('torch', 'torch.distributed', 'torch.utils', 'torch.utils.data')
-    absent = [name for name in absent if name not in sys.modules]
-    sys.modules.update({name: _Absent(name) for name in absent})
+        sys.modules[name].__path__ = [path]
+    names = {'torch', 'torch.distributed', 'torch.utils', 'torch.utils.data'} - sys.modules.keys()
+    sys.modules.update({name: _Absent(name) for name in names})
     try:
         yield
     finally:
-        for name in absent:
+        for name in names:
             del sys.modules[name]
 
 
@@ -85,19 +81,18 @@ def check_options(options: ShardOptions) -> None:
     Raises:
         CommandError: if the compression or a hash is unknown.
     """
-    known = streaming('compression')
-    if options.compression and not known.is_compression(options.compression):
-        levels: dict[str, list[int]] = {}
-        for name in known.get_compressions():
-            kind, _, level = name.partition(':')
-            levels.setdefault(kind, []).extend([int(level)] if level else [])
-        there_are = [
-            kind + (f', {kind}:{min(of)} to {kind}:{max(of)}' if of else '') for kind, of in sorted(levels.items())
-        ]
+    known = streaming('compression').get_compressions()
+    if options.compression and options.compression not in known:
+        kinds = sorted({name.partition(':')[0] for name in known})
+        levels = {
+            kind: [int(name.partition(':')[2]) for name in known if name.startswith(f'{kind}:')] for kind in kinds
+        }
+        there_are = [kind + (f', {kind}:{min(of)} to {kind}:{max(of)}' if of else '') for kind, of in levels.items()]
         raise CommandError(f'--compression {options.compression}: there are {"; ".join(there_are)}')
+    hashes = streaming('hashing').get_hashes()
     for name in options.hashes:
-        if not streaming('hashing').is_hash(name):
-            raise CommandError(f'--hashes {name}: not one of {", ".join(sorted(streaming("hashing").get_hashes()))}')
+        if name not in hashes:
+            raise CommandError(f'--hashes {name}: not one of {", ".join(sorted(hashes))}')
 
 
 class RowWriter:
@@ -123,28 +118,28 @@ class RowWriter:
             for row in rows:
                 self.writer.write({'tokens': row})
 
-    def finish(self) -> dict[str, list]:
-        """Write what is left and the index; return (size, sha256) of each file, the index last."""
+    def finish(self) -> dict | None:
+        """Write what is left and the index; return (size, sha256) of each file, the index last, and the index."""
         if self.writer is None:
-            return {}
+            return None
         with explained('write', self.folder):
             self.writer.finish()
-            files = {}
-            for name in sorted(os.listdir(self.folder), key=lambda name: (name == INDEX, name)):
-                with open(os.path.join(self.folder, name), 'rb') as file:
-                    data = file.read()
-                files[name] = [len(data), digest_of(data)]
-        return files
+        files, data = {}, b''
+        for name in sorted(os.listdir(self.folder), key=lambda name: (name == INDEX, name)):
+            with open(os.path.join(self.folder, name), 'rb') as file:
+                data = file.read()
+            files[name] = [len(data), digest_of(data)]
+        return {'files': files, 'index': data.decode()}
 
 
 def merge(indexes: dict[str, str]) -> str:
     """Merge the indexes of parts, by the names of their folders, to one."""
     logging.disable(logging.WARNING)  # it warns of its temporary folder
-    with explained('write', f'the temporary folder {tempfile.gettempdir()}'), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         paths = []
         for name, text in indexes.items():
-            os.mkdir(os.path.join(folder, name))
             paths.append(os.path.join(folder, name, INDEX))
+            os.mkdir(os.path.dirname(paths[-1]))
             with open(paths[-1], 'w') as file:
                 file.write(text)
         streaming('util').merge_index(paths, folder)
@@ -152,31 +147,9 @@ def merge(indexes: dict[str, str]) -> str:
             return file.read()
 
 
-def read_rows(data: bytes, entry: dict[str, Any]) -> NDArray[np.int32]:
-    """The rows[N, L] of a shard, of which `entry` is what the index says.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    try:
-        if entry['compression']:
-            data = streaming('compression').decompress(entry['compression'], data)
-        reader = streaming('format.mds.reader').MDSReader.from_json('', None, entry)
-        ends = np.frombuffer(data, np.uint32, entry['samples'] + 1, 4)
-        rows = [reader.decode_sample(data[start:end])['tokens'] for start, end in pairwise(ends)]
-        return np.stack(rows)
-    except Exception as error:  # of the decompressors, numpy and streaming
-        raise ValueError(str(error)) from error
-
-
 def entries_of(index: str) -> list[dict[str, Any]]:
     """What an index says of its shards."""
     return json.loads(index)['shards']
-
-
-def stored(entry: dict[str, Any]) -> dict[str, Any]:
-    """What an entry of an index says of the file that is stored."""
-    return entry['zip_data'] or entry['raw_data']
 
 
 def digest_of(data: bytes) -> str:

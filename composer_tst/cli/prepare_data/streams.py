@@ -1,4 +1,4 @@
-"""Inputs as streams of bytes, unpacked. A store that fails is a sentence and never taken for damaged data."""
+"""Inputs as streams of bytes, unpacked. A disk or a store that fails is never taken for damaged data."""
 
 import bz2
 import gzip
@@ -15,63 +15,13 @@ import pyarrow as pa
 
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.inputs import MISSING, Source
-from composer_tst.cli.prepare_data.storage import ChangedError, explained, is_s3, s3, shown
+from composer_tst.cli.prepare_data.storage import ChangedError, is_s3, s3, shown
 
 BLOCK_BYTES = 1 << 20
 
 
 class DamagedError(Exception):
     """A file that is not there, or whose bytes its format refuses."""
-
-
-class Input(io.RawIOBase):
-    """The bytes of a source, on disk or in a bucket, as it was when it was listed."""
-
-    def __init__(self, source: Source):
-        self.path = source.path
-        # The byte that is read next.
-        self.position = 0
-        with explained('read', self.path):
-            self.raw: Any = (
-                s3().S3Object(source.path, source.size, source.stamp) if is_s3(self.path) else io.FileIO(self.path)
-            )
-        self.listed = source.size, source.stamp
-        self.check()
-
-    def check(self) -> None:
-        """Refuse an input that changed. Of an object, each answer of the store is checked."""
-        if is_s3(self.path):
-            return
-        with explained('read', self.path):
-            found = os.fstat(self.raw.fileno())
-        if (found.st_size, str(found.st_mtime_ns)) != self.listed:
-            raise ChangedError(self.path)
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def seekable(self) -> bool:
-        """It is."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read up to the buffer's size."""
-        with explained('read', self.path):
-            count = self.raw.readinto(buffer)
-        self.position += count
-        return count
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Go to a byte."""
-        self.position = self.raw.seek(offset, whence)
-        return self.position
-
-    def close(self) -> None:
-        """Close the file."""
-        if not self.closed:
-            self.raw.close()
-        super().close()
 
 
 class _Members(io.RawIOBase):
@@ -119,7 +69,7 @@ UNPACKERS: dict[str, Callable[[Any], Any]] = {
     'bzip2': lambda stream: io.BufferedReader(_Members(stream, bz2.BZ2Decompressor), BLOCK_BYTES),
     'xz': lambda stream: io.BufferedReader(_Members(stream, lzma.LZMADecompressor, b'\0'), BLOCK_BYTES),
 }
-# What decoders raise on data that their format refuses. A failure to read is a CommandError by then.
+# What decoders raise on data that their format refuses. An OSError of the disk has a number.
 REFUSALS = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, pa.ArrowException)
 # What pyarrow says of zstd that is whole, and that it cannot read.
 UNREADABLE = {
@@ -132,14 +82,24 @@ UNREADABLE = {
 class Meter:
     """How far the file that is read has been read: the file, and a share for what is not read in order."""
 
-    file: Input | None = None
+    file: Any = None
     share: float | None = None
 
     def bytes_of(self, start: int, size: int) -> int:
         """How many of `size` bytes from `start` on have been read."""
         if self.share is not None:
             return int(self.share * size)
-        return 0 if self.file is None else min(max(self.file.position - start, 0), size)
+        if self.file is None or self.file.closed:
+            return size if self.file else 0
+        return min(max(self.file.tell() - start, 0), size)
+
+
+def _check(source: Source) -> None:
+    """Refuse an input that changed. Of an object, each answer of the store is checked."""
+    if not is_s3(source.path):
+        found = os.stat(source.path)
+        if (found.st_size, str(found.st_mtime_ns)) != (source.size, source.stamp):
+            raise ChangedError(source.path)
 
 
 @contextmanager
@@ -147,7 +107,9 @@ def opened(source: Source, meter: Meter | None = None) -> Iterator[Any]:
     """Open a source as a stream of unpacked bytes; at its end, see whether it changed meanwhile."""
     if source.stamp == MISSING:
         raise DamagedError('it is not there')
-    with Input(source) as raw:
+    _check(source)
+    path = source.path
+    with s3().S3Object(path, source.size, source.stamp) if is_s3(path) else io.FileIO(path) as raw:
         if meter is not None:
             meter.file = raw
         stream = io.BufferedReader(raw, BLOCK_BYTES)
@@ -156,7 +118,7 @@ def opened(source: Source, meter: Meter | None = None) -> Iterator[Any]:
                 raise DamagedError(f'damaged {source.compression} data (an empty file)')
             stream = UNPACKERS[source.compression](stream)
         yield stream
-        raw.check()
+    _check(source)
 
 
 @contextmanager
@@ -165,15 +127,9 @@ def refusing(kind: str, path: str) -> Iterator[None]:
     try:
         yield
     except REFUSALS as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk
         for word, why in UNREADABLE.items():
             if word in str(error):
                 raise CommandError(f'{shown(path)} {why}') from error
         raise DamagedError(f'damaged {kind} data') from error
-
-
-def blocks(stream: Any) -> Iterator[bytes]:
-    """The bytes of a stream, some at a time, without the mark that some editors put before UTF-8."""
-    first = True
-    while block := stream.read(BLOCK_BYTES):
-        yield block.removeprefix(b'\xef\xbb\xbf') if first else block
-        first = False

@@ -1,25 +1,57 @@
-"""The summary of a data set, and reading every shard of it back."""
+"""Reading every file of a data set back, and its summary."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data.convert import Job
+from composer_tst.cli.prepare_data.convert import COUNTED, Job
 from composer_tst.cli.prepare_data.inputs import plural
 from composer_tst.cli.prepare_data.output import part_folder
-from composer_tst.cli.prepare_data.parts import PartCount, Settings
-from composer_tst.cli.prepare_data.shards import INDEX, digest_of, entries_of, read_rows, stored
-from composer_tst.cli.prepare_data.storage import read
-from composer_tst.cli.prepare_data.tokenizer import TextTokenizer
+from composer_tst.cli.prepare_data.shards import digest_of
+from composer_tst.cli.prepare_data.storage import is_s3, read
 from composer_tst.cli.prepare_data.workers import parallel
 from composer_tst.cli.progress_bar import progress
 
 
-def summarize(shards: dict[str, list], count: PartCount, settings: Settings, tokenizer: TextTokenizer) -> dict:
+def verify(job: Job, records: list[dict]) -> None:
+    """Read every file back and compare it with its record.
+
+    Raises:
+        CommandError: at the first file that is missing, damaged, or holds something else.
+    """
+    items = [
+        (job.output.at(split, part_folder(record['part']), name), *file)
+        for record in records
+        for split, made in record['splits'].items()
+        for name, file in made['files'].items()
+    ]
+    with progress(sum(size for _, size, _ in items), 'bytes', 'verify', delay=5, unit_scale=True) as bar:
+        for size in parallel(_verify_file, job, items):
+            bar.update(size)
+
+
+def _verify_file(job: Job, item: tuple[str, int, str], report: Callable[[Any], None]) -> int:
+    """Check one file; return its size."""
+    path, size, digest = item
+    data = read(path)
+    if data is None:
+        problem = 'is not there'
+    elif len(data) != size:
+        problem = f'has {len(data):,} bytes instead of {size:,}'
+    elif digest_of(data) != digest:
+        problem = 'does not hold what was written (by its sha256)'
+    else:
+        return size
+    raise CommandError(f'verify: {path} {problem}: move it away, and the same command makes it anew')
+
+
+def summarize(job: Job, records: list[dict], shards: dict[str, list]) -> dict:
     """Sum up a data set: what `stats.json` holds.
+
+    Args:
+        shards: what the index of each split says of its shards.
 
     Returns:
         For each split: documents, characters, rows, tokens (in rows), dropped tokens, documents of which some or
@@ -27,27 +59,24 @@ def summarize(shards: dict[str, list], count: PartCount, settings: Settings, tok
         and the length of rows, the vocabulary and the bad documents.
     """
     splits = {}
-    for name, counted in count.splits.items():
-        tokens = counted.rows * settings.seq_len
+    for name, entries in shards.items():
+        count = Counter(dict.fromkeys(COUNTED, 0))
+        for record in records:
+            count.update(record['counts'][name])
+        documents, tokens = count['documents'], count['rows'] * job.settings.seq_len
         splits[name] = {
-            'documents': counted.documents,
-            'characters': counted.characters,
-            'rows': counted.rows,
+            **{key: count[key] for key in COUNTED if key != 'ends'},
             'tokens': tokens,
-            'dropped_tokens': counted.dropped_tokens,
-            'cut_documents': counted.documents - counted.ends,
-            'unknown_tokens': counted.unknown_tokens,
-            'tokens_per_document': (
-                round((tokens + counted.dropped_tokens) / counted.documents, 2) if counted.documents else 0.0
-            ),
-            'shards': len(shards[name]),
-            'bytes': sum(stored(entry)['bytes'] for entry in shards[name]),
+            'cut_documents': documents - count['ends'],
+            'tokens_per_document': round((tokens + count['dropped_tokens']) / documents, 2) if documents else 0.0,
+            'shards': len(entries),
+            'bytes': sum((entry['zip_data'] or entry['raw_data'])['bytes'] for entry in entries),
         }
     return {
-        'seq_len': settings.seq_len,
-        'vocab_size': tokenizer.vocab_size,
-        'eos_token_id': tokenizer.eos_id,
-        'bad_documents': len(count.bad),
+        'seq_len': job.settings.seq_len,
+        'vocab_size': job.tokenizer.vocab_size,
+        'eos_token_id': job.tokenizer.eos_id,
+        'bad_documents': sum(len(record['bad']) for record in records),
         'splits': splits,
     }
 
@@ -74,79 +103,14 @@ def describe(stats: dict) -> str:
 
 def describe_loaders(stats: dict, path: str, tokenizer: str) -> str:
     """The lines of a YAML for llm-foundry that train on a data set."""
-    lines = [
-        'to train on it:',
-        f'max_seq_len: {stats["seq_len"]}',
-        f'tokenizer: {{name: {json.dumps(tokenizer)}, kwargs: {{model_max_length: {stats["seq_len"]}}}}}',
-    ]
-    remote, local = ('remote: ' + json.dumps(path), '/tmp/mds-cache') if path.startswith('s3://') else ('', path)
-    where = ', '.join(filter(None, [remote, f'local: {json.dumps(local)}']))
-    splits = [name for name, split in stats['splits'].items() if split['rows']]
-    train = 'train' if 'train' in splits else max(splits, key=lambda name: stats['splits'][name]['rows'])
-    for loader, split in (('train_loader', train), ('eval_loader', next((s for s in splits if s != train), None))):
-        if split:
-            lines += [
-                f'{loader}:',
-                '  name: text',
-                f'  dataset: {{{where}, split: {split}, max_seq_len: {stats["seq_len"]}, '
-                f'shuffle: {str(loader == "train_loader").lower()}}}',
-                f'  drop_last: {str(loader == "train_loader").lower()}',
-                '  num_workers: 8',
-            ]
-    return '\n'.join(lines)
-
-
-def verify(job: Job, records: list[dict], count: PartCount) -> None:
-    """Read every file back and compare it with its record, and the rows with what was counted.
-
-    Raises:
-        CommandError: at the first file that is missing, damaged, or holds what it should not.
-    """
-    items = [(record['part'], split, files) for record in records for split, files in record['files'].items()]
-    rows = dict.fromkeys(count.splits, 0)
-    ends = dict.fromkeys(count.splits, 0)
-    size = sum(size for _, _, files in items for size, _ in files.values())
-    with progress(size, 'bytes', 'verify', delay=5, unit_scale=True) as bar:
-        for split, read_rows, read_ends in parallel(_verify_folder, job, items, bar.update):
-            rows[split] += read_rows
-            ends[split] += read_ends
-    for split, counted in count.splits.items():
-        for what, found, wrote in (
-            ('rows', rows[split], counted.rows),
-            ('end-of-text tokens', ends[split], counted.ends),
-        ):
-            if found != wrote:
-                raise CommandError(f'verify: split {split} holds {found:,} {what}, but {wrote:,} were written')
-
-
-def _verify_folder(job: Job, item: tuple[int, str, dict], report: Callable[[Any], None]) -> tuple[str, int, int]:
-    """Check the files of a part and split; return the split, its rows and end-of-text tokens."""
-    number, split, files = item
-    rows = ends = 0
-    entries = {}
-
-    def check(path: str, holds: bool, problem: str) -> None:
-        if not holds:
-            raise CommandError(f'verify: {path} {problem}: move it away, and the same command makes it anew')
-
-    for name in sorted(files, key=lambda name: name != INDEX):
-        size, digest = files[name]
-        path = job.output.at(split, part_folder(number), name)
-        data = read(path)
-        check(path, data is not None, 'is not there')
-        assert data is not None
-        check(path, len(data) == size, f'has {len(data):,} bytes instead of {size:,}')
-        check(path, digest_of(data) == digest, 'does not hold what was written (by its sha256)')
-        if name == INDEX:
-            entries = {stored(entry)['basename']: entry for entry in entries_of(data.decode())}
-        else:
-            try:
-                found = read_rows(data, entries[name])
-            except (KeyError, ValueError) as error:
-                raise CommandError(f'verify: {path} is no shard that its index knows: {error}') from error
-            check(path, found.shape[1:] == (job.settings.seq_len,), f'has no rows of {job.settings.seq_len:,}')
-            check(path, not ((found < 0) | (found >= job.tokenizer.vocab_size)).any(), 'holds an id of no token')
-            rows += len(found)
-            ends += int(np.count_nonzero(found == job.tokenizer.eos_id))
-        report(size)
-    return split, rows, ends
+    length = stats['seq_len']
+    name = json.dumps(tokenizer)
+    lines = [f'max_seq_len: {length}', f'tokenizer: {{name: {name}, kwargs: {{model_max_length: {length}}}}}']
+    where = f'remote: {json.dumps(path)}, local: /tmp/mds-cache' if is_s3(path) else f'local: {json.dumps(path)}'
+    splits = {name: split['rows'] for name, split in stats['splits'].items() if split['rows']}
+    # The split named train, or the largest; and another one to evaluate on.
+    order = sorted(splits, key=lambda name: (name != 'train', -splits[name]))
+    for loader, split, is_train in zip(('train_loader', 'eval_loader'), order, ('true', 'false'), strict=False):
+        dataset = f'{{{where}, split: {split}, max_seq_len: {length}, shuffle: {is_train}}}'
+        lines += [f'{loader}:', '  name: text', f'  dataset: {dataset}', f'  drop_last: {is_train}', '  num_workers: 8']
+    return '\n'.join(['to train on it:', *lines])
