@@ -19,7 +19,7 @@ class _Lines:
 
     def write(self, text: str) -> None:
         if text := text.strip('\r\n '):
-            self._stream.write(text + '\n')
+            self._stream.write(text.replace(', about ? left', '') + '\n')
 
     def flush(self) -> None:
         self._stream.flush()

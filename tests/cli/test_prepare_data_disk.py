@@ -1,49 +1,13 @@
 """An output of composer-tst prepare-data on a disk: locks, links, modes, and what a kill or a power loss leaves."""
 
-import fcntl
-import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
-from common import REPO
 from common.preparing import COMMAND, prepare_until_killed, read_rows, refuse, succeed
 
 pytest_plugins = ['common.preparing_fixtures']
-
-
-def test_a_lock_lives_as_long_as_any_worker_of_the_run(common: list[object], tmp_path: Path):
-    """A run is killed; until its workers are gone too, nobody else may write."""
-    script = f"""
-import multiprocessing, os, sys, time
-sys.path.insert(0, {str(REPO)!r})
-from composer_tst.cli.prepare_data.lock import DiskLock
-def work(lock):
-    open({str(tmp_path / 'up')!r}, 'w').close()
-    while not os.path.exists({str(tmp_path / 'go')!r}):
-        time.sleep(0.01)
-if __name__ == '__main__':
-    lock = DiskLock({str(tmp_path / 'out')!r})
-    process = multiprocessing.get_context('forkserver').Process(target=work, args=(lock,))
-    process.start()
-    while not os.path.exists({str(tmp_path / 'up')!r}):
-        time.sleep(0.01)
-    os.kill(os.getpid(), 9)
-"""
-    (tmp_path / 'run.py').write_text(script)
-    try:
-        killed = subprocess.run([sys.executable, tmp_path / 'run.py'], check=False)
-        assert killed.returncode == -signal.SIGKILL
-        with open(tmp_path / 'out' / '.records' / 'lock') as file:
-            with pytest.raises(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (tmp_path / 'go').touch()
-            fcntl.flock(file, fcntl.LOCK_EX)
-    finally:
-        (tmp_path / 'go').touch()
 
 
 def test_an_output_may_be_a_link_or_an_empty_mount_point(common: list[object], tmp_path: Path):
@@ -58,32 +22,37 @@ def test_an_output_may_be_a_link_or_an_empty_mount_point(common: list[object], t
 
 def test_a_link_in_the_place_of_a_shard_is_not_followed(common: list[object], tmp_path: Path):
     (tmp_path / 'mine').write_bytes(b'')
-    lines = Path(str(common[0]))
-    lines.write_bytes(lines.read_bytes() + b'oops\n')
-    refuse(*common, '--output', tmp_path / 'out')
-    for name in (tmp_path / 'out' / 'train').iterdir():
-        name.unlink()
-        name.symlink_to(tmp_path / 'mine')
-    assert 'cannot write' in refuse(*common, '--output', tmp_path / 'out', '--skip-bad')
+    succeed(*common, '--output', tmp_path / 'out')
+    shard = next((tmp_path / 'out' / 'train').rglob('*.mds'))
+    shard.unlink()
+    shard.symlink_to(tmp_path / 'mine')
+    assert f'{shard} is there already and is not what this run writes' in refuse(*common, '--output', tmp_path / 'out')
     assert (tmp_path / 'mine').read_bytes() == b''
 
 
-@pytest.mark.parametrize('left', [lambda data: data[:100], lambda data: data[:100] + bytes(50), lambda data: b''])
-def test_what_a_kill_or_a_power_loss_left_of_a_shard_is_completed(common: list[object], tmp_path: Path, left: Any):
+def test_what_a_kill_left_of_a_part_goes_with_the_next_run(common: list[object], tmp_path: Path):
+    left = tmp_path / 'out' / '.records' / 'scratch' / '00000abc' / 'train'
+    left.mkdir(parents=True)
+    (left / 'shard.00000.mds').write_bytes(b'half')
+    succeed(*common, '--output', tmp_path / 'out', '--verify')
+    assert not left.exists()
+
+
+def test_a_part_that_was_not_brought_to_its_place_whole_is_completed(common: list[object], tmp_path: Path):
     out = tmp_path / 'out'
     succeed(*common, '--output', out)
-    shard = sorted((out / 'train').glob('*.mds'))[0]
+    shard = sorted((out / 'train').rglob('*.mds'))[0]
     data = shard.read_bytes()
     (out / '.records' / 'part.000000.json').unlink()
-    shard.write_bytes(left(data))
+    (shard.parent / 'index.json').unlink()
     succeed(*common, '--output', out, '--verify')
     assert shard.read_bytes() == data
+    assert (shard.parent / 'index.json').exists()
 
 
 def test_modes_follow_the_umask(common: list[object], tmp_path: Path):
     command = [*COMMAND, *map(str, common), '--output', str(tmp_path / 'out')]
     subprocess.run(command, check=True, capture_output=True, umask=0o027)
-    assert (tmp_path / 'out' / 'train' / 'index.json').exists()
     for path in (tmp_path / 'out').rglob('*'):
         assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
 
@@ -97,7 +66,7 @@ def test_a_kill_leaves_nothing_in_the_temporary_folder(
     assert not [path for path in temporary.rglob('*') if path.is_file()]
 
 
-def test_two_commands_at_once_make_one_data_set(common: list[object], tmp_path: Path, tokenizer_dir: str):
+def test_two_commands_at_once_make_one_data_set(common: list[object], tmp_path: Path):
     command = [*COMMAND, *map(str, common), '--output', str(tmp_path / 'out')]
     results = []
     threads = [

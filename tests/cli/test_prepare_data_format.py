@@ -1,4 +1,4 @@
-"""The shards of composer-tst prepare-data: byte for byte those of streaming, whenever they are made."""
+"""The shards of composer-tst prepare-data: what is written comes back, whenever it is made."""
 
 import json
 import time
@@ -6,46 +6,39 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from common.preparing import TEXTS, L, define_rows, prepare, read_rows, refuse, succeed
+import yaml
+from common.preparing import TEXTS, L, define_rows, prepare, read_rows, read_shard, refuse, stored, succeed
+from llmfoundry.data.text_data import StreamingTextDataset
 from streaming import MDSWriter
 
 from composer_tst.cli.prepare_data import shards
 
 pytest_plugins = ['common.preparing_fixtures']
+pytestmark = pytest.mark.streaming
 
 
-@pytest.mark.parametrize('length', [1, 3, 255, 256, 70_000])
-def test_shards_are_the_bytes_of_the_writer_of_streaming(tmp_path: Path, length: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize('compression', [None, 'gz', 'zstd:3', 'bz2', 'br:1', 'snappy'])
+@pytest.mark.parametrize('length', [1, 255, 70_000])
+def test_rows_come_back_as_they_were_written(
+    tmp_path: Path, compression: str | None, length: int, monkeypatch: pytest.MonkeyPatch
+):
+    """In shards of one size, whose bytes are the same at any time of day, which gzip writes down."""
     rows = np.random.default_rng(0).integers(0, 1 << 30, (7, length), dtype=np.int32)
-    limit = 3 * (4 * length + 20) + 300
-    monkeypatch.setattr(shards, 'SHARD_BYTES', limit)
-    options = shards.ShardOptions('zstd:3', ['sha1', 'xxh64'])
-    with MDSWriter(
-        out=str(tmp_path), columns={'tokens': 'ndarray:int32'}, compression='zstd:3', hashes=['sha1', 'xxh64'],
-        size_limit=limit,
-    ) as writer:  # fmt: skip
-        for row in rows:
-            writer.write({'tokens': row})
-    theirs = json.loads((tmp_path / 'index.json').read_text())['shards']
-    full = options.rows_in_shard(length)
-    for at, entry in enumerate(theirs):
-        some = rows[at * full : (at + 1) * full]
-        data, ours = options.pack(options.encode(some), f'shard.{at:05}.mds')
-        assert {'samples': len(some), **ours} == entry
-        assert data == (tmp_path / entry['zip_data']['basename']).read_bytes()
-        assert np.array_equal(options.decode(options.unpack(data), len(some), length), some)
-    assert sum(entry['samples'] for entry in theirs) == len(rows)
-
-
-@pytest.mark.parametrize('compression', ['gz', 'zstd:3', 'bz2', 'br:1', 'snappy'])
-def test_a_shard_made_again_is_the_same(compression: str, monkeypatch: pytest.MonkeyPatch):
-    """Of any time of day, which gzip writes down."""
-    options = shards.ShardOptions(compression, ['sha1'])
-    rows = np.arange(4 * L, dtype=np.int32).reshape(4, L)
-    first = options.pack(options.encode(rows), 'shard')
-    monkeypatch.setattr(time, 'time', lambda: 1e9)
-    assert options.pack(options.encode(rows), 'shard') == first
-    assert np.array_equal(options.decode(options.unpack(first[0]), 4, L), rows)
+    monkeypatch.setattr(shards, 'SHARD_BYTES', 3 * (4 * length + 20) + 300)
+    written = []
+    for name in ('one', 'two'):
+        writer = shards.RowWriter(str(tmp_path / name), shards.ShardOptions(compression, ['sha1', 'xxh64']))
+        writer.write(rows[:2])
+        writer.write(rows[2:])
+        written.append(writer.finish())
+        monkeypatch.setattr(time, 'time', lambda: 1e9)
+    assert written[0] == written[1]
+    assert list(written[0]['files'])[-1] == 'index.json'
+    entries = shards.entries_of(written[0]['index'])
+    assert len(entries) > 1 or length == 1
+    data = [(tmp_path / 'one' / stored(entry)).read_bytes() for entry in entries]
+    read = [read_shard(*pair) for pair in zip(data, entries, strict=True)]
+    assert np.array_equal(np.concatenate(read), rows)
 
 
 def test_what_was_made_before_is_refused_and_kept(common: list[object], tmp_path: Path):
@@ -65,3 +58,19 @@ def test_rows_of_all_parts_are_those_of_the_definition(common: list[object], tok
     ends = sum(row.count(0) for row in read_rows(tmp_path / 'out' / 'train'))
     assert stats['cut_documents'] == len(TEXTS) - ends
     assert prepare(*common, '--output', tmp_path / 'out').exit_code == 0
+
+
+def test_the_end_says_how_to_train_on_it(common: list[object], tmp_path: Path):
+    """The lines are YAML that llm-foundry's loader reads."""
+    common = [*common[:-1], 'train=0.6,val=0.4']
+    result = succeed(*common, '--output', tmp_path / 'out')
+    said, _, lines = result.stdout.partition('to train on it:\n')
+    assert 'train: ' in said
+    assert ' in 1 shard\n' in said.replace(f'{L:,}', '') or ' shards\n' in said
+    found = yaml.safe_load(lines)
+    assert found['tokenizer']['name'] == common[4]
+    for loader, split in (('train_loader', 'train'), ('eval_loader', 'val')):
+        made = found[loader]['dataset']
+        assert (made['local'], made['split'], made['max_seq_len']) == (str(tmp_path / 'out'), split, L)
+        dataset = StreamingTextDataset(tokenizer=None, **made, batch_size=1)  # pyright: ignore
+        assert len(dataset) == len(read_rows(tmp_path / 'out' / split))

@@ -1,6 +1,7 @@
 """Where composer-tst prepare-data writes: nothing of anyone's is touched, nothing is lost, on disk as on S3."""
 
-import json
+import errno
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from common.preparing import COMMAND, TEXTS, Bucket, Folder, L, prepare_until_killed, refuse, succeed, write_jsonl
 
-from composer_tst.cli.prepare_data import disk, lock, parts, tokenizer
+from composer_tst.cli.prepare_data import output, parts, tokenizer
 
 pytest_plugins = ['common.preparing_fixtures']
 
@@ -71,14 +72,14 @@ def test_a_file_that_is_where_a_shard_goes_stays(place: Folder | Bucket, common:
     lines.write_bytes(lines.read_bytes() + b'oops\n')
     refuse(*common, '--output', f'{place.root}/out')
     name = sorted(name for name in place.files() if name.endswith('.mds'))[-1]
-    number = int(name.split('.')[1])
-    place.put(f'out/.records/part.{number:06}.json', b'')
+    number = int(name.split('/')[-2])
+    place.delete(f'out/.records/part.{number:06}.json')
     place.put(name, b'mine')
     sentence = refuse(*common, '--output', f'{place.root}/out', '--skip-bad')
     assert f'{name} is there already and is not what this run writes: move it away' in sentence
     assert place.files()[name] == b'mine'
+    place.delete(name)
     for other in ('out/train/index.json', 'out/stats.json'):
-        place.delete(name) if name in place.files() else None
         place.put(other, b'mine')
         assert f'{other} is there already' in refuse(*common, '--output', f'{place.root}/out', '--skip-bad')
         assert place.files()[other] == b'mine'
@@ -94,12 +95,13 @@ def test_what_is_gone_or_damaged_is_found_and_made_anew(
     succeed(*arguments)
     whole = place.files()
     names = sorted(name for name in whole if '.mds' in name)
+    part_index = names[0].rpartition('/')[0] + '/index.json'
     assert len(names) > 3
     # Finished already.
     succeed(*arguments, '--verify')
     assert place.files() == whole
     # A shard, an index, the summary, or a record that is gone.
-    for name in (names[1], 'out/train/index.json', 'out/stats.json', 'out/.records/part.000002.json'):
+    for name in (names[1], part_index, 'out/train/index.json', 'out/stats.json', 'out/.records/part.000002.json'):
         place.delete(name)
     succeed(*arguments)
     assert place.files() == whole
@@ -130,8 +132,7 @@ def test_damaged_records_count_as_absent(place: Folder | Bucket, common: list[ob
     succeed(*arguments)
     whole = place.files()
     records = [name for name in whole if '.records/part' in name]
-    damages = [b'', b'{', b'null', b'[1]', b'{"sha256": "", "record": {}}', whole[records[1]][:-1]]
-    assert len(records) >= len(damages)
+    damages = [b'', b'{', b'null', b'[1]', b'{"part": 7}', whole[records[1]][:-1]]
     for name, damage in zip(records, damages, strict=False):
         place.put(name, damage)
     succeed(*arguments, '--verify')
@@ -143,7 +144,6 @@ def test_damaged_records_count_as_absent(place: Folder | Bucket, common: list[ob
     [
         (['--seq-len', L + 1], '--seq-len'),
         (['--split', 'train=0.5,val=0.5'], '--split'),
-        (['--text-key', 'body'], '--text-key'),
         (['--compression', 'gz'], '--compression'),
         (['--hashes', 'md5'], '--hashes'),
         (['other end of text'], '--tokenizer'),
@@ -187,11 +187,11 @@ def test_skip_bad_goes_on_from_what_is_finished(place: Folder | Bucket, common: 
     assert 'line 41: malformed JSON' in refuse(*arguments)
 
 
-def test_a_killed_run_is_taken_up(place: Folder | Bucket, common: list[object], tokenizer_dir: str, tmp_path: Path):
+def test_a_killed_run_is_taken_up(place: Folder | Bucket, common: list[object]):
     arguments = [*common, '--output', f'{place.root}/out']
     prepare_until_killed(*arguments)
     left = place.files()
-    assert not any('index.json' in name for name in left)
+    assert 'out/train/index.json' not in left
     records = {name: data for name, data in left.items() if '.records/part' in name}
     assert len(records) >= 3
     succeed(*arguments, '--verify')
@@ -200,58 +200,66 @@ def test_a_killed_run_is_taken_up(place: Folder | Bucket, common: list[object], 
     assert place.files('out') == place.files('whole')
 
 
-def test_a_second_run_is_refused_while_the_first_lives(
+def test_other_versions_are_refused_by_name(
     place: Folder | Bucket, common: list[object], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(lock, 'DEAD_AFTER', 300.0)  # however slowly the first renews its lock
-    monkeypatch.setattr(lock, 'GRACE', 0.0)
-    with lock.locked(f'{place.root}/out'):
-        before = place.files()
-        sentence = refuse(*common, '--output', f'{place.root}/out')
-        assert f'another run is writing to {place.root}/out (process {os.getpid()} on ' in sentence
-        assert place.files() == before
     succeed(*common, '--output', f'{place.root}/out')
-    if isinstance(place, Bucket):
-        keys = place.client.list_objects_v2(Bucket=place.name)['Contents']
-        assert not [item for item in keys if item['Key'].endswith('lock')]
+    here = importlib.metadata.version('tokenizers')
+    real = importlib.metadata.version
+    monkeypatch.setattr(output, 'version', lambda name: '9.9' if name == 'tokenizers' else real(name))
+    sentence = refuse(*common, '--output', f'{place.root}/out', '--verify')
+    assert f'was begun with another version of tokenizers ({here}, now 9.9)' in sentence
+    assert 'run with the same, or name another output' in sentence
 
 
-@pytest.mark.parametrize('place', ['s3'], indirect=True)  # on a disk the system holds the lock
-def test_a_run_whose_lock_was_taken_over_makes_no_index(common: list[object], tmp_path: Path, place: Bucket):
-    from composer_tst.cli.prepare_data import pipeline
-
-    def stolen(parts: Any, job: Any, *arguments: Any) -> Any:
-        place.put('out/.records/lock', b'another')
-        job.lock.thread.join(300)  # which ends when it sees that
-        return convert(parts, job, *arguments)
-
-    convert = pipeline.convert
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, 'convert', stolen)
-        assert 'another run took over' in refuse(*common, '--output', f'{place.root}/out')
-    assert not any('index.json' in name for name in place.files())
-
-
-def test_records_of_another_beginning_are_none(place: Folder | Bucket, common: list[object]):
-    """As when what the output was begun with is damaged, and it is begun again with other inputs."""
-    lines = Path(str(common[0]))
+def test_what_a_refused_run_only_began_is_taken_up_by_the_corrected_command(
+    place: Folder | Bucket, common: list[object]
+):
+    """With a tokenizer that it trained, too, which is trained anew."""
+    lines, arguments = Path(str(common[0])), [common[0], '--output', f'{place.root}/out', '--seq-len', L]
     whole = lines.read_bytes()
-    lines.write_bytes(b'{"text": "short"}\n')
-    assert 'too small' in refuse(*common, '--output', f'{place.root}/out')
-    place.put('out/.records/begun.json', b'')
+    lines.write_bytes(whole[:900] + b'\noops\n')
+    assert 'malformed JSON' in refuse(*arguments, '--train-tokenizer', 260)
+    began = place.files()
+    assert 'out/tokenizer/tokenizer.json' in began
+    assert not any('part.' in name or '.mds' in name for name in began)
     lines.write_bytes(whole)
-    succeed(*common, '--output', f'{place.root}/out', '--verify')
-    stats = json.loads(place.files()['out/stats.json'])
-    assert stats['splits']['train']['documents'] == len(TEXTS)
+    succeed(*arguments, '--train-tokenizer', 300, '--verify')
+    assert place.files()['out/tokenizer/tokenizer.json'] != began['out/tokenizer/tokenizer.json']
+    assert 'begun with another --train-tokenizer' in refuse(*arguments, '--train-tokenizer', 310)
+    # But not another's.
+    place.put('other/tokenizer/tokenizer.json', b'mine')
+    arguments[2] = f'{place.root}/other'
+    assert 'other holds tokenizer and was not begun' in refuse(*arguments, '--train-tokenizer', 300)
 
 
-def test_records_that_were_exchanged_are_none(place: Folder | Bucket, common: list[object]):
-    succeed(*common, '--output', f'{place.root}/out')
-    files = place.files('out/.records')
-    place.put('out/.records/part.000000.json', files['part.000001.json'])
-    place.put('out/.records/part.000001.json', files['part.000000.json'])
-    succeed(*common, '--output', f'{place.root}/out', '--verify')
-    assert place.files('out/.records') == files
+def test_an_output_of_the_older_command_is_refused_with_what_to_do(place: Folder | Bucket, common: list[object]):
+    place.put('out/.records/begun.json', b'{"sha256": "0", "record": {"version of this program": 2}}')
+    place.put('out/train/index.json', b'{}')
+    before = place.files()
+    for more in ([], ['--verify']):
+        sentence = refuse(*common, '--output', f'{place.root}/out', *more)
+        assert 'was made by an earlier version of this command: training reads it as it is; to verify it' in sentence
+        assert 'make it anew with the same command and another --output' in sentence
+    assert place.files() == before
+
+
+def test_a_second_run_is_refused_while_the_first_lives(common: list[object], tmp_path: Path):
+    with output.locked(str(tmp_path / 'out')):
+        sentence = refuse(*common, '--output', tmp_path / 'out')
+        assert sentence == f'another run is writing to {tmp_path}/out: wait for its end, or name another output'
+    succeed(*common, '--output', tmp_path / 'out')
+
+
+def test_a_disk_without_locks_is_said_and_the_run_goes_on(
+    common: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refused(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr('fcntl.flock', refused)
+    result = succeed(*common, '--output', tmp_path / 'out')
+    assert f'the disk of {tmp_path}/out has no locks: see to it that no second run writes there' in result.stderr
 
 
 def test_hidden_files_of_others_in_an_output_stay(common: list[object], tmp_path: Path):
@@ -259,8 +267,6 @@ def test_hidden_files_of_others_in_an_output_stay(common: list[object], tmp_path
     mine.write_text('precious')
     for name in (
         'out/.records/lock',
-        'out/.stats.json.new',
-        'out/train/.index.json.new',
         'out/.records/.begun.json.new',
     ):
         for make in (lambda path: path.symlink_to(mine), lambda path: path.write_text('precious')):
@@ -280,20 +286,6 @@ def test_an_object_that_marks_the_folder_is_no_reason_to_refuse(place: Folder | 
     else:
         Path(place.root, 'out').mkdir(parents=True)
     succeed(*common, '--output', f'{place.root}/out/')
-
-
-def test_a_file_that_goes_while_a_folder_is_listed_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in 'abc':
-        (tmp_path / name).write_text('x')
-    listed = os.scandir
-
-    def going(folder: str) -> list[os.DirEntry]:
-        entries = list(listed(folder))
-        (tmp_path / 'b').unlink()
-        return entries
-
-    monkeypatch.setattr(os, 'scandir', going)
-    assert disk.Disk().sizes(str(tmp_path)) == {'a': 1, 'c': 1}
 
 
 def test_a_screen_that_cannot_be_written_to_is_no_fault_of_the_program(common: list[object], tmp_path: Path):

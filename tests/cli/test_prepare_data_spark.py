@@ -1,4 +1,4 @@
-"""The Spark engine of composer-tst prepare-data: the same tasks, the same bytes."""
+"""The Spark engine of composer-tst prepare-data: the same tasks, the same rows in the same shards."""
 
 import gzip
 import platform
@@ -60,10 +60,10 @@ def spark(s3_server: str) -> Iterator[Any]:  # noqa: F811
 
 
 @pytest.mark.parametrize('to', ['disk', 's3'])
-def test_both_engines_write_the_same_bytes(
+def test_both_engines_write_the_same_shards(
     spark: Any, s3_server: str, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str  # noqa: F811
 ):  # fmt: skip
-    """To a folder with a # in its name, too, which streaming's merging of indexes reads as an address."""
+    """To a folder with a # in its name, too, which streaming's merging of indexes would read as an address."""
     monkeypatch.setattr(parts, 'PART_BYTES', 1)
     (tmp_path / 'in').mkdir()
     texts = [[make_text(10 * number + i) for i in range(4)] for number in range(5)]

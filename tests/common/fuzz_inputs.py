@@ -22,7 +22,7 @@ from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 from common.preparing import Bucket, Folder, make_text
 from composer_tst.cli.prepare_data import tokenizer as tokenizers_of
-from composer_tst.cli.prepare_data.errors import shown
+from composer_tst.cli.prepare_data.storage import shown
 
 EOS = '</s>'
 SPELLED = ['</s>', '<|endoftext|>', '<pad>', '<unk>', '[UNK]', '<|padding|>']
@@ -114,7 +114,9 @@ def jsonl_files(draw: Any, name: str) -> File:
         data = codecs.BOM_UTF8 + data
     packing = draw(st.sampled_from(sorted(PACKERS)))
     packed = PACKERS[packing](data)
-    return File(f'{name}{draw(st.sampled_from([".jsonl", ".json", ".ndjson", ".JSONL"]))}{packing}', packed, found)
+    return File(
+        f'{name}{draw(st.sampled_from([".jsonl", ".json", ".ndjson", ".JSONL", ".jl"]))}{packing}', packed, found
+    )
 
 
 @st.composite
@@ -138,19 +140,24 @@ def parquet_files(draw: Any, name: str) -> File:
 
 @dataclass
 class Corpus:
-    """Files, and links to some of them: (name, target), the target None for one that leads nowhere."""
+    """Files, and links to some of them: (name, target), the target None for one that leads nowhere.
+
+    `form` is what files without a format are read as; `kind` is how all of it is named.
+    """
 
     files: list[File]
     links: list[tuple[str, str | None]]
     circle: bool
+    form: str | None
+    kind: str
 
     def write(self, place: Folder | Bucket) -> dict[str, int]:
         """Write everything; give the times of files on disk."""
         times = {}
         for file in self._of(place):
             place.put(file.name, file.data)
-        place.put('.hidden/x.txt', b'hidden')
-        place.put('sub/_SUCCESS', b'')
+        for name in ('.hidden/x.txt', 'sub/_SUCCESS', 'sub/_temporary/0/x.json', 'sub/y.txt._COPYING_'):
+            place.put(name, b'left out')
         if isinstance(place, Folder):
             for name, target in self.links:
                 os.symlink(os.path.join(place.root, target) if target else 'nowhere', os.path.join(place.root, name))
@@ -161,39 +168,53 @@ class Corpus:
 
     def write_again(self, place: Folder | Bucket, times: dict[str, int]) -> None:
         """Undo a change: the bytes and the time of the first file."""
-        file = self._of(place)[0]
+        file = self._first(place)
         place.put(file.name, file.data)
         if isinstance(place, Folder):
             os.utime(os.path.join(place.root, file.name), ns=(times[file.name], times[file.name]))
 
     @contextlib.contextmanager
     def changed(self, place: Folder | Bucket) -> Iterator[None]:
-        """Append to the first file."""
-        file = self._of(place)[0]
+        """Append to the first file that is read."""
+        file = self._first(place)
         place.put(file.name, file.data + b'x')
         yield
 
+    def _first(self, place: Folder | Bucket) -> File:
+        return next(file for file in self._of(place) if self._is_read(file.name))
+
+    def _is_read(self, name: str) -> bool:
+        top, *below = name.split('/')
+        named = [] if self.kind == 'names' else [top]
+        if any(part.startswith('_') and '=' not in part for part in [*named, *below]):
+            return False
+        return self.form is not None or has_format(name)
+
     def _of(self, place: Folder | Bucket) -> list[File]:
         # Keys are UTF-8, and moto takes none with a line end.
-        return [file for file in self.files if isinstance(place, Folder) or file.name.isprintable()] or [
-            File('only.txt', b'only', [('text', 'only')])
-        ]
+        files = [file for file in self.files if isinstance(place, Folder) or file.name.isprintable()]
+        if not any(self._is_read(file.name) and has_format(file.name) for file in files):
+            files.append(File('only.txt', b'only', [('text', 'only')]))
+        return files
 
     def expect(self, place: Folder | Bucket) -> Expected:
         """What reading in the order of paths finds, each file once."""
         files = {file.name: file for file in self._of(place)}
-        paths = {name: name for name in files}
+        names = {name: [name] for name in files if self._is_read(name)}
         dead = []
         if isinstance(place, Folder):
             for name, target in self.links:
-                if target in files:
-                    # The shortest of its names.
-                    assert target is not None
-                    paths[target] = min(paths[target], name, key=lambda path: (path.count('/'), path))
-                elif target is None:
+                if target is None:
                     dead.append(name)
+                elif self._is_read(target) or has_format(name):
+                    names.setdefault(target, []).append(name)
+        # The shortest name with a format.
+        paths = {
+            min(some, key=lambda path: (not has_format(path), path.count('/'), path)): name
+            for name, some in names.items()
+        }
         expected = Expected()
-        for path, name in sorted([*((path, name) for name, path in paths.items()), *((name, '') for name in dead)]):
+        for path, name in sorted([*paths.items(), *((name, '') for name in dead)]):
             where = shown(f'{place.root}/{path}')
             for kind, what in files[name].found if name else [('bad', '')]:
                 if kind == 'text':
@@ -202,32 +223,59 @@ class Corpus:
                     expected.bad.append(f'{where}{what}: ')
         return expected
 
-    def addresses(self, place: Folder | Bucket, draw: Any) -> list[str]:
+    def addresses(self, place: Folder | Bucket) -> list[str]:
         """Ways to name all of it."""
         root = place.root
         names = sorted({name.split('/')[0] for name in [file.name for file in self._of(place)]})
-        kind = draw(st.sampled_from(['folder', 'slash', 'star', 'stars', 'names', 'twice']), 'addresses')
         links = [name for name, _ in self.links] if isinstance(place, Folder) else []
-        if kind == 'names':
-            return [f'{root}/{name}' for name in [*names, *links]]
-        return {
+        inputs = {
             'folder': [root], 'slash': [f'{root}/'], 'star': [f'{root}/*'], 'stars': [f'{root}/**/*'],
-            'twice': [root, f'{root}/**'],
-        }[kind]  # fmt: skip
+            'twice': [root, f'{root}/**'], 'names': [f'{root}/{name}' for name in [*names, *links]],
+        }[self.kind]  # fmt: skip
+        return [*inputs, *(['--format', self.form] if self.form else [])]
+
+
+def has_format(name: str) -> bool:
+    """Whether the last name has an extension that is read, before that of a compression."""
+    last = name.rpartition('/')[2].lower()
+    for packing in PACKERS:
+        last = last.removesuffix(packing.lower()) if packing else last
+    return last.endswith(('.txt', '.jsonl', '.json', '.ndjson', '.jl', '.parquet'))
+
+
+@st.composite
+def plain_files(draw: Any, name: str, form: str | None) -> File:
+    """One without a format in its name."""
+    made = draw({'text': text_files, 'jsonl': jsonl_files}[form or 'text'](name))
+    extension = made.name.removeprefix(name)
+    packing = next(each for each in sorted(PACKERS, reverse=True) if extension.endswith(each))
+    other = draw(st.sampled_from(['', '.csv', '.tmp', '-00000', '.py']))
+    return File(f'{name}{other}{packing}', made.data, made.found)
 
 
 @st.composite
 def corpora(draw: Any) -> Corpus:
     names = draw(st.lists(FILE_NAMES, min_size=1, max_size=6, unique=True))
     files = [draw(st.one_of(text_files(name), jsonl_files(name), parquet_files(name))) for name in names]
+    form = draw(st.sampled_from([None, None, 'text', 'jsonl']))
+    kinds = ['folder', 'slash', 'star', 'stars', 'names', 'twice']
+    if draw(st.integers(0, 2)) == 0:
+        files += [draw(plain_files(name, form)) for name in draw(st.sampled_from([['README'], ['x1', 'sub/x2']]))]
+        kinds = kinds if form else ['folder', 'slash']
+    kind = draw(st.sampled_from(kinds))
     links: list[tuple[str, str | None]] = []
     if draw(st.booleans()):
-        # Of the same extension, since that says how to read it.
-        target = files[0].name
-        links.append((f'0link.{target.partition(".")[2]}', target))
+        # Of the same format, or of none; or one of those that have none.
+        target = draw(st.sampled_from(files)).name
+        extension = f'.{target.partition(".")[2]}' if has_format(target) else '.txt'
+        packing = next(each for each in sorted(PACKERS, reverse=True) if target.endswith(each))
+        if has_format(target):
+            links.append(draw(st.sampled_from([(f'0link{extension}', target), ('sub0link', target)])))
+        elif form != 'jsonl':
+            links.append((f'0link.txt{packing}', target))
     if draw(st.integers(0, 4)) == 0:
         links.append(('zdead.txt', None))
-    return Corpus(files, links, draw(st.booleans()))
+    return Corpus(files, links, draw(st.booleans()), form, kind)
 
 
 @dataclass(frozen=True)

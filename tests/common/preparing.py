@@ -8,14 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from typer.testing import CliRunner, Result
 
-from composer_tst.cli.prepare_data import convert, parts, sources, workers
-from composer_tst.cli.prepare_data.address import Address
+from composer_tst.cli.prepare_data import convert, inputs, parts, shards, workers
 from composer_tst.cli.prepare_data.command import app
 
 if __name__ != '__main__':
@@ -80,12 +80,13 @@ def _prepare_and_die(arguments: list[str]) -> None:
     app(arguments[1:])
 
 
-def sources_of(*inputs: object) -> list[sources.Source]:
+def sources_of(*given: object, form: str | None = None) -> list[inputs.Source]:
     """List inputs, for an output elsewhere."""
-    return sources.list_sources([str(each) for each in inputs], Address('/nowhere/out', False), ['stats.json'])
+    output = inputs.Address('/nowhere/out', False)
+    return inputs.list_sources([str(each) for each in given], output, ['stats.json'], form)[0]
 
 
-def source(path: object) -> sources.Source:
+def source(path: object) -> inputs.Source:
     """List one file."""
     (found,) = sources_of(path)
     return found
@@ -103,6 +104,26 @@ def read_rows(folder: Path, length: int = L) -> list[list[int]]:
     rows = [dataset[index]['tokens'] for index in range(len(dataset))]
     assert all(row.dtype == np.int32 and row.shape == (length,) for row in rows)
     return [row.tolist() for row in rows]
+
+
+def shards_in(folder: Path) -> list[tuple[str, int]]:
+    """The name and the rows of each shard of a split."""
+    index = json.loads((folder / 'index.json').read_text())
+    return [(shard['raw_data']['basename'], shard['samples']) for shard in index['shards']]
+
+
+def read_shard(data: bytes, entry: dict[str, Any]) -> np.ndarray:
+    """The rows of a shard, of which `entry` is what its index says, as streaming decodes them."""
+    if entry['compression']:
+        data = shards.streaming('compression').decompress(entry['compression'], data)
+    reader = shards.streaming('format.mds.reader').MDSReader.from_json('', None, entry)
+    ends = np.frombuffer(data, np.uint32, entry['samples'] + 1, 4)
+    return np.stack([reader.decode_sample(data[start:end])['tokens'] for start, end in pairwise(ends)])
+
+
+def stored(entry: dict[str, Any]) -> str:
+    """The name of the file that an entry of an index is of."""
+    return (entry['zip_data'] or entry['raw_data'])['basename']
 
 
 def define_rows(texts: list[str], folder: str, length: int = L) -> list[list[int]]:

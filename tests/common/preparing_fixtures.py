@@ -8,7 +8,7 @@ import pytest
 
 from common.preparing import TEXTS, Bucket, Folder, L, make_text, write_jsonl
 from common.s3 import s3_server  # noqa: F401
-from composer_tst.cli.prepare_data import lock, parts, tokenizer
+from composer_tst.cli.prepare_data import parts, tokenizer
 
 
 @pytest.fixture(scope='module')
@@ -37,10 +37,8 @@ def corpus(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=['disk', 's3'])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder | Bucket:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Folder | Bucket:
     """A place of either kind."""
-    monkeypatch.setattr(lock, 'BEAT', 0.2)
-    monkeypatch.setattr(lock, 'DEAD_AFTER', 1.0)
     if request.param == 'disk':
         return Folder(tmp_path / 'place')
     client = boto3.client('s3', endpoint_url=request.getfixturevalue('s3_server'))

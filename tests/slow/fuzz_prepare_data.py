@@ -3,11 +3,11 @@
     python tests/slow/fuzz_prepare_data.py [--seed 17] [--minutes 15]
 
 Hypothesis draws inputs (formats, encodings, names, links), an output on disk or in a bucket, a tokenizer, splits
-and sizes, and what befalls the run: kills at any write, a second run at once, changed inputs and settings, files
-of others before and meanwhile, shards and records lost or altered. Every run but Spark's is a forked process, so
-that a kill is one. After it all: every document is in one split, token for token, or was cut at the end of
-a part, or is listed as bad; counts add up; what is not of the run is as it was; and another run, of either engine,
-makes the same bytes.
+and sizes, and what befalls the run: kills at any write, a full disk, a faulty store, a second run at once, changed
+inputs and settings, files of others before and meanwhile, shards and records lost or altered. Every run but Spark's is
+a forked process, so that a kill is one. After it all: every document is in one split, token for token, or was cut at
+the end of a part, or is listed as bad; counts add up; what is not of the run is as it was; and another run, of either
+engine, makes the same rows in the same shards.
 """
 
 import argparse
@@ -16,32 +16,36 @@ import hashlib
 import json
 import os
 import pickle
+import resource
 import shutil
+import signal
 import tempfile
 import time
 import traceback
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import boto3
 from common.fuzz_inputs import TOKENIZERS, Corpus, corpora, make_tokenizers
-from common.preparing import Bucket, Folder, of_split, prepare
-from common.s3 import serve
+from common.preparing import Bucket, Folder, of_split, prepare, read_shard, stored
+from common.s3 import Faulty, serve
+from fsspec.asyn import reset_lock
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from composer_tst.cli.prepare_data import (
     convert,
-    disk,
     documents,
-    lock,
+    output,
     parts,
-    pipeline,
-    reading,
+    run,
     s3,
     shards,
+    storage,
+    streams,
     tokenizer,
     verify,
 )
@@ -52,22 +56,35 @@ NAMES = ['out', 'out[1]', 'o?t', 'a*b', 'deep/er/out', 'x#y%20z', 'é']
 FOREIGN = ['beside.txt', 'out1/x', '.{}.partial/x', '{}/.hidden', '{}/train/notes.txt', '{}/.records/notes', '{}.old/x']
 SIZES = {
     (parts, 'PART_BYTES'): [150, 600, 2000, 1 << 20],
-    (parts, 'BATCH_CHARS'): [1, 300, 1 << 20],
+    (convert, 'BATCH_CHARS'): [1, 300, 1 << 20],
     (tokenizer, 'PIECE_CHARS'): [600, 1 << 18],
-    (reading, 'BLOCK_BYTES'): [5, 64, 1 << 20],
-    (documents, 'HELD_BYTES'): [1, 1000],
+    (streams, 'BLOCK_BYTES'): [5, 64, 1 << 20],
     (documents, 'BATCH_ROWS'): [1, 64],
     (s3, 'BLOCK_BYTES'): [700, 1 << 20],
-    (shards, 'SHARD_BYTES'): [350, 1000, 1 << 26],
+    (shards, 'SHARD_BYTES'): [600, 1200, 1 << 26],
 }
-ACTIONS = ['kill', 'kill', 'kill', 'twice', 'input', 'setting', 'foreign', 'in the way', 'lose', 'alter', 'bad record']
+ACTIONS = [
+    'kill',
+    'kill',
+    'kill',
+    'full disk',
+    'faulty store',
+    'twice',
+    'input',
+    'setting',
+    'foreign',
+    'in the way',
+    'lose',
+    'alter',
+    'bad record',
+]
 
 
 class Killed(Exception):
     """What a killed run comes to."""
 
 
-def serial(function: Any, job: Any, items: Any, report: Any = lambda _: None) -> Any:
+def serial(function: Any, job: Any, items: Any, report: Any = lambda _: None, scratch: Any = None) -> Any:
     """All items in this process, which a kill then ends."""
     for item in items:
         yield function(job, item, report)
@@ -82,45 +99,61 @@ def kill_at(number: int, share: float) -> None:
         left -= 1
         return left < 0
 
-    def create(self: Any, path: str, data: bytes) -> None:
+    def move(source: str, path: str) -> None:
+        if dies():
+            if share == 1:
+                moved(source, path)
+            os._exit(9)
+        moved(source, path)
+
+    def replace(path: str, data: bytes) -> None:
         if dies():
             if share:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), 'r+b') as file:
-                    file.write(data[: int(len(data) * share)])
+                folder, name = os.path.split(path)
+                os.makedirs(folder, exist_ok=True)
+                Path(folder, f'.{name}.new').write_bytes(data[: int(len(data) * share)])
             os._exit(9)
-        before(self, path, data)
+        replaced(path, data)
 
-    def replace(self: Any, path: str, data: bytes) -> None:
+    def write(path: str, data: bytes) -> None:
         if dies():
             if share == 1:
-                replaced(self, path, data)
-            elif share:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                Path(os.path.dirname(path), f'.{os.path.basename(path)}.new').write_bytes(data[: len(data) // 2])
+                written(path, data)
             os._exit(9)
-        replaced(self, path, data)
+        written(path, data)
 
-    def put(self: Any, path: str, data: bytes, condition: dict) -> str:
-        if not path.endswith('/lock') and dies():
-            if share == 1:
-                putted(self, path, data, condition)
+    def finish(self: Any) -> Any:
+        if dies():
+            if share and self.writer:
+                finished(self)
             os._exit(9)
-        return putted(self, path, data, condition)
+        return finished(self)
 
-    before, replaced, putted = disk.Disk.create, disk.Disk.replace, s3.S3.put
-    disk.Disk.create, disk.Disk.replace, s3.S3.put = create, replace, put  # pyright: ignore
+    moved, replaced, written, finished = storage._move, storage.replace, s3.write, shards.RowWriter.finish
+    storage._move, s3.write, shards.RowWriter.finish = move, write, finish  # pyright: ignore
+    storage.replace = output.replace = lambda path, data: (  # pyright: ignore
+        (replaced if storage.is_s3(path) else replace)(path, data)
+    )
 
 
-def start(arguments: list[str], kill: tuple[int, float] | None = None) -> tuple[int, str]:
-    """Run the command in a forked process; give its id and the file that tells how it ended."""
+def fill_disk(size: int) -> None:
+    """Let the kernel refuse what is written of a file beyond some bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def start(arguments: list[str], before: Callable[[], None] = lambda: None) -> tuple[int, str]:
+    """Run the command in a forked process, after something else; give its id and the file that tells how it ended."""
     answer = tempfile.mktemp()
     process = os.fork()
     if process == 0:
         try:
-            if kill:
-                kill_at(*kill)
-            result = prepare(*arguments)
+            reset_lock()  # the thread of s3fs did not come along
+            before()
+            try:
+                result = prepare(*arguments)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             Path(answer).write_bytes(pickle.dumps((result.exit_code, result.output)))
         except BaseException:
             traceback.print_exc()
@@ -141,8 +174,8 @@ def end(process: int, answer: str) -> tuple[int, str]:
     return code, output
 
 
-def run(arguments: list[str], kill: tuple[int, float] | None = None) -> tuple[int, str]:
-    return end(*start(arguments, kill))
+def launch(arguments: list[str], before: Callable[[], None] = lambda: None) -> tuple[int, str]:
+    return end(*start(arguments, before))
 
 
 class Attack:
@@ -162,11 +195,12 @@ class Attack:
         self.expected = self.corpus.expect(self.inputs)
         packing = draw(st.sampled_from([[], ['--compression', 'zstd'], ['--hashes', 'sha1', '--compression', 'gz']]))
         self.common = [
-            *self.corpus.addresses(self.inputs, draw), '--seq-len', str(self.seq_len), '--tokenizer',
+            *self.corpus.addresses(self.inputs), '--seq-len', str(self.seq_len), '--tokenizer',
             TOKENIZERS[self.tokenizer].folder, '--split', self.splits, *packing,
         ]  # fmt: skip
         self.command = [*self.common, '--output', f'{self.place.root}/{self.name}']
         self.foreign: dict[str, bytes] = {}
+        self.uses_s3 = isinstance(self.inputs, Bucket) or isinstance(self.place, Bucket)
 
     @staticmethod
     def _place(path: Path, client: Any, kind: str) -> Folder | Bucket:
@@ -186,23 +220,37 @@ class Attack:
         draw = self.draw
         skipping = [*self.command, '--skip-bad']
         own = self.own()
-        shard_names = sorted(name for name in own if '.mds' in name)
+        shard_names = sorted(name for name in own if '.mds' in name and '.records' not in name)
         record_names = sorted(name for name in own if '/.records/part' in name and name.endswith('.json'))
         # Not one that was killed while it wrote its first record.
         has_begun = f'{self.name}/.records/begun.json' in own
+        # One that was only begun is taken up by any command.
+        has_more = has_begun and bool(record_names)
         if action == 'kill':
-            code, output = run(skipping, (draw(st.integers(0, 25)), draw(st.sampled_from([0, 0.3, 0.9, 1]))))
+            number, share = draw(st.integers(0, 25)), draw(st.sampled_from([0, 0.3, 0.9, 1]))
+            code, output = launch(skipping, lambda: kill_at(number, share))
             assert code in (-9, 0) or self.is_empty(code, output), output
+        elif action == 'full disk':
+            size = draw(st.integers(0, 3000))
+            code, output = launch(skipping, lambda: fill_disk(size))
+            assert code == 0 or 'File too large' in output or self.is_empty(code, output), output
+        elif action == 'faulty store' and self.uses_s3:
+            fault = draw(st.sampled_from(['cut', 'reset', '503']))
+            server = Faulty(os.environ['S3_ENDPOINT_URL'], fault, draw(st.integers(1, 12)), 'all')
+            with mock.patch.dict(os.environ, S3_ENDPOINT_URL=server.url):
+                code, output = launch(skipping)
+            assert code == 0 or self.is_empty(code, output), output
+            server.server.shutdown()
         elif action == 'twice':
             ends = [end(*each) for each in [start(skipping), start(skipping)]]
             for code, output in ends:
-                refused = 'another run' in output and code == 1
+                refused = 'another run' in output and code == 1 and isinstance(self.place, Folder)
                 assert code == 0 or refused or self.is_empty(code, output), output
         elif action == 'foreign':
             name = draw(st.sampled_from(FOREIGN)).format(self.name)
             self.place.put(name, b'of others')
             if not has_begun and name == f'{self.name}/train/notes.txt':
-                code, output = run(skipping)
+                code, output = launch(skipping)
                 assert code == 1, output
                 assert 'was not begun by this command: name an empty or a new folder' in output, output
                 assert self.place.files()[name] == b'of others'
@@ -211,24 +259,24 @@ class Attack:
                     shutil.rmtree(f'{self.place.root}/{self.name}/train')
             else:
                 self.foreign[name] = b'of others'
-        elif action == 'input' and has_begun:
+        elif action == 'input' and has_more:
             with self.corpus.changed(self.inputs):
-                code, output = run(skipping)
+                code, output = launch(skipping)
                 assert code == 1, output
                 assert 'was begun with another listing of INPUT' in output, output
             self.corpus.write_again(self.inputs, self.written)
             assert self.own() == own, 'a refused run wrote'
-        elif action == 'setting' and has_begun:
-            code, output = run([*skipping, '--seq-len', str(self.seq_len + 1)])
+        elif action == 'setting' and has_more:
+            code, output = launch([*skipping, '--seq-len', str(self.seq_len + 1)])
             assert code == 1, output
             assert 'was begun with another --seq-len' in output, output
             assert self.own() == own, 'a refused run wrote'
         elif action == 'in the way' and '.records' in ''.join(own):
-            places = ['train/shard.00000.00000.mds', 'stats.json', 'train/index.json']
+            places = ['train/00000/shard.00000.mds', 'stats.json', 'train/index.json']
             name = f'{self.name}/{draw(st.sampled_from(places))}'
             if name not in own:
                 self.place.put(name, b'of others')
-                code, output = run(skipping)
+                code, output = launch(skipping)
                 assert self.place.files()[name] == b'of others'
                 assert code == 0 or f'{name} is there already' in output or self.is_empty(code, output), output
                 self.place.delete(name)
@@ -238,32 +286,37 @@ class Attack:
             self.place.put(draw(st.sampled_from(record_names)), draw(st.sampled_from([b'', b'{', b'null'])))
         elif action == 'alter' and shard_names and record_names:
             name = draw(st.sampled_from(shard_names))
-            number = int(name.rpartition('shard.')[2].split('.')[0])
+            number = int(name.split('/')[-2])
             if f'{self.name}/.records/part.{number:06}.json' in record_names:
                 altered = bytearray(own[name])
                 altered[draw(st.integers(0, len(altered) - 1))] ^= 1
                 self.place.put(name, bytes(altered))
-                code, output = run([*skipping, '--verify'])
+                code, output = launch([*skipping, '--verify'])
                 assert code == 1, 'an altered shard was not seen'
                 assert name in output, output
                 self.place.delete(name)
 
     def is_empty(self, code: int, output: str) -> bool:
         """Whether the run ended since there is no row to write, which `check` looks at."""
-        return code == 1 and ('fills a row' in output or 'documents is good' in output)
+        return code == 1 and ('fills a row' in output or 'documents is good' in output or self.is_looked_at(output))
+
+    def is_looked_at(self, output: str) -> bool:
+        """Whether it ended since the first documents have no text, so that nothing was begun."""
+        return 'name the one that holds the text with --text-key' in output or 'make lines of it, as with' in output
 
     def finish(self) -> None:
         bad = self.expected.bad
-        code, output = run(self.command)
+        code, output = launch(self.command)
         if bad:
             assert code == 1, output
             assert any(each in output for each in bad), (output, bad)
-            code, output = run([*self.command, '--skip-bad'])
+            code, output = launch([*self.command, '--skip-bad'])
         if self.is_empty(code, output):
-            self.check_records()
+            if not self.is_looked_at(output):
+                self.check_records()
             return
         assert code == 0, output
-        code, output = run([*self.command, '--skip-bad', '--verify'])
+        code, output = launch([*self.command, '--skip-bad', '--verify'])
         assert code == 0, output
         self.check_records()
         self.check_index()
@@ -283,18 +336,19 @@ class Attack:
         counted = dict.fromkeys(names, 0)
         bad = []
         for name in sorted(name for name in own if name.startswith('.records/part.') and name.endswith('.json')):
-            record = json.loads(own[name])['record']
-            bad += record['count']['bad']
+            record = json.loads(own[name])
+            number = record['part']
+            bad += record['bad']
             for split in names:
-                count = record['count']['splits'][split]
+                count = record['counts'][split]
                 read: list[int] = []
-                for file, entry in zip(record['files'][split], record['shards'][split], strict=True):
-                    data = own[f'{split}/{file["name"]}']
-                    assert hashlib.sha256(data).hexdigest() == file['sha256']
-                    packed = shards.ShardOptions(entry['compression'], entry['hashes'])
-                    raw = packed.unpack(data)
-                    rows = packed.decode(raw, file['rows'], self.seq_len)
-                    assert len(rows) == entry['samples']
+                made = record['splits'].get(split, {'files': {}, 'index': '{"shards": []}'})
+                for file, (size, digest) in made['files'].items():
+                    data = own[f'{split}/{number:05}/{file}']
+                    assert (len(data), hashlib.sha256(data).hexdigest()) == (size, digest)
+                for entry in shards.entries_of(made['index']):
+                    rows = read_shard(own[f'{split}/{number:05}/{stored(entry)}'], entry)
+                    assert rows.shape == (entry['samples'], self.seq_len)
                     read += rows.ravel().tolist()
                 assert len(read) == count['rows'] * self.seq_len
                 at = positions[split]
@@ -316,8 +370,15 @@ class Attack:
         stats = json.loads(own['stats.json'])
         assert stats['bad_documents'] == len(self.expected.bad)
         for split, counted in stats['splits'].items():
-            records = [json.loads(own[name])['record'] for name in sorted(own) if name.startswith('.records/part.')]
-            entries = [entry for record in records for entry in record['shards'][split]]
+            entries = []
+            for name in sorted(name for name in own if name.startswith('.records/part.')):
+                record = json.loads(own[name])
+                made = record['splits'].get(split, {'index': '{"shards": []}'})
+                for entry in shards.entries_of(made['index']):
+                    for kind in ('raw_data', 'zip_data'):
+                        if entry[kind]:
+                            entry[kind]['basename'] = f'{record["part"]:05}/{entry[kind]["basename"]}'
+                    entries.append(entry)
             assert counted['rows'] == sum(entry['samples'] for entry in entries)
             if entries:
                 assert json.loads(own[f'{split}/index.json'])['shards'] == entries
@@ -325,14 +386,14 @@ class Attack:
                 assert f'{split}/index.json' not in own
 
     def check_same(self, work: Path, engine: str) -> None:
-        """Another run makes the same bytes."""
+        """Another run makes the same rows in the same shards."""
         other = Folder(work / 'other')
         command = [*self.common, '--skip-bad', '--output', f'{other.root}/again']
         if engine == 'spark':
             result = prepare(*command, '--engine', 'spark')
             code, output = result.exit_code, result.output
         else:
-            code, output = run(command)
+            code, output = launch(command)
         assert code == 0 or self.is_empty(code, output), output
         mine = self.place.files(self.name)
         theirs = other.files('again')
@@ -370,10 +431,9 @@ def fuzz(number: int, minutes: float) -> int:
     deadline = time.monotonic() + 60 * minutes
     count, kinds = 0, dict.fromkeys([*ACTIONS, 'spark'], 0)
     convert.parallel = verify.parallel = serial  # pyright: ignore
-    pipeline.in_worker = lambda function, *arguments: function(*arguments)
-    pipeline.preload = lambda: None
-    lock.BEAT, lock.DEAD_AFTER, lock.GRACE = 0.3, 1.5, 1.0
-    tokenizer.PROBE_CHARS = 64
+    run.in_worker = lambda function, *arguments: function(*arguments)
+    run.preload = lambda: None
+    output.GRACE, s3.FIRST_PAUSE = 1.0, 0.01
     with tempfile.TemporaryDirectory() as folder, serve() as (url, _), spark_session():
         client = boto3.client('s3', endpoint_url=url)
         make_tokenizers(Path(folder))

@@ -4,6 +4,7 @@
     python -m tools.benchmarks.data_preparation s3 [--megabytes 64] [--rounds 3]
     python -m tools.benchmarks.data_preparation memory [--gigabytes 2]
     python -m tools.benchmarks.data_preparation document [--megabytes 16,64,256]
+    python -m tools.benchmarks.data_preparation rows [--megabytes 1024]
 
 All make their input of the source of Python's standard library, again and again, each time with other words.
 """
@@ -237,6 +238,37 @@ def document(
             # The tokenizer was loaded by then, by a process of its own.
             _, largest = watch(process, work / f'out{size}' / '.records' / 'begun.json')
             print(f'one document of {size} MiB: the largest worker has {largest / 1e9:.2f} GB at its peak')
+
+
+@app.command()
+def rows(
+    megabytes: Annotated[int, typer.Option(help='Of text in one row group of Parquet.')] = 1024,
+) -> None:
+    """The largest process of a run whose input is one row group of Parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        fill(work / 'text', 8 << 20)
+        tokenizer = train(work, work / 'text', dict(os.environ))
+        texts, size = [], 0
+        for text in documents():
+            if size >= megabytes << 20:
+                break
+            texts.append(text)
+            size += len(text.encode())
+        pq.write_table(pa.table({'text': texts}), work / 'one.parquet', row_group_size=len(texts))
+        group = pq.read_metadata(work / 'one.parquet').row_group(0)
+        del texts
+        options = ['--tokenizer', tokenizer, '--seq-len', str(SEQ_LEN), '--split', 'train=1']
+        command = [*PREPARE, str(work / 'one.parquet'), *options, '--output', str(work / 'out')]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        _, largest = watch(process, work / 'out' / '.records' / 'begun.json')
+        print(
+            f'one row group of {group.total_byte_size / 1e6:,.0f} MB, {group.num_rows:,} rows, exit status '
+            f'{process.returncode}: the largest worker has {largest / 1e6:,.0f} MB at its peak'
+        )
 
 
 def run(command: list[str], environment: dict[str, str]) -> float:

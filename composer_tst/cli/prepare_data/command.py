@@ -7,11 +7,10 @@ from typing import Annotated
 import typer
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data.errors import shown
-from composer_tst.cli.prepare_data.parts import Settings
-from composer_tst.cli.prepare_data.pipeline import prepare
+from composer_tst.cli.prepare_data.parts import Settings, parse_splits
+from composer_tst.cli.prepare_data.run import prepare
 from composer_tst.cli.prepare_data.shards import ShardOptions
-from composer_tst.cli.prepare_data.split import parse_splits
+from composer_tst.cli.prepare_data.storage import reason, shown
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -23,14 +22,22 @@ class Engine(str, Enum):
     spark = 'spark'
 
 
+class Format(str, Enum):
+    """What a file is read as."""
+
+    text = 'text'
+    jsonl = 'jsonl'
+    parquet = 'parquet'
+
+
 @app.command()
 def main(
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
             metavar='INPUT...',
-            help='Files, folders, patterns or s3:// addresses of plain text (a document a file), JSON lines '
-            '(.jsonl, .ndjson, .json) or Parquet, each also .gz, .zst, .bz2 or .xz.',
+            help='Files, folders, patterns or s3:// addresses of plain text (.txt, a document a file), JSON lines '
+            '(.jsonl, .ndjson, .json, .jl, .jsonlines, .ldjson) or .parquet, each also .gz, .zst, .bz2 or .xz.',
         ),
     ] = None,
     output: Annotated[str, typer.Option(help='An empty or a new folder, or an s3:// address.')] = '',
@@ -43,6 +50,9 @@ def main(
         str, typer.Option(help='Shares of the documents, by a hash of their text.')
     ] = 'train=0.99,val=0.01',
     text_key: Annotated[str, typer.Option(help='The JSON field or Parquet column of the text.')] = 'text',
+    form: Annotated[
+        Format | None, typer.Option('--format', help='What files are that have no format in their names.')
+    ] = None,
     compression: Annotated[str | None, typer.Option(help='Of shards: zstd, zstd:7, gz, ...')] = None,
     hashes: Annotated[str, typer.Option(help='Of shards, with commas between: sha1,xxh64, ...')] = '',
     skip_bad: Annotated[bool, typer.Option('--skip-bad', help='List bad documents and go on.')] = False,
@@ -56,9 +66,14 @@ def main(
     try:
         settings = Settings(seq_len, parse_splits(split), text_key, skip_bad)
         shards = ShardOptions(compression, sorted({name for name in hashes.split(',') if name}))
-        prepare(inputs or [], output, settings, shards, tokenizer, train_tokenizer, engine.value, verify)
+        of = form.value if form else None
+        prepare(inputs or [], output, settings, shards, tokenizer, train_tokenizer, engine.value, verify, of)
     except CommandError as error:
         typer.echo(f'error: {shown(str(error))}', err=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        what = f'cannot use {shown(str(error.filename))}: ' if error.filename else ''
+        typer.echo(f'error: {what}{reason(error)}: mend that, and the same command goes on from here', err=True)
         raise typer.Exit(1) from None
     except Exception as error:
         traceback.print_exc()

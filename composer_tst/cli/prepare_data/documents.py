@@ -3,22 +3,26 @@
 import codecs
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from composer_tst.cli.prepare_data.errors import explained
-from composer_tst.cli.prepare_data.reading import BLOCK_BYTES, DamagedError, Meter, blocks, opened, refusing
-from composer_tst.cli.prepare_data.sources import Source
-from composer_tst.cli.prepare_data.split import content_hash
+from composer_tst.cli.main import CommandError
+from composer_tst.cli.prepare_data.inputs import Source
+from composer_tst.cli.prepare_data.storage import explained, shown
+from composer_tst.cli.prepare_data.streams import BLOCK_BYTES, DamagedError, Meter, opened, refusing
 
-# A text file up to this size is read once and held; a longer one is read twice, first for its hash.
-HELD_BYTES = 4 << 20
 # Few rows of Parquet at a time, since a row may be a book.
 BATCH_ROWS = 64
+# How many documents of a format are looked at before a run, and how many names a sentence lists.
+LOOKED_AT = 20
+NAMES_SHOWN = 12
+
+BAD_ADVICE = ' (with --skip-bad, the same command goes on from here without such documents)'
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,39 @@ class BadDocument:
 
     where: str
     why: str
+    # What is wrong with all of a file, in the words of the cure.
+    cure: str = ''
+
+    def __str__(self) -> str:
+        return shown(f'{self.where}: {self.why}')
+
+
+class _BadError(Exception):
+    """Why something is no document, and perhaps the cure."""
+
+
+def content_hash() -> Any:
+    """The hash that is fed a document's UTF-8 bytes to place it."""
+    return blake2b(digest_size=8)
+
+
+def look(sources: Sequence[Source], text_key: str, skip_bad: bool) -> None:
+    """Read the first documents of each format, before anything is begun.
+
+    Raises:
+        CommandError: if they are bad, unless bad ones are skipped; if none has the field of the text.
+    """
+    for source in {source.format: source for source in reversed(sources)}.values():
+        cured = None
+        for document in islice(read_documents(Piece(source), text_key), LOOKED_AT):
+            if isinstance(document, Document):
+                break
+            if not skip_bad:
+                raise CommandError(f'{document}: {document.cure}' if document.cure else f'{document}{BAD_ADVICE}')
+            cured = cured or (document if document.cure else None)
+        else:
+            if cured:
+                raise CommandError(f'{cured}: {cured.cure}')
 
 
 def read_documents(piece: Piece, text_key: str, meter: Meter | None = None) -> Iterator[Document | BadDocument]:
@@ -64,45 +101,33 @@ def read_documents(piece: Piece, text_key: str, meter: Meter | None = None) -> I
     """
     source = piece.source
     readers = {'text': _text_document, 'jsonl': _jsonl_documents, 'parquet': _parquet_documents}
-    kind = source.compression or source.format
     try:
-        with refusing(kind):
+        with refusing(source.compression or source.format, source.path):
             yield from readers[source.format](piece, text_key, meter or Meter())
     except DamagedError as error:
         yield BadDocument(source.path, str(error))
 
 
-def _decoded(source: Source, meter: Meter) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder('utf-8')()
-    with opened(source, meter) as stream:
-        for block in blocks(stream):
-            yield decoder.decode(block)
-
-
 def _text_document(piece: Piece, text_key: str, meter: Meter) -> Iterator[Document | BadDocument]:
-    source = piece.source
+    path = piece.source.path
     decoder = codecs.getincrementaldecoder('utf-8')()
     digest = content_hash()
-    size = 0
-    held = []
-    with opened(source, meter) as stream:
+    chunks = []
+    with opened(piece.source, meter) as stream:
         try:
-            for block in blocks(stream):
+            while block := stream.read(BLOCK_BYTES):
                 if b'\0' in block:
-                    yield BadDocument(source.path, 'NUL bytes, as in UTF-16 or in what is no text')
+                    yield BadDocument(path, 'NUL bytes, as in UTF-16 or in what is no text')
                     return
+                # Some editors put a mark before UTF-8.
+                block = block if chunks else block.removeprefix(codecs.BOM_UTF8)
                 digest.update(block)
-                size += len(block)
-                text = decoder.decode(block)
-                held = [*held, text] if size <= HELD_BYTES else []
+                chunks.append(decoder.decode(block))
             decoder.decode(b'', final=True)
         except UnicodeDecodeError:
-            yield BadDocument(source.path, 'invalid UTF-8')
+            yield BadDocument(path, 'invalid UTF-8')
             return
-    if size == 0:
-        yield BadDocument(source.path, 'empty document')
-    else:
-        yield Document(digest.digest(), held or _decoded(source, meter))
+    yield Document(digest.digest(), chunks) if any(chunks) else BadDocument(path, 'empty document')
 
 
 def _jsonl_documents(piece: Piece, text_key: str, meter: Meter) -> Iterator[Document | BadDocument]:
@@ -124,13 +149,13 @@ def _jsonl_documents(piece: Piece, text_key: str, meter: Meter) -> Iterator[Docu
             position += len(line)
             if line.isspace():
                 continue
-            document = _from_line(line, text_key)
-            if isinstance(document, str):
+            try:
+                yield _from_line(line, text_key)
+            except _BadError as error:
                 if lines_before is None:
                     # Only a message needs the number of the line in the file, so only now is it worked out.
                     lines_before = _count_lines(source, first)
-                document = BadDocument(f'{source.path}, line {lines_before + number}', document)
-            yield document
+                yield BadDocument(f'{source.path}, line {lines_before + number}', *error.args)
 
 
 def _count_lines(source: Source, end: int) -> int:
@@ -143,53 +168,81 @@ def _count_lines(source: Source, end: int) -> int:
     return count
 
 
-def _from_line(line: bytes, text_key: str) -> Document | str:
-    """Make a document of a JSON line, or say why it is none."""
+def _from_line(line: bytes, text_key: str) -> Document:
+    """Make a document of a JSON line."""
     try:
         # Windows marks a file's first line. Numbers are of no interest, and Python limits the digits of integers.
         record = json.loads(line.decode('utf-8-sig'), parse_int=float)
     except UnicodeDecodeError:
-        return 'invalid UTF-8'
+        raise _BadError('invalid UTF-8') from None
     except (ValueError, RecursionError):
         if b'\0' in line:
-            return 'malformed JSON (NUL bytes, as in UTF-16)'
-        spread = line.strip() in (b'{', b'[', b'[{')
-        return 'malformed JSON' + (' (an object over several lines: there must be one in each line)' if spread else '')
+            raise _BadError('malformed JSON (NUL bytes, as in UTF-16)') from None
+        start = line.strip()[:1]
+        if line.strip() in (b'[', b'[{') or (start == b'[' and line.rstrip().endswith(b',')):
+            raise _BadError('the file is one array over several lines', _ARRAY) from None
+        spread = line.strip() == b'{'
+        raise _BadError(
+            'malformed JSON' + (' (an object over several lines: there must be one in each line)' if spread else '')
+        ) from None
+    if isinstance(record, list) and any(isinstance(item, dict) for item in record):
+        raise _BadError('the file is one array, not lines', _ARRAY)
     if not isinstance(record, dict):
-        return 'not a JSON object'
-    return _from_field(record.get(text_key), text_key)
+        raise _BadError('not a JSON object')
+    if text_key not in record:
+        raise _missing(text_key, 'fields', record)
+    return _from_field(record[text_key], text_key)
 
 
-def _from_field(value: object, text_key: str) -> Document | str:
-    """Make a document of a field's value, or say why it is none."""
+_ARRAY = "make lines of it, as with: jq -c '.[]' FILE > FILE.jsonl"
+
+
+def _missing(text_key: str, kind: str, names: Iterable[str]) -> _BadError:
+    some = [shown(str(name)) for name in names]
+    more = ', ...' if len(some) > NAMES_SHOWN else ''
+    return _BadError(
+        f'no text in "{text_key}" (its {kind}: {", ".join(some[:NAMES_SHOWN]) or "none"}{more})',
+        'name the one that holds the text with --text-key',
+    )
+
+
+def _from_field(value: object, text_key: str) -> Document:
+    """Make a document of a field's value."""
     if value is None:
-        return f'no text in "{text_key}"'
+        raise _BadError(f'no text in "{text_key}"')
     if not isinstance(value, str):
-        return f'"{text_key}" is not a string'
+        raise _BadError(f'"{text_key}" is not a string')
     if not value:
-        return 'empty document'
+        raise _BadError('empty document')
     digest = content_hash()
     try:
         digest.update(value.encode())
     except UnicodeEncodeError:
-        return 'invalid Unicode (half of a surrogate pair)'
+        raise _BadError('invalid Unicode (half of a surrogate pair)') from None
     return Document(digest.digest(), [value])
 
 
 def open_parquet(stream: Any) -> pq.ParquetFile:
-    """Open Parquet such that the checksums of its pages, where it has them, are looked at."""
-    return pq.ParquetFile(stream, page_checksum_verification=True)
+    """Open Parquet: a buffer is read at a time, and the checksums of pages, where there are some, are looked at."""
+    return pq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=False, buffer_size=BLOCK_BYTES)
 
 
 def _parquet_documents(piece: Piece, text_key: str, meter: Meter) -> Iterator[Document | BadDocument]:
     source = piece.source
-    # Parquet is read from its end, so a file compressed as a whole is unpacked to disk first.
-    with opened(source) as raw, _unpacked(raw) if source.compression else nullcontext(raw) as stream:
-        with refusing('parquet'):
-            file = open_parquet(stream)
-        columns = file.schema_arrow.names.count(text_key)
-        if columns != 1:
-            yield BadDocument(source.path, f'{"several columns" if columns else "no column"} "{text_key}"')
+    with opened(source) as stream, tempfile.TemporaryFile() as unpacked:
+        if source.compression:  # Parquet is read from its end
+            while block := stream.read(BLOCK_BYTES):
+                with explained('write', f'the temporary folder {tempfile.gettempdir()}'):
+                    unpacked.write(block)
+                    unpacked.flush()
+        with refusing('parquet', source.path):
+            file = open_parquet(unpacked if source.compression else stream)
+        names = file.schema_arrow.names
+        if text_key not in names:
+            yield BadDocument(source.path, *_missing(text_key, 'columns', names).args)
+            return
+        if names.count(text_key) > 1:
+            yield BadDocument(source.path, f'several columns "{text_key}"')
             return
         groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         if min(groups, default=0) < 0 or sum(groups) != file.metadata.num_rows:
@@ -200,38 +253,21 @@ def _parquet_documents(piece: Piece, text_key: str, meter: Meter) -> Iterator[Do
         for group in range(piece.start, last):
             number, end = sum(groups[:group]), sum(groups[: group + 1])
             try:
-                with refusing('parquet'):
+                with refusing('parquet', source.path):
                     _check_rows(file, group, text_key)
-                    for cell in _cells(file, group, text_key):
-                        number += 1
-                        meter.share = (number - first) / rows
-                        try:
-                            document = _from_field(cell.as_py(), text_key)
-                        except UnicodeDecodeError:
-                            document = 'invalid UTF-8'
-                        except (ValueError, OverflowError):  # as of a date that Python does not have
-                            document = f'"{text_key}" is not a string'
-                        if isinstance(document, str):
-                            document = BadDocument(f'{source.path}, row {number}', document)
-                        yield document
+                    for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[text_key]):
+                        for cell in batch.column(batch.schema.get_field_index(text_key)):
+                            number += 1
+                            meter.share = (number - first) / rows
+                            try:
+                                yield _from_cell(cell, text_key)
+                            except _BadError as error:
+                                yield BadDocument(f'{source.path}, row {number}', *error.args)
                 if number != end:
                     raise DamagedError('damaged parquet data (it has not as many rows as it says)')
             except DamagedError as error:
                 # The other row groups are none the worse for it.
                 yield BadDocument(f'{source.path}, rows {number + 1} to {end}', str(error))
-
-
-@contextmanager
-def _unpacked(stream: Any) -> Iterator[Any]:
-    """A temporary file of the bytes of a stream. Its failures are not those of the data."""
-    with explained('write', f'the temporary folder {tempfile.gettempdir()}'):
-        file = tempfile.TemporaryFile()  # noqa: SIM115
-    with file:
-        while block := stream.read(BLOCK_BYTES):
-            with explained('write', f'the temporary folder {tempfile.gettempdir()}'):
-                file.write(block)
-                file.flush()
-        yield file
 
 
 def _check_rows(file: pq.ParquetFile, group: int, text_key: str) -> None:
@@ -243,6 +279,10 @@ def _check_rows(file: pq.ParquetFile, group: int, text_key: str) -> None:
             raise DamagedError(f'damaged parquet data ({column.num_values} values in {found.num_rows} rows)')
 
 
-def _cells(file: pq.ParquetFile, group: int, text_key: str) -> Iterator[Any]:
-    for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[text_key]):
-        yield from batch.column(batch.schema.get_field_index(text_key))
+def _from_cell(cell: Any, text_key: str) -> Document:
+    try:
+        return _from_field(cell.as_py(), text_key)
+    except UnicodeDecodeError:
+        raise _BadError('invalid UTF-8') from None
+    except (ValueError, OverflowError):  # as of a date that Python does not have
+        raise _BadError(f'"{text_key}" is not a string') from None

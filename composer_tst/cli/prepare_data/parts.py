@@ -4,43 +4,25 @@ Parts depend on the inputs alone, never on the number of workers, so every run m
 not run on from one part to the next: the last, incomplete row of a part and split is dropped and counted.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data.documents import BadDocument, Piece, open_parquet, read_documents
-from composer_tst.cli.prepare_data.errors import shown
-from composer_tst.cli.prepare_data.packing import Packer
-from composer_tst.cli.prepare_data.reading import DamagedError, Meter, opened, refusing
-from composer_tst.cli.prepare_data.sources import Source
-from composer_tst.cli.prepare_data.split import Splits, choose_split
-from composer_tst.cli.prepare_data.tokenizer import TextTokenizer
+from composer_tst.cli.prepare_data.documents import Piece, open_parquet
+from composer_tst.cli.prepare_data.inputs import Source
+from composer_tst.cli.prepare_data.streams import DamagedError, opened, refusing
 
 # About as many bytes of rows as of text, so about one shard of streaming's default size.
 PART_BYTES = 64 << 20
 # So that a data set of any size has a number of parts, and of records of them, that is easily handled.
 MOST_PARTS = 10_000
-# What is tokenised in one call, in characters; bounds the memory of a worker.
-BATCH_CHARS = 1 << 20
 
-BAD_ADVICE = ' (with --skip-bad, the same command goes on from here without such documents)'
+SPLIT = re.compile(r'([A-Za-z0-9_][A-Za-z0-9_-]*)=(\d*\.?\d+(?:[eE]-?\d+)?)', re.ASCII)
 
+Splits = tuple[tuple[str, float], ...]
 Part = tuple[Piece, ...]
-
-
-class Done(NamedTuple):
-    """What has been done since the last report."""
-
-    documents: int
-    tokens: int
-    bytes: int
-
-
-Report = Callable[[Done], None]
 
 
 @dataclass(frozen=True)
@@ -53,44 +35,39 @@ class Settings:
     skip_bad: bool
 
 
-@dataclass
-class SplitCount:
-    """What a part, or all of them, put into one split."""
+def parse_splits(text: str) -> Splits:
+    """Read `train=0.99,val=0.01`.
 
-    documents: int = 0
-    characters: int = 0
-    rows: int = 0
-    # Documents that are whole in rows: their end-of-text tokens are. Those of the others went with dropped tokens.
-    ends: int = 0
-    dropped_tokens: int = 0
-    # Tokens that stand for what the vocabulary does not know, and characters that no token stands for at all.
-    unknown_tokens: int = 0
-    lost_characters: int = 0
+    Raises:
+        CommandError: if a share is not a positive number, a name is unfit or repeated, or the sum is not 1.
+    """
+    found = [SPLIT.fullmatch(item.strip()) for item in text.split(',')]
+    splits = tuple((item[1], float(item[2])) for item in found if item)
+    names = [name.lower() for name, _ in splits]  # on some disks, names that differ in case alone are one
+    if len(splits) < len(found) or any(share <= 0 for _, share in splits):
+        problem = 'give NAME=SHARE,NAME=SHARE with shares above 0 and names of letters, digits, _ and -'
+    elif len(set(names)) < len(names) or 'tokenizer' in names:
+        problem = 'a name is given twice, or is that of the folder of the tokenizer'
+    elif not math.isclose(sum(share for _, share in splits), 1.0, abs_tol=1e-6):
+        problem = 'the shares do not sum to 1'
+    else:
+        return splits
+    raise CommandError(f'--split {text}: {problem}')
 
 
-@dataclass
-class PartCount:
-    """What came of a part: counts by split, and the bad documents as sentences."""
+def choose_split(digest: bytes, splits: Splits) -> str:
+    """Place a document by the 8 bytes of the hash of its text.
 
-    splits: dict[str, SplitCount]
-    bad: list[str] = field(default_factory=list)
-
-    @classmethod
-    def zero(cls, settings: Settings) -> 'PartCount':
-        """Counts at zero."""
-        return cls({name: SplitCount() for name, _ in settings.splits})
-
-    @classmethod
-    def from_json(cls, record: dict) -> 'PartCount':
-        """The inverse of `dataclasses.asdict`."""
-        return cls({name: SplitCount(**split) for name, split in record['splits'].items()}, record['bad'])
-
-    def add(self, other: 'PartCount') -> None:
-        """Add another part's counts."""
-        self.bad += other.bad
-        for name, split in other.splits.items():
-            for key, value in vars(split).items():
-                setattr(self.splits[name], key, getattr(self.splits[name], key) + value)
+    The same text goes to the same split whatever its name and whatever else is prepared with it, so no
+    document is ever in two splits, and files added later move none.
+    """
+    position = int.from_bytes(digest, 'big') / 2**64
+    edge = 0.0
+    for name, share in splits:
+        edge += share
+        if position < edge:
+            return name
+    return splits[-1][0]
 
 
 def size_of(part: Part) -> int:
@@ -100,18 +77,16 @@ def size_of(part: Part) -> int:
 
 def plan_parts(sources: Sequence[Source]) -> list[Part]:
     """Gather small files and cut large ones, where their format allows it, into parts of about one size."""
-    total = sum(source.size for source in sources)
-    part_bytes = max(PART_BYTES, total // MOST_PARTS)
+    part_bytes = max(PART_BYTES, sum(source.size for source in sources) // MOST_PARTS)
     parts: list[Part] = []
     gathered: list[Piece] = []
     size = 0
-    for source in sources:
-        for piece in _pieces(source, part_bytes):
-            gathered.append(piece)
-            size += piece.size
-            if size >= part_bytes:
-                parts.append(tuple(gathered))
-                gathered, size = [], 0
+    for piece in (piece for source in sources for piece in _pieces(source, part_bytes)):
+        gathered.append(piece)
+        size += piece.size
+        if size >= part_bytes:
+            parts.append(tuple(gathered))
+            gathered, size = [], 0
     return [*parts, tuple(gathered)] if gathered else parts
 
 
@@ -125,7 +100,7 @@ def _pieces(source: Source, part_bytes: int) -> Iterator[Piece]:
             yield Piece(source, start, end, end - start)
     else:
         try:
-            with opened(source) as stream, refusing('parquet'):
+            with opened(source) as stream, refusing('parquet', source.path):
                 metadata = open_parquet(stream).metadata
         except DamagedError:
             # Reading it will report it as a bad document.
@@ -137,92 +112,3 @@ def _pieces(source: Source, part_bytes: int) -> Iterator[Piece]:
             if size >= part_bytes or group == metadata.num_row_groups - 1:
                 yield Piece(source, start, group + 1, size)
                 start, size = group + 1, 0
-
-
-def pack_part(
-    part: Part, tokenizer: TextTokenizer, settings: Settings, count: PartCount, report: Report
-) -> Iterator[tuple[str, NDArray[np.int32]]]:
-    """Read, tokenise and pack a part; yield (split, rows[N, L]).
-
-    Args:
-        count: is filled in as the rows are taken.
-        report: is told what each batch has done.
-
-    Raises:
-        CommandError: at the first bad document, unless bad documents are skipped.
-    """
-    packers = {name: Packer(settings.seq_len) for name, _ in settings.splits}
-    end_of_text = np.array([tokenizer.eos_id], np.int32)
-    reported = 0
-    for batch, read in _batches(part, tokenizer, settings, count):
-        documents, tokens = 0, 0
-        encoded = tokenizer.encode([text for _, text, _ in batch])
-        for (split, text, last), ids in zip(batch, encoded, strict=True):
-            counted = count.splits[split]
-            counted.lost_characters += tokenizer.count_lost(text)
-            if tokenizer.unknown_id is not None:
-                counted.unknown_tokens += int(np.count_nonzero(ids == tokenizer.unknown_id))
-            packers[split].add(ids)
-            tokens += len(ids)
-            if last:
-                packers[split].add(end_of_text)
-                counted.documents += 1
-                documents += 1
-        report(Done(documents, tokens + documents, read - reported))
-        reported = read
-        for split, packer in packers.items():
-            rows = packer.rows()
-            if len(rows):
-                count.splits[split].rows += len(rows)
-                count.splits[split].ends += int(np.count_nonzero(rows == tokenizer.eos_id))
-                yield split, rows
-    report(Done(0, 0, size_of(part) - reported))
-    for split, packer in packers.items():
-        counted = count.splits[split]
-        counted.dropped_tokens = packer.held_tokens
-        ends = counted.ends + sum(int(np.count_nonzero(held == tokenizer.eos_id)) for held in packer.held)
-        if ends != counted.documents:
-            raise CommandError(
-                f'--tokenizer: it makes end-of-text of text, {ends - counted.documents:,} times in a part that begins '
-                f'with {part[0].source.path}: use one that keeps an id for the ends of documents'
-            )
-
-
-def _batches(
-    part: Part, tokenizer: TextTokenizer, settings: Settings, count: PartCount
-) -> Iterator[tuple[list[tuple[str, str, bool]], int]]:
-    """Gather (split, piece of a document, whether it is the document's last) up to the batch size.
-
-    Beside it is how many bytes of the part have been read.
-    """
-    batch: list[tuple[str, str, bool]] = []
-    chars, read = 0, 0
-    for piece in part:
-        meter = Meter()
-        for document in read_documents(piece, settings.text_key, meter):
-            if isinstance(document, BadDocument):
-                sentence = shown(f'{document.where}: {document.why}')
-                if not settings.skip_bad:
-                    raise CommandError(sentence + BAD_ADVICE)
-                count.bad.append(sentence)
-                continue
-            split = choose_split(document.digest, settings.splits)
-            texts = tokenizer.pieces(_counted(document.chunks, count.splits[split]))
-            text = next(texts)
-            while text is not None:
-                following = next(texts, None)
-                batch.append((split, text, following is None))
-                chars += len(text)
-                if chars >= BATCH_CHARS:
-                    yield batch, read + meter.bytes_of(piece.start, piece.size)
-                    batch, chars = [], 0
-                text = following
-        read += piece.size
-    if batch:
-        yield batch, read
-
-
-def _counted(chunks: Iterable[str], count: SplitCount) -> Iterator[str]:
-    for chunk in chunks:
-        count.characters += len(chunk)
-        yield chunk

@@ -1,25 +1,70 @@
-"""The MDS format for rows of tokens, from and to bytes, without a file or a copy of each row in between.
+"""Rows to MDS shards, by streaming's writer: a folder for each part and split, whose index is written last."""
 
-The bytes are those of streaming's own writer, as a test compares, whose import costs ten seconds of every run.
-"""
-
-import hashlib
+import contextlib
+import gzip
+import importlib
 import importlib.util
 import json
+import logging
 import os
+import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from composer_tst.cli.main import CommandError
+from composer_tst.cli.prepare_data.storage import explained
 
+# streaming's default.
 SHARD_BYTES = 1 << 26
+# What a shard has beside its rows, at most.
+HEAD_BYTES = 512
 # A row must be within reach of the 32-bit offsets of a shard.
 LONGEST_ROW = 1 << 28
-GZIP = b'\x1f\x8b\x08'
+INDEX = 'index.json'
+
+
+class _Absent(ModuleType):
+    """Stands for a module of which names are imported and none is used."""
+
+    __path__: list[str] = []  # noqa: RUF012
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('__'):
+            raise AttributeError(name)
+        return object
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Import streaming's writer alone: its package brings torch, half a gigabyte for each worker and ten seconds."""
+    (root,) = importlib.util.find_spec('streaming').submodule_search_locations  # pyright: ignore
+    for name, path in (('streaming', root), ('streaming.base', os.path.join(root, 'base'))):
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__path__ = [path]
+    names = {'torch', 'torch.distributed', 'torch.utils', 'torch.utils.data'} - sys.modules.keys()
+    sys.modules.update({name: _Absent(name) for name in names})
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
+@lru_cache
+def streaming(name: str) -> Any:
+    """A module of streaming.base. In a worker only: a process that trains needs all of the package."""
+    if 'streaming' not in sys.modules:
+        with _without_torch():
+            importlib.import_module('streaming.base.format.mds.writer')
+    return importlib.import_module(f'streaming.base.{name}')
 
 
 @dataclass(frozen=True)
@@ -29,118 +74,84 @@ class ShardOptions:
     compression: str | None
     hashes: list[str]
 
-    def check(self) -> None:
-        """Refuse what streaming does not know.
 
-        Raises:
-            CommandError: if the compression or a hash is unknown.
-        """
-        if self.compression and not _streaming('compression').is_compression(self.compression):
-            raise CommandError(f'--compression {self.compression}: streaming has no such compression')
-        for name in self.hashes:
-            known = _streaming('hashing')
-            if not known.is_hash(name):
-                raise CommandError(f'--hashes {name}: not one of {", ".join(sorted(known.get_hashes()))}')
+def check_options(options: ShardOptions) -> None:
+    """Refuse what streaming does not know.
 
-    def config(self) -> dict[str, Any]:
-        """What a shard and its entry in the index say of their format."""
-        return {
-            'version': 2,
-            'format': 'mds',
-            'compression': self.compression,
-            'hashes': self.hashes,
-            'size_limit': SHARD_BYTES,
-            'column_names': ['tokens'],
-            'column_encodings': ['ndarray:int32'],
-            'column_sizes': [None],
+    Raises:
+        CommandError: if the compression or a hash is unknown.
+    """
+    known = streaming('compression').get_compressions()
+    if options.compression and options.compression not in known:
+        kinds = sorted({name.partition(':')[0] for name in known})
+        levels = {
+            kind: [int(name.partition(':')[2]) for name in known if name.startswith(f'{kind}:')] for kind in kinds
         }
-
-    def rows_in_shard(self, seq_len: int) -> int:
-        """How many rows of L tokens a full shard holds."""
-        row = len(_row_head(seq_len)) + 4 * seq_len + 4
-        return max(1, (SHARD_BYTES - 8 - len(self._config_bytes())) // row)
-
-    def encode(self, rows: NDArray[np.int32]) -> bytes:
-        """Make a shard of rows[N, L]."""
-        count, seq_len = rows.shape
-        head, config = _row_head(seq_len), self._config_bytes()
-        size = len(head) + 4 * seq_len
-        offsets = 4 + 4 * (count + 1) + len(config) + size * np.arange(count + 1, dtype=np.int64)
-        body = np.empty((count, size), np.uint8)
-        body[:, : len(head)] = np.frombuffer(head, np.uint8)
-        body[:, len(head) :] = np.ascontiguousarray(rows, '<i4').view(np.uint8)
-        return b''.join([np.uint32(count).tobytes(), offsets.astype('<u4').tobytes(), config, body.data])
-
-    def decode(self, data: bytes, count: int, seq_len: int) -> NDArray[np.int32]:
-        """Take the rows[N, L] out of a shard.
-
-        Raises:
-            ValueError: if it is none of N rows of L tokens.
-        """
-        size = len(_row_head(seq_len)) + 4 * seq_len
-        body = np.frombuffer(data, np.uint8)[len(data) - count * size :].reshape(count, size)
-        rows = np.ascontiguousarray(body[:, -4 * seq_len :]).view('<i4')
-        if self.encode(rows) != data:
-            raise ValueError('not the format')
-        return rows
-
-    @property
-    def extension(self) -> str:
-        """What follows the name of a shard, with its dot."""
-        return f'.{_streaming("compression").get_compression_extension(self.compression)}' if self.compression else ''
-
-    def pack(self, data: bytes, name: str) -> tuple[bytes, dict[str, Any]]:
-        """Compress and hash a shard; return its bytes as stored and what the index says of them."""
-        packed, entry = data, {'raw_data': self._info(data, name), 'zip_data': None}
-        if self.compression:
-            known = _streaming('compression')
-            packed = known.compress(self.compression, data)
-            if packed.startswith(GZIP):
-                # Without the time, which would make other bytes of a part that is converted again.
-                packed = packed[:4] + bytes(4) + packed[8:]
-            entry['zip_data'] = self._info(packed, f'{name}{self.extension}')
-        return packed, {**entry, **self.config()}
-
-    def unpack(self, packed: bytes) -> bytes:
-        """The inverse of compressing."""
-        return _streaming('compression').decompress(self.compression, packed) if self.compression else packed
-
-    def _info(self, data: bytes, name: str) -> dict[str, Any]:
-        hashes = {algorithm: _streaming('hashing').get_hash(algorithm, data) for algorithm in self.hashes}
-        return {'basename': name, 'bytes': len(data), 'hashes': hashes}
-
-    def _config_bytes(self) -> bytes:
-        return json.dumps(self.config(), sort_keys=True).encode()
+        there_are = [kind + (f', {kind}:{min(of)} to {kind}:{max(of)}' if of else '') for kind, of in levels.items()]
+        raise CommandError(f'--compression {options.compression}: there are {"; ".join(there_are)}')
+    hashes = streaming('hashing').get_hashes()
+    for name in options.hashes:
+        if name not in hashes:
+            raise CommandError(f'--hashes {name}: not one of {", ".join(sorted(hashes))}')
 
 
-@lru_cache
-def _row_head(seq_len: int) -> bytes:
-    """What is before the tokens of a row: its bytes, its one axis, and its length in as few bytes as hold it."""
-    code = 0 if seq_len < 1 << 8 else 1 if seq_len < 1 << 16 else 2
-    shape = bytes([1 << 2 | code]) + seq_len.to_bytes(1 << code, 'little')
-    return np.uint32(len(shape) + 4 * seq_len).tobytes() + shape
+class RowWriter:
+    """Writes rows to a folder of its own, which is made with the first of them."""
+
+    def __init__(self, folder: str, options: ShardOptions):
+        self.folder, self.options = folder, options
+        self.writer: Any = None
+
+    def write(self, rows: NDArray[np.int32]) -> None:
+        """Write rows[N, L]."""
+        with explained('write', self.folder):
+            if self.writer is None:
+                # Without the time: two runs at once, and one that goes on, make the same bytes.
+                streaming('compression').Gzip.compress = lambda gz, data: gzip.compress(data, gz.level, mtime=0)
+                self.writer = streaming('format.mds.writer').MDSWriter(
+                    columns={'tokens': 'ndarray:int32'},
+                    out=self.folder,
+                    compression=self.options.compression,
+                    hashes=self.options.hashes,
+                    size_limit=max(SHARD_BYTES, HEAD_BYTES + 4 * rows.shape[1]),
+                )
+            for row in rows:
+                self.writer.write({'tokens': row})
+
+    def finish(self) -> dict | None:
+        """Write what is left and the index; return (size, sha256) of each file, the index last, and the index."""
+        if self.writer is None:
+            return None
+        with explained('write', self.folder):
+            self.writer.finish()
+        files, data = {}, b''
+        for name in sorted(os.listdir(self.folder), key=lambda name: (name == INDEX, name)):
+            with open(os.path.join(self.folder, name), 'rb') as file:
+                data = file.read()
+            files[name] = [len(data), digest_of(data)]
+        return {'files': files, 'index': data.decode()}
 
 
-@lru_cache
-def _streaming(name: str) -> Any:
-    """A module of streaming.base by itself: importing streaming as a whole imports torch and more."""
-    package = importlib.util.find_spec('streaming')
-    assert package is not None
-    assert package.origin is not None
-    path = os.path.join(os.path.dirname(package.origin), 'base', f'{name}.py')
-    spec = importlib.util.spec_from_file_location(f'data_prep_streaming_{name}', path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def merge(indexes: dict[str, str]) -> str:
+    """Merge the indexes of parts, by the names of their folders, to one."""
+    logging.disable(logging.WARNING)  # it warns of its temporary folder
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for name, text in indexes.items():
+            paths.append(os.path.join(folder, name, INDEX))
+            os.mkdir(os.path.dirname(paths[-1]))
+            with open(paths[-1], 'w') as file:
+                file.write(text)
+        streaming('util').merge_index(paths, folder)
+        with open(os.path.join(folder, INDEX)) as file:
+            return file.read()
 
 
-def stored(entry: dict[str, Any]) -> dict[str, Any]:
-    """What an entry of the index says of the file that is stored."""
-    return entry['zip_data'] or entry['raw_data']
+def entries_of(index: str) -> list[dict[str, Any]]:
+    """What an index says of its shards."""
+    return json.loads(index)['shards']
 
 
 def digest_of(data: bytes) -> str:
     """What a record keeps of a file's content."""
-    return hashlib.sha256(data).hexdigest()
+    return sha256(data).hexdigest()

@@ -1,26 +1,28 @@
 # pyright: reportMissingImports=false
-"""The Spark engine: the same tasks as those of the local engine, which write the same bytes, on a cluster."""
+"""The Spark engine: the same tasks as those of the local engine, which write the same rows, on a cluster."""
 
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
+import composer_tst
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data.convert import Item, Job, convert_part
-from composer_tst.cli.prepare_data.parts import Done, Part, PartCount, Report, size_of
+from composer_tst.cli.prepare_data.convert import Item, Job, Report, convert_part
+from composer_tst.cli.prepare_data.parts import size_of
 
 # Tasks of one wave for each core: enough that few cores wait at its end, and few after a bad document.
 WAVE_TASKS_PER_CORE = 8
 
 
-def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[tuple[int, dict]]:
+def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[dict]:
     """Convert parts on this machine or, under `spark-submit`, on its cluster; report each part when it is finished.
 
     Raises:
@@ -30,41 +32,37 @@ def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[
         session = _session()
         context = session.sparkContext
         # The workers of a cluster have no copy of this package.
-        package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        archive = os.path.join(folder, 'composer_tst')
-        context.addPyFile(shutil.make_archive(archive, 'zip', os.path.dirname(package), os.path.basename(package)))
-        told, parts = context.broadcast(job), dict(items)
+        package = Path(composer_tst.__file__).parent
+        archive = os.path.join(folder, package.name)
+        context.addPyFile(shutil.make_archive(archive, 'zip', package.parent, package.name))
+        told, sizes = context.broadcast(job), {number: size_of(part) for number, part in items}
         endpoint = os.environ.get('S3_ENDPOINT_URL')
 
-        def task(item: Item) -> tuple[int, Any]:
+        def task(item: Item) -> Any:
             if endpoint:
                 os.environ['S3_ENDPOINT_URL'] = endpoint
             try:
                 return convert_part(told.value, item, lambda done: None)
             except CommandError as error:
-                return -1, str(error)
+                return str(error)
 
         try:
             wave = context.defaultParallelism * WAVE_TASKS_PER_CORE
             for start in range(0, len(items), wave):
                 some = items[start : start + wave]
-                for number, record in context.parallelize(some, len(some)).map(task).collect():
-                    if number < 0:
+                for record in context.parallelize(some, len(some)).map(task).collect():
+                    if isinstance(record, str):
                         raise CommandError(record)
-                    report(_done(job, parts[number], record))
-                    yield number, record
+                    counts = record['counts'].values()
+                    tokens = sum(count['rows'] * job.settings.seq_len + count['dropped_tokens'] for count in counts)
+                    report((sum(count['documents'] for count in counts), tokens, sizes[record['part']]))
+                    yield record
         except (PySparkException, Py4JError) as error:
             lines = [line.strip() for line in str(error).splitlines()]
             why = next((line for line in lines if 'Exception:' in line), lines[0])
             raise CommandError(f'Spark failed: {why}; the same command goes on from here') from error
         finally:
             session.stop()
-
-
-def _done(job: Job, part: Part, record: dict) -> Done:
-    splits = PartCount.from_json(record['count']).splits.values()
-    tokens = sum(split.rows * job.settings.seq_len + split.dropped_tokens for split in splits)
-    return Done(sum(split.documents for split in splits), tokens, size_of(part))
 
 
 def find_java() -> None:

@@ -1,12 +1,15 @@
 """The tokenizer: loaded with transformers or trained here, and run on documents of any length."""
 
 import json
+import os
 import re
 import sys
+import unicodedata
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +22,36 @@ PADDING = '<|padding|>'
 # The 256 bytes and the two tokens above.
 SMALLEST_VOCABULARY = 258
 LARGEST_VOCABULARY = 1_000_000
-# Longer documents are tokenised piece by piece, in characters.
+# Longer documents are tokenised piece by piece, if the tokenizer allows it; in characters.
 PIECE_CHARS = 1 << 18
-# What is compared on each side of a cut to know that tokens do not depend on it, in characters.
-PROBE_CHARS = 256
-# Where cuts are looked for, before the end of a piece, in characters; and how many are tried.
-WINDOW_CHARS = 1 << 14
-CUTS_TRIED = 16
-# Between a word or a line end and what follows it, as pre-tokenizers cut too.
-CUT = re.compile(r'(?<=\S\n)(?=\S)|(?<=\S)(?= \S)')
+
+# Letters of every version of Unicode, of scripts with and without case.
+_LETTERS = 'A-Za-zÀ-ÖØ-öø-ƿΑ-ΡΣ-ωА-яא-תا-يぁ-ゔァ-ヺ一-龥가-힣'
+# Between two words, before the space or the line end: where the pre-tokenizers below split whatever is around.
+CUT = {mark: re.compile(f'(?<=[{_LETTERS}])(?={mark}[{_LETTERS}])') for mark in (' ', '[ \n]')}
+# Patterns in which no match holds a letter before a space or a line end: of GPT-2, Llama 3 and GPT-4, and Qwen.
+_TAIL = r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+_HEAD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+KNOWN_PATTERNS = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    _HEAD + '{1,3}' + _TAIL,
+    _HEAD + _TAIL,
+)
+# Pre-tokenizers that split at every space, and those that look at no more than what one before them made.
+_AT_SPACES = {'WhitespaceSplit', 'Whitespace', 'BertPreTokenizer'}
+_LOCAL = {*_AT_SPACES, 'ByteLevel', 'Digits', 'Punctuation'}
+
+T = TypeVar('T')
+
+
+def _in_a_sentence(call: Callable[[], T], sentence: str) -> T:
+    """Call the library, whose panics are no `Exception`."""
+    try:
+        return call()
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
+            raise
+        raise CommandError(sentence.format(' '.join(str(error).split()) or type(error).__name__)) from error
 
 
 @dataclass(frozen=True)
@@ -47,15 +71,13 @@ class TextTokenizer:
         """The tokenizer itself, for text only: `<|endoftext|>` within a document is text like any other.
 
         Raises:
-            CommandError: if special tokens cannot be kept out of the reach of text.
+            CommandError: if it cannot be built so.
         """
         definition = _without_special_names(json.loads(self.definition), self.eos_id)
-        try:
-            backend = Tokenizer.from_str(json.dumps(definition))
-        except Exception as error:
-            raise CommandError(
-                f'--tokenizer: its special tokens cannot be told from text that spells them: {error}'
-            ) from error
+        backend = _in_a_sentence(
+            lambda: Tokenizer.from_str(json.dumps(definition)),
+            '--tokenizer: its special tokens cannot be told from text that spells them: {}',
+        )
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
@@ -70,32 +92,29 @@ class TextTokenizer:
         return None if model.get('unk_token') is None else model['vocab'].get(model['unk_token'])
 
     @cached_property
-    def may_drop(self) -> bool:
-        """Whether characters may come to no token. Where every byte is one, and nothing is removed, none can."""
-        return self.missing_bytes != 0 or '"removed"' in self.definition.lower() or self._changes_text
+    def cut(self) -> re.Pattern[str] | None:
+        """Where a text may be cut; None if that is not proved for this tokenizer.
 
-    @cached_property
-    def missing_bytes(self) -> int | None:
-        """How many of the 256 bytes have no token of their own; None for what is no BPE of bytes."""
-        definition = _without_special_names(json.loads(self.definition), self.eos_id)
-        if definition['model']['type'] != 'BPE' or '"ByteLevel"' not in json.dumps(definition['pre_tokenizer']):
+        Models see one pre-token at a time. So a cut is proved where the pre-tokenizer splits whatever is on both
+        sides, no normalizer looks across, and no added token holds or takes the space.
+        """
+        definition = json.loads(self.definition)
+        for token in definition['added_tokens']:
+            spaced = re.search(r'\s', unicodedata.normalize('NFKC', token['content']))
+            if not token['special'] and (spaced or token['lstrip'] or token['rstrip']):
+                return None
+        first, *rest = _steps(definition['pre_tokenizer'], 'pretokenizers') or [{'type': None}]
+        if any(step['type'] not in _LOCAL and not _is_known_split(step) for step in rest):
             return None
-        return len(set(pre_tokenizers.ByteLevel.alphabet()) - set(definition['model']['vocab']))
-
-    @property
-    def _changes_text(self) -> bool:
-        normalizer = json.loads(self.definition)['normalizer']
-        return normalizer is not None and normalizer['type'] not in ('NFC', 'NFD', 'NFKC', 'NFKD')
-
-    @cached_property
-    def _of_nothing(self) -> set[int]:
-        """The ids of spaces as SentencePiece's kind puts them before every text."""
-        return {at for token, at in self.backend.get_vocab().items() if not token.strip('▁')}
-
-    @cached_property
-    def _dropped(self) -> dict[str, bool]:
-        """Whether a character comes to no token, for those that were met."""
-        return {}
+        normalizers = {step['type'] for step in _steps(definition['normalizer'], 'normalizers')}
+        if first['type'] in _AT_SPACES and normalizers <= {'NFC', 'NFD', 'NFKC', 'NFKD', 'Lowercase', 'BertNormalizer'}:
+            return CUT['[ \n]']
+        if normalizers - {'NFC'}:  # of which some make a letter and a mark of a letter
+            return None
+        if first['type'] == 'Metaspace':
+            return CUT[' '] if first.get('split', True) and not rest else None
+        splits = (first['type'] == 'ByteLevel' and first.get('use_regex', True)) or _is_known_split(first)
+        return CUT['[ \n]'] if splits else None
 
     def __reduce__(self) -> tuple:
         # Not the backend: its own pickling forgets `encode_special_tokens`.
@@ -110,77 +129,70 @@ class TextTokenizer:
         """Tokenise each text by itself, without end-of-text; one array[T] for each.
 
         Raises:
-            CommandError: if the tokenizer cannot.
+            CommandError: if the tokenizer cannot, or makes end-of-text of text.
         """
-        try:
-            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:
+        encodings = _in_a_sentence(
+            lambda: self.backend.encode_batch_fast(texts, add_special_tokens=False),
+            '--tokenizer: it cannot encode some of the text ({}): use one with an unknown token or bytes',
+        )
+        tokens = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        if any((ids == self.eos_id).any() for ids in tokens):
             raise CommandError(
-                f'--tokenizer: it has no token for some of the text ({error}): use one with an unknown token or bytes'
-            ) from error
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-
-    def count_lost(self, text: str) -> int:
-        """Count the characters, but for space, that come to no token."""
-        if not self.may_drop:
-            return 0
-        return sum(text.count(letter) for letter in set(text) if self._is_dropped(letter))
-
-    def _is_dropped(self, letter: str) -> bool:
-        if letter not in self._dropped:
-            self._dropped[letter] = not letter.isspace() and self._of_nothing.issuperset(self.encode([letter])[0])
-        return self._dropped[letter]
+                '--tokenizer: it makes end-of-text of text that spells it or that it does not know: '
+                'use one that keeps an id for the ends of documents'
+            )
+        return tokens
 
     def pieces(self, chunks: Iterable[str]) -> Iterator[str]:
         """Cut a document into pieces whose tokens, one after another, are the tokens of the whole.
 
-        A piece is about `PIECE_CHARS` long. It is cut where the tokens on both sides are seen not to depend
-        on each other. Where a tokenizer never allows that, the document stays whole, in memory too.
+        A piece is about `PIECE_CHARS` long. Where no cut is proved, the document stays whole, in memory too.
         """
         held: list[str] = []
-        last = ''
         for chunk in chunks:
             for start in range(0, len(chunk), PIECE_CHARS):
-                # There is more to come, so what came before may be cut.
-                cut = self._last_cut(last)
-                if cut is None:
-                    held.append(last)
-                    last = ''
-                else:
-                    yield ''.join([*held, last[: cut[0]]])
-                    held, last = [], last[cut[1] :]
-                last += chunk[start : start + PIECE_CHARS]
-        yield ''.join([*held, last])
+                last = chunk[start : start + PIECE_CHARS]
+                if self.cut and sum(map(len, held)) + len(last) > PIECE_CHARS:
+                    # A cut needs a character on each side of it, of which one may be in what is held.
+                    before = held[-1][-1:] if held else ''
+                    cuts = [match.start() - len(before) for match in self.cut.finditer(before + last)]
+                    if cuts:
+                        yield ''.join([*held, last[: cuts[-1]]])
+                        held, last = [], last[cuts[-1] :]
+                held.append(last)
+        yield ''.join(held)
 
-    def _last_cut(self, text: str) -> tuple[int, int] | None:
-        """Where the last piece of a text ends that may be cut off, and where the next one begins."""
-        end = len(text) - PROBE_CHARS
-        cuts = [match.start() for match in CUT.finditer(text, max(end - WINDOW_CHARS, PROBE_CHARS), max(end, 0))]
-        for cut in reversed(cuts[-CUTS_TRIED:]):
-            before, after = text[cut - PROBE_CHARS : cut], text[cut : cut + PROBE_CHARS]
-            whole, left, right = self.encode([before + after, before, after])
-            if np.array_equal(whole, np.concatenate([left, right])):
-                return cut, cut
-            # SentencePiece's kind puts the mark of a space before every text: there it stands for the one left out.
-            right = self.encode([after[1:]])[0] if after.startswith(' ') else right
-            if np.array_equal(whole, np.concatenate([left, right])):
-                return cut, cut + 1
-        return None
+
+def _steps(definition: dict | None, several: str) -> list[dict]:
+    """A pre-tokenizer or a normalizer as the steps that it is made of."""
+    if definition is None:
+        return []
+    if definition['type'] != 'Sequence':
+        return [definition]
+    return [step for each in definition[several] for step in _steps(each, several)]
+
+
+def _is_known_split(step: dict) -> bool:
+    return step['type'] == 'Split' and step['behavior'] == 'Isolated' and step['pattern'].get('Regex') in KNOWN_PATTERNS
 
 
 def _without_special_names(definition: dict, eos_id: int) -> dict:
     """Give special tokens names that no text spells, in the vocabulary too; their ids stay.
 
     To encode special tokens as text keeps them from being looked for in the text, but Unigram, WordLevel,
-    WordPiece, and BPE that ignores its merges, still find them in their vocabulary.
+    WordPiece, and BPE that ignores its merges, still find them in their vocabulary. What is an ordinary word, byte
+    or part of others keeps its name, and text that spells it is that token.
     """
     model = definition['model']
     vocabulary = model['vocab']
     is_list = isinstance(vocabulary, list)
     ids = {token: at for at, (token, _) in enumerate(vocabulary)} if is_list else vocabulary
+    pairs = [merge.split(' ', 1) if isinstance(merge, str) else merge for merge in model.get('merges', [])]
+    ordinary = {part for pair in pairs for part in pair} | set(pre_tokenizers.ByteLevel.alphabet())
     special = {token['content'] for token in definition['added_tokens'] if token['special']}
-    special |= {token['content'] for token in definition['added_tokens'] if token['id'] == eos_id}
-    special |= {token for token, at in ids.items() if at == eos_id}
+    special = {token for token in special if token not in ordinary and not token.isalnum()}
+    special |= {token['content'] for token in definition['added_tokens'] if token['id'] == eos_id} - ordinary
+    special |= {token for token, at in ids.items() if at == eos_id and token not in ordinary}
     names = {token: f'{token}{uuid.uuid4().hex}' for token in special}
     if is_list:
         model['vocab'] = [[names.get(token, token), score] for token, score in vocabulary]
@@ -190,7 +202,6 @@ def _without_special_names(definition: dict, eos_id: int) -> dict:
         model['unk_token'] = names.get(model['unk_token'], model['unk_token'])
     if 'merges' in model:
         # A merge that makes such a token would be a way to it.
-        pairs = [merge.split(' ') if isinstance(merge, str) else merge for merge in model['merges']]
         model['merges'] = [pair for pair in pairs if ''.join(pair) not in names]
     for token in definition['added_tokens']:
         token['content'] = names.get(token['content'], token['content'])
@@ -230,7 +241,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         'show_progress': False,
     }
     trainer = trainers.BpeTrainer(**trainer_options)
-    tokenizer.train_from_iterator(texts, trainer)
+    _in_a_sentence(lambda: tokenizer.train_from_iterator(texts, trainer), '--train-tokenizer: {}')
     size = tokenizer.get_vocab_size()
     if size < vocab_size:
         print(
@@ -253,35 +264,59 @@ def save_tokenizer(tokenizer: TextTokenizer, folder: str) -> None:
 
 
 def load_tokenizer(name: str) -> TextTokenizer:
-    """Load what transformers loads: a local folder or a hub name.
+    """Load what transformers loads, a local folder or a hub name, and build what runs here.
 
     Raises:
-        CommandError: if there is none, if it has no end-of-text token, or no fast version.
+        CommandError: if there is none, or if it cannot be used.
     """
+    path = os.path.expanduser(name)
+    if not os.path.isdir(path) and (os.path.exists(path) or name[:1] in ('.', '/', '~') or name.count('/') > 1):
+        raise CommandError(
+            f'--tokenizer {name}: there is no such folder: name one with a tokenizer.json, or a hub name'
+        )
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        # transformers raises OSError, ValueError, KeyError and others, with advice over several lines.
-        why = str(error).strip().split('\n')[0]
-        raise CommandError(f'--tokenizer {name}: neither a folder nor a hub name that loads: {why}') from error
+        tokenizer: Any = _in_a_sentence(lambda: AutoTokenizer.from_pretrained(path), '{}')
+    except CommandError as error:
+        cause = str(error.__cause__).strip().split('\n')[0]
+        kind = (
+            'this folder does not load'
+            if os.path.isdir(path)
+            else 'there is no such folder, and no hub name that loads'
+        )
+        raise CommandError(f'--tokenizer {name}: {kind}: {cause}') from error
     if tokenizer.eos_token_id is None:
         raise CommandError(f'--tokenizer {name}: it has no end-of-text (eos) token to join documents with')
     if not tokenizer.is_fast:
         raise CommandError(f'--tokenizer {name}: it has no fast version (a tokenizer.json)')
     loaded = TextTokenizer(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
-    model = json.loads(loaded.definition)['model']
+    if problem := _problem(loaded):
+        raise CommandError(f'--tokenizer {name}: {problem}')
+    loaded.encode([tokenizer.eos_token, f'a {tokenizer.eos_token} b'])
+    return loaded
+
+
+def _problem(loaded: TextTokenizer) -> str | None:
+    """What keeps a tokenizer from being used."""
+    definition = json.loads(loaded.definition)
+    model = definition['model']
     if model.get('dropout'):
-        raise CommandError(
-            f'--tokenizer {name}: it leaves out merges at random, so that no two runs would agree: '
-            'set "dropout" to null in its tokenizer.json'
+        return (
+            'it leaves out merges at random, and no two runs would agree: set "dropout" to null in its tokenizer.json'
         )
     if loaded.unknown_id == loaded.eos_id and model['type'] != 'BPE':
-        raise CommandError(f'--tokenizer {name}: its unknown token is its end-of-text token: use one that has both')
-    if loaded.missing_bytes and not model.get('unk_token'):
-        raise CommandError(
-            f'--tokenizer {name}: its vocabulary lacks {loaded.missing_bytes} of the 256 bytes, which it would drop '
-            '(special tokens do not count, for no text comes to them)'
+        return 'its unknown token is its end-of-text token: use one that has both'
+    if model['type'] != 'BPE' or model.get('unk_token'):
+        return None
+    vocabulary = set(loaded.backend.get_vocab(with_added_tokens=False))
+    byte_level = '"ByteLevel"' in json.dumps([definition['pre_tokenizer'], definition['normalizer']])
+    if not byte_level and not model.get('byte_fallback'):
+        return 'it drops what its vocabulary does not know: use one with an unknown token or bytes'
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if byte_level else [f'<0x{byte:02X}>' for byte in range(256)]
+    if missing := len(set(alphabet) - vocabulary):
+        return (
+            f'its vocabulary lacks {missing} of the 256 bytes, which it would drop (special tokens do not count, for '
+            'no text comes to them)'
         )
-    return loaded
+    return None

@@ -6,6 +6,7 @@ starts at once, and the parent is never forked.
 
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -16,9 +17,12 @@ from multiprocessing import forkserver
 from typing import Any
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data.errors import explained
+from composer_tst.cli.prepare_data.storage import explained
 
-PRELOADED = ['numpy', 'pyarrow.parquet', 'tokenizers', 'tqdm', 'typer', 'botocore.client']
+PRELOADED = [
+    *('numpy', 'pyarrow.parquet', 'tokenizers', 'tqdm', 'typer', 's3fs'),
+    *('PIL.JpegImagePlugin', 'brotli', 'requests', 'snappy', 'xxhash', 'zstd'),  # streaming's
+]
 TICK_SECONDS = 0.2
 # transformers imports torch where it is, which takes seconds, for models alone.
 NO_TORCH = {'USE_TORCH': '0', 'USE_TF': '0', 'USE_FLAX': '0', 'TRANSFORMERS_VERBOSITY': 'error'}
@@ -42,7 +46,8 @@ def parallel(
     function: Callable[[Any, Any, Callable[[Any], None]], Any],
     job: Any,
     items: Iterable[Any],
-    report: Callable[[Any], None] = lambda _: None,
+    report: Callable[[Any], Any] = lambda _: None,
+    scratch: str | None = None,
 ) -> Iterator[Any]:
     """Yield `function(job, item, report)` for every item, in the order in which they finish.
 
@@ -51,6 +56,7 @@ def parallel(
         job: what all items have in common; sent to a worker once.
         items: what differs.
         report: is called here with what the function passes to its own `report`.
+        scratch: a folder that goes when this process is killed.
 
     Raises:
         CommandError: if a worker dies; and whatever `function` raises.
@@ -61,7 +67,9 @@ def parallel(
     count = max(1, min(cores, len(items)))
     queue, stop = _context.SimpleQueue(), _context.Event()
     preload()
-    pool = ProcessPoolExecutor(count, _context, _start, (function, job, queue, stop, cores // count, dict(os.environ)))
+    pool = ProcessPoolExecutor(
+        count, _context, _start, (function, job, queue, stop, cores // count, dict(os.environ), scratch)
+    )
     try:
         waiting = {pool.submit(_run, item) for item in items}
         while waiting:
@@ -94,7 +102,13 @@ class _Stopped(Exception):
 
 
 def _start(
-    function: Callable[..., Any], job: Any, queue: Any, stop: Any, threads: int, environment: dict[str, str]
+    function: Callable[..., Any],
+    job: Any,
+    queue: Any,
+    stop: Any,
+    threads: int,
+    environment: dict[str, str],
+    scratch: str | None,
 ) -> None:
     global _work
     # A worker is born with the environment that the server was started with.
@@ -108,7 +122,14 @@ def _start(
     parent = multiprocessing.parent_process()
     assert parent is not None
     # A worker whose parent was killed would wait for work for ever.
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent, scratch), daemon=True).start()
+
+
+def _end_with(parent: Any, scratch: str | None) -> None:
+    parent.join()
+    if scratch:
+        shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(1)
 
 
 def _run(item: Any) -> Any:

@@ -1,9 +1,10 @@
-"""Opening inputs: the stream of a source's bytes, unpacked, with damage told from failures to read."""
+"""Inputs as streams of bytes, unpacked. A disk or a store that fails is never taken for damaged data."""
 
 import bz2
 import gzip
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,23 +12,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import zstandard
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data.errors import shown
-from composer_tst.cli.prepare_data.inputs import Input
-from composer_tst.cli.prepare_data.sources import MISSING, Source
-from composer_tst.cli.prepare_data.stores import store_of
+from composer_tst.cli.prepare_data.inputs import MISSING, Source
+from composer_tst.cli.prepare_data.storage import ChangedError, is_s3, s3, shown
 
 BLOCK_BYTES = 1 << 20
-ZSTD_HEADER = 18  # bytes of a frame's header at most
-ZSTD_WINDOW = 1 << 27  # what decoders take unless told otherwise, and Arrow's cannot be
+
+
+class DamagedError(Exception):
+    """A file that is not there, or whose bytes its format refuses."""
 
 
 class _Members(io.RawIOBase):
     """The bytes of bzip2 or xz members, one after another.
 
-    Python's own files take a member that is damaged at its start for the end of the data.
+    Python's own files take a member that is damaged at its start for the end of the data; pyarrow refuses an empty
+    member of bzip2 before another.
     """
 
     def __init__(self, stream: Any, decoder: Callable[[], Any], padding: bytes = b''):
@@ -62,31 +63,43 @@ class _Members(io.RawIOBase):
 
 
 UNPACKERS: dict[str, Callable[[Any], Any]] = {
+    # Not pyarrow, which refuses the zeros that tapes and tools leave after a member.
     'gzip': lambda stream: gzip.GzipFile(fileobj=stream),
     'zstd': lambda stream: io.BufferedReader(pa.input_stream(stream, compression='zstd'), BLOCK_BYTES),  # pyright: ignore
     'bzip2': lambda stream: io.BufferedReader(_Members(stream, bz2.BZ2Decompressor), BLOCK_BYTES),
     'xz': lambda stream: io.BufferedReader(_Members(stream, lzma.LZMADecompressor, b'\0'), BLOCK_BYTES),
 }
-# What decoders raise on data that their format refuses. A failure to read is a CommandError by then.
+# What decoders raise on data that their format refuses. An OSError of the disk has a number.
 REFUSALS = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, pa.ArrowException)
-
-
-class DamagedError(Exception):
-    """A file that is not there, or whose bytes its format refuses."""
+# What pyarrow says of zstd that is whole, and that it cannot read.
+UNREADABLE = {
+    'too much memory': 'is compressed over windows of more than 128 MiB: compress it again with zstd --long=27',
+    'Dictionary mismatch': 'is compressed with a dictionary: compress it again without one',
+}
 
 
 @dataclass
 class Meter:
     """How far the file that is read has been read: the file, and a share for what is not read in order."""
 
-    file: Input | None = None
+    file: Any = None
     share: float | None = None
 
     def bytes_of(self, start: int, size: int) -> int:
         """How many of `size` bytes from `start` on have been read."""
         if self.share is not None:
             return int(self.share * size)
-        return 0 if self.file is None else min(max(self.file.position - start, 0), size)
+        if self.file is None or self.file.closed:
+            return size if self.file else 0
+        return min(max(self.file.tell() - start, 0), size)
+
+
+def _check(source: Source) -> None:
+    """Refuse an input that changed. Of an object, each answer of the store is checked."""
+    if not is_s3(source.path):
+        found = os.stat(source.path)
+        if (found.st_size, str(found.st_mtime_ns)) != (source.size, source.stamp):
+            raise ChangedError(source.path)
 
 
 @contextmanager
@@ -94,44 +107,29 @@ def opened(source: Source, meter: Meter | None = None) -> Iterator[Any]:
     """Open a source as a stream of unpacked bytes; at its end, see whether it changed meanwhile."""
     if source.stamp == MISSING:
         raise DamagedError('it is not there')
-    with store_of(source.path).open(source.path, source.size, source.stamp) as raw:
+    _check(source)
+    path = source.path
+    with s3().S3Object(path, source.size, source.stamp) if is_s3(path) else io.FileIO(path) as raw:
         if meter is not None:
             meter.file = raw
         stream = io.BufferedReader(raw, BLOCK_BYTES)
         if source.compression:
             if source.size == 0:
                 raise DamagedError(f'damaged {source.compression} data (an empty file)')
-            if source.compression == 'zstd':
-                _check_window(source, stream.peek(ZSTD_HEADER))
             stream = UNPACKERS[source.compression](stream)
         yield stream
-        raw.check()
-
-
-def _check_window(source: Source, start: bytes) -> None:
-    try:
-        window = zstandard.get_frame_parameters(start[:ZSTD_HEADER]).window_size
-    except zstandard.ZstdError:  # which the decoder says better
-        return
-    if window > ZSTD_WINDOW:
-        raise CommandError(
-            f'{shown(source.path)} is compressed over windows of {window >> 20:,} MiB, and at most '
-            f'{ZSTD_WINDOW >> 20} can be read: compress it again, with zstd --long=27 at most'
-        )
+    _check(source)
 
 
 @contextmanager
-def refusing(kind: str) -> Iterator[None]:
+def refusing(kind: str, path: str) -> Iterator[None]:
     """Turn what a decoder raises into the one word for damaged data."""
     try:
         yield
     except REFUSALS as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk
+        for word, why in UNREADABLE.items():
+            if word in str(error):
+                raise CommandError(f'{shown(path)} {why}') from error
         raise DamagedError(f'damaged {kind} data') from error
-
-
-def blocks(stream: Any) -> Iterator[bytes]:
-    """The bytes of a stream, some at a time, without the mark that some editors put before UTF-8."""
-    first = True
-    while block := stream.read(BLOCK_BYTES):
-        yield block.removeprefix(b'\xef\xbb\xbf') if first else block
-        first = False

@@ -4,8 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 from composer_tst.cli.prepare_data.documents import Document, read_documents
-from composer_tst.cli.prepare_data.parts import Part, Settings
-from composer_tst.cli.prepare_data.split import choose_split
+from composer_tst.cli.prepare_data.parts import Part, Settings, choose_split
 
 # BPE finds its merges in far less text than a corpus; in characters.
 SAMPLE_CHARS = 32 << 20
@@ -26,12 +25,10 @@ def sample_texts(parts: Sequence[Part], settings: Settings) -> Iterator[str]:
     for number in sorted(range(len(parts)), key=lambda number: hashlib.blake2b(b'%d' % number).digest()):
         part_left = min(share, left)
         for document in _documents(parts[number], settings, largest):
-            for chunk in document.chunks:
-                text = chunk[: min(DOCUMENT_CHARS, part_left)]
-                part_left -= len(text)
-                left -= len(text)
-                yield text
-                break
+            text = next(iter(document.chunks))[: min(DOCUMENT_CHARS, part_left)]
+            part_left -= len(text)
+            left -= len(text)
+            yield text
             if part_left <= 0:
                 break
         if left <= 0:

@@ -9,15 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data.address import Address, parse_address
-from composer_tst.cli.prepare_data.convert import Engine, Job, convert, convert_locally, merged
-from composer_tst.cli.prepare_data.errors import explained
-from composer_tst.cli.prepare_data.lock import locked
-from composer_tst.cli.prepare_data.output import BEGUN, Output, check_output
-from composer_tst.cli.prepare_data.parts import Part, PartCount, Settings, plan_parts, size_of
-from composer_tst.cli.prepare_data.sample import sample_texts
-from composer_tst.cli.prepare_data.shards import LONGEST_ROW, ShardOptions
-from composer_tst.cli.prepare_data.sources import check_bucket, list_sources
+from composer_tst.cli.prepare_data.convert import Engine, Job, convert, convert_locally
+from composer_tst.cli.prepare_data.documents import look
+from composer_tst.cli.prepare_data.inputs import Address, list_sources, parse_address
+from composer_tst.cli.prepare_data.output import BEGUN, TOKENIZER, Output, check_output, locked, part_folder, versions
+from composer_tst.cli.prepare_data.parts import Part, Settings, plan_parts, size_of
+from composer_tst.cli.prepare_data.shards import INDEX, LONGEST_ROW, ShardOptions, check_options, entries_of, merge
+from composer_tst.cli.prepare_data.storage import explained, is_s3, s3
 from composer_tst.cli.prepare_data.tokenizer import (
     TextTokenizer,
     check_vocabulary,
@@ -25,11 +23,12 @@ from composer_tst.cli.prepare_data.tokenizer import (
     save_tokenizer,
     train_tokenizer,
 )
-from composer_tst.cli.prepare_data.verify import describe, summarize, verify
+from composer_tst.cli.prepare_data.training import sample_texts
+from composer_tst.cli.prepare_data.verify import describe, describe_loaders, summarize, verify
 from composer_tst.cli.prepare_data.workers import in_worker, preload
 
 # Changes whenever the same arguments would make other rows than before.
-FORMAT = 2
+FORMAT = 3
 # Of text, for an estimate.
 BYTES_A_TOKEN = 4
 # Bad documents named on the screen; all of them are in `bad_documents.txt`.
@@ -45,6 +44,7 @@ def prepare(
     vocab_size: int | None = None,
     engine: str = 'local',
     check: bool = False,
+    form: str | None = None,
 ) -> None:
     """Do what the command says.
 
@@ -53,6 +53,7 @@ def prepare(
         vocab_size: the size of a vocabulary to train.
         engine: `local` or `spark`.
         check: read every shard back before the data set becomes visible, or now if it is finished.
+        form: what files are read as that have no format in their names.
 
     Raises:
         CommandError: for anything that the user can act on.
@@ -65,46 +66,62 @@ def prepare(
         raise CommandError('give one of --tokenizer and --train-tokenizer')
     if vocab_size is not None:
         check_vocabulary(vocab_size)
-    shard_options.check()
     address = parse_address(out)
     _check_place(address)
     run = _engine(engine)
     preload()
-    sources = list_sources(inputs, address, _own_files(settings, shard_options))
+    sources, left_out = list_sources(inputs, address, _own_files(settings, shard_options.compression), form)
+    look(sources, settings.text_key, settings.skip_bad)
+    if shard_options.compression or shard_options.hashes:
+        in_worker(check_options, shard_options)
     loaded = None if tokenizer_name is None else in_worker(load_tokenizer, tokenizer_name)
     parts = plan_parts(sources)
     fingerprint = {
         'version of this program': FORMAT,
+        **versions(),
         '--seq-len': settings.seq_len,
         '--tokenizer': loaded and _digest([loaded.definition, loaded.eos_id]),
         '--train-tokenizer': vocab_size,
         '--split': settings.splits,
         '--text-key': settings.text_key,
+        '--format': sorted({source.format for source in sources}),
         '--compression': shard_options.compression,
         '--hashes': shard_options.hashes,
-        'listing of INPUT (names, sizes and times)': _digest([(s.path, s.size, s.stamp) for s in sources]),
+        'listing of INPUT (names, sizes and times)': _digest([(s.path, s.size, s.stamp, s.format) for s in sources]),
         'plan of parts': _digest([[(p.source.path, p.start, p.end) for p in part] for part in parts]),
     }
-    output = Output(address.path, _digest(fingerprint))
     # Before anything is written there, be it a lock; and again under the lock.
-    check_output(output, fingerprint)
+    check_output(Output(address.path, ''), fingerprint)
     _warn_of_small_splits(parts, settings)
-    with locked(output.path) as lock:
+    with locked(address.path) as scratch:
+        output = Output(address.path, scratch)
         if not check_output(output, fingerprint):
             output.record(BEGUN, fingerprint)
-        tokenizer = loaded or _trained(output, parts, settings, vocab_size or 0)
-        job = Job(tokenizer, settings, shard_options, output, lock)
+        tokenizer = loaded or _trained(output, parts, settings, vocab_size or 0, _digest(fingerprint))
+        job = Job(tokenizer, settings, shard_options, output)
         records = convert(parts, job, run)
-        shards, count = merged(records, settings)
-        if not any(shards.values()):
-            raise _nothing(count, settings)
+        indexes = {
+            name: {part_folder(r['part']): r['splits'][name]['index'] for r in records if name in r['splits']}
+            for name, _ in settings.splits
+        }
+        if not any(indexes.values()):
+            raise _nothing(records, settings)
         if check:
-            verify(job, records, count)
-        stats = summarize(shards, count, settings, tokenizer)
-        lock.check()
-        _publish(output, shards, count, stats)
+            verify(job, records)
+        merged = {name: in_worker(merge, some) for name, some in indexes.items() if some}
+        shards = {name: entries_of(merged[name]) if name in merged else [] for name in indexes}
+        stats = summarize(job, records, shards)
+        # What is not a shard, the indexes last.
+        bad = [line for record in records for line in record['bad']]
+        if bad:
+            output.publish(''.join(f'{line}\n' for line in bad).encode(), 'bad_documents.txt')
+        output.publish(json.dumps(stats, indent=2).encode(), 'stats.json')
+        for name, index in merged.items():
+            output.publish(index.encode(), name, INDEX)
     with explained('write', 'to the screen what was done, which is whole'):
-        _report(stats, count)
+        _report(stats, bad, left_out)
+        copied = f'copy {output.at(TOKENIZER)} here' if is_s3(output.path) else output.at(TOKENIZER)
+        print(describe_loaders(stats, output.path, tokenizer_name or copied))
         sys.stdout.flush()
 
 
@@ -124,19 +141,19 @@ def _warn_of_small_splits(parts: Sequence[Part], settings: Settings) -> None:
             )
 
 
-def _own_files(settings: Settings, shard_options: ShardOptions) -> list[str]:
-    """Files that the output will have, a name of each kind."""
-    shard = f'shard.00000.00000.mds{shard_options.extension}'
+def _own_files(settings: Settings, compression: str | None) -> list[str]:
+    """Files that the output will have, one of each kind."""
+    shard = f'{part_folder(0)}/shard.00000.mds'
+    shards = [shard, f'{shard}.{compression.split(":")[0]}'] if compression else [shard]
     return [
-        'stats.json',
-        'bad_documents.txt',
-        *(f'{name}/{file}' for name, _ in settings.splits for file in ('index.json', shard)),
+        *('stats.json', 'bad_documents.txt', f'{TOKENIZER}/tokenizer.json'),
+        *(f'{split}/{name}' for split, _ in settings.splits for name in (INDEX, f'{part_folder(0)}/{INDEX}', *shards)),
     ]
 
 
 def _check_place(address: Address) -> None:
-    if address.is_s3:
-        check_bucket(address)
+    if is_s3(address.path):
+        s3().check_bucket(address.path)
     elif os.path.lexists(address.path) and not os.path.isdir(address.path):
         raise CommandError(f'output {address.path} exists and is no folder: name another')
 
@@ -155,10 +172,10 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _trained(output: Output, parts: Sequence[Part], settings: Settings, vocab_size: int) -> TextTokenizer:
+def _trained(output: Output, parts: Sequence[Part], settings: Settings, vocab_size: int, begun: str) -> TextTokenizer:
     """Train the tokenizer and save it beside the shards, or take the one that an interrupted run trained."""
     state = output.recorded('tokenizer.json')
-    if state is None:
+    if not isinstance(state, dict) or state.get('begun') != begun:
         print(f'training a tokenizer of {vocab_size:,} tokens on a sample', file=sys.stderr)
         tokenizer = train_tokenizer(sample_texts(parts, settings), vocab_size)
         with explained('write', 'the temporary folder'), tempfile.TemporaryDirectory() as folder:
@@ -167,40 +184,35 @@ def _trained(output: Output, parts: Sequence[Part], settings: Settings, vocab_si
             for name in sorted(os.listdir(folder)):
                 with open(os.path.join(folder, name), encoding='utf-8') as file:
                     files[name] = file.read()
-        state = {'tokenizer': asdict(tokenizer), 'files': files}
+        # What a run trained that only began the output is replaced.
+        ours = state.get('files', {}) if isinstance(state, dict) else {}
+        state = {'begun': begun, 'tokenizer': asdict(tokenizer), 'files': files, 'ours': ours}
         output.record('tokenizer.json', state)
     for name, text in state['files'].items():
-        output.publish(text.encode(), 'tokenizer', name)
+        ours = state['ours'].get(name)
+        output.publish(text.encode(), TOKENIZER, name, ours=ours and ours.encode())
     return TextTokenizer(**state['tokenizer'])
 
 
-def _nothing(count: PartCount, settings: Settings) -> CommandError:
-    documents = sum(split.documents for split in count.splits.values())
-    if count.bad and not documents:
-        return CommandError(f'none of {len(count.bad):,} documents is good; the first: {count.bad[0]}')
-    bad = f' and {len(count.bad):,} bad ones, the first: {count.bad[0]}' if count.bad else ''
+def _nothing(records: list[dict], settings: Settings) -> CommandError:
+    documents = sum(count['documents'] for record in records for count in record['counts'].values())
+    bad = [line for record in records for line in record['bad']]
+    if bad and not documents:
+        return CommandError(f'none of {len(bad):,} documents is good; the first: {bad[0]}')
+    also = f' and {len(bad):,} bad ones, the first: {bad[0]}' if bad else ''
     return CommandError(
-        f'the input is too small: no split fills a row of --seq-len {settings.seq_len} ({documents:,} documents{bad})'
+        f'the input is too small: no split fills a row of --seq-len {settings.seq_len} ({documents:,} documents{also})'
     )
 
 
-def _publish(output: Output, shards: dict[str, list], count: PartCount, stats: dict) -> None:
-    """Write what is not a shard, the indexes last."""
-    if count.bad:
-        output.publish(''.join(f'{line}\n' for line in count.bad).encode(), 'bad_documents.txt')
-    output.publish(json.dumps(stats, indent=2).encode(), 'stats.json')
-    for name, entries in shards.items():
-        if entries:
-            index = {'version': 2, 'shards': entries}
-            output.publish(json.dumps(index, sort_keys=True).encode(), name, 'index.json')
-
-
-def _report(stats: dict, count: PartCount) -> None:
+def _report(stats: dict, bad: list[str], left_out: str) -> None:
     print(describe(stats))
-    for line in count.bad[:BAD_SHOWN]:
+    if left_out:
+        print(f'left out: {left_out}')
+    for line in bad[:BAD_SHOWN]:
         print(f'skipped {line}', file=sys.stderr)
-    if len(count.bad) > BAD_SHOWN:
-        print(f'and {len(count.bad) - BAD_SHOWN:,} more, see bad_documents.txt', file=sys.stderr)
+    if len(bad) > BAD_SHOWN:
+        print(f'and {len(bad) - BAD_SHOWN:,} more, see bad_documents.txt', file=sys.stderr)
     for name, split in stats['splits'].items():
         tokens = split['tokens'] + split['dropped_tokens']
         if not split['rows']:
@@ -208,10 +220,3 @@ def _report(stats: dict, count: PartCount) -> None:
         if split['unknown_tokens']:
             share = split['unknown_tokens'] / tokens
             print(f'warning: {share:.2%} of the tokens of split {name} are the unknown token', file=sys.stderr)
-        if split['lost_characters']:
-            share = split['lost_characters'] / split['characters']
-            print(
-                f'warning: {split["lost_characters"]:,} characters of split {name}, {share:.2%}, have no token: the '
-                'tokenizer drops what its vocabulary does not know',
-                file=sys.stderr,
-            )
