@@ -42,13 +42,13 @@ class Drawn(NamedTuple):
 
     Attributes:
         draws: The loader batches that the step asked for.
-        rows: The rows of its batch, None if they cannot be told.
+        shape: The rows of its batch and their length, None if they cannot be told.
         drawn: The loader batches drawn in the epoch, with it.
         left_out: The samples left out so far, with it.
     """
 
     draws: int
-    rows: int | None
+    shape: tuple[int, ...] | None
     drawn: int
     left_out: int
 
@@ -176,7 +176,7 @@ class BagLoader(wrapt.ObjectProxy):
                 yield batch
 
     def _note(self, draws: int, batch: Any) -> None:
-        self.pending.append(Drawn(draws, rows_of(batch), self.drawn, self.left_out))
+        self.pending.append(Drawn(draws, shape_of(batch), self.drawn, self.left_out))
 
     def _draw(self, batches: Iterator[Any], count: int) -> list[Any]:
         # A StreamingDataset may have a batch more than its loader's length: no epoch draws it.
@@ -203,10 +203,10 @@ class BagLoader(wrapt.ObjectProxy):
             )
 
 
-def rows_of(batch: Any) -> int | None:
-    """The rows of a batch, None if they cannot be told."""
+def shape_of(batch: Any) -> tuple[int, ...] | None:
+    """The rows of a batch and their length, None if they cannot be told."""
     ids = batch.get('input_ids') if isinstance(batch, Mapping) else None
-    return len(ids) if isinstance(ids, torch.Tensor) and ids.ndim else None
+    return tuple(ids.shape) if isinstance(ids, torch.Tensor) else None
 
 
 @contextmanager
@@ -433,12 +433,14 @@ class Drawing:
                 f'{unknown[0].to_timestring()}, which shows only then: give duration and until in ba, or do not read '
                 'ahead of the train loader.'
             )
-        rows = rows_of(batch)
-        if taken.draws != loader.draws or (superposed and taken.rows is not None and rows != taken.rows):
+        shape = shape_of(batch)
+        # Rows of another length are those of an algorithm that has cut or reshaped them.
+        same_length = shape is not None and taken.shape is not None and shape[1:] == taken.shape[1:]
+        if taken.draws != loader.draws or (superposed and same_length and shape != taken.shape):
             raise ValueError(
-                f'{type(self._state.dataloader).__name__} hands a step {rows} rows, and {taken.rows} of '
-                f'{taken.draws} loader batches were drawn for it, where it needs {loader.draws}: have what wraps the '
-                'train loader hand each of its batches on, whole and in order.'
+                f'{type(self._state.dataloader).__name__} hands a step a batch {shape}, and what was drawn next is '
+                f'{taken.shape} of {taken.draws} loader batches, where the step needs {loader.draws}: have what wraps '
+                'the train loader hand each of its batches on, whole and in order.'
             )
 
     def count(self, steps: int) -> None:

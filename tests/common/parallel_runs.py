@@ -138,8 +138,10 @@ def main() -> None:
         os.environ['FSDP_VERSION'] = str(case.fsdp_version)
         results['runs'][name] = run(yaml, [*overrides, *case.overrides])
         if name in ('ddp', 'fsdp1', 'fsdp2'):
-            # The watched call of a run, one forward pass, has its own.
-            with mock.patch.object(superposing, '_is_watched', return_value=True), Collectives() as collectives:
+            # As a run begins, a watched pass and a pass of the first batch have their own.
+            watched = mock.patch.object(superposing, '_is_watched', return_value=True)
+            checked = mock.patch('composer_tst.algorithm.check_first_batch')
+            with watched, checked, Collectives() as collectives:
                 run(yaml, [*overrides, *case.overrides])
             plain = [override for override in overrides if not override.startswith('algorithms')]
             with Collectives() as of_plain_run:

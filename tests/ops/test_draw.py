@@ -194,7 +194,10 @@ def test_tensors_lists_strings_and_plain_values():
         ),
         ([{'input_ids': torch.zeros(2, 3), 'n': n} for n in (1, 2)], r'n differs between the batches of one step'),
         ([{'input_ids': torch.zeros(2, 3), 'n': 1}, {'input_ids': torch.zeros(2, 3)}], 'one has input_ids, n, another'),
-        ([{'input_ids': torch.zeros(2, 3), 'n': None}] * 2, 'Superposition cannot fold n: have the collator leave it'),
+        (
+            [{'input_ids': torch.zeros(2, 3), 'n': None}] * 2,
+            'cannot fold n: it is a NoneType: have the collator leave it',
+        ),
     ],
 )
 def test_batches_that_do_not_fit_together_are_refused(given: list[Any], message: str):
