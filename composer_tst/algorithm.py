@@ -193,7 +193,7 @@ class TokenSuperposition(Algorithm):
         elif event == Event.BEFORE_FORWARD:
             run.microbatches.before_forward(state)
         elif event == Event.AFTER_FORWARD:
-            run.microbatches.after_forward(state)
+            run.microbatches.after_forward()
         elif event == Event.BEFORE_LOSS:
             run.microbatches.before_loss(state)
         elif event == Event.AFTER_LOSS:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import wrapt
-from composer.core import State, Time, TimeUnit
+from composer.core import State, Time, Timestamp, TimeUnit
 from composer.utils import dist
 from streaming import StreamingDataset
 
 from composer_tst.compatibility import check_loader
-from composer_tst.ops.draw import merge_batches
+from composer_tst.ops.draw import merge_batches, next_batches
 from composer_tst.ops.fold import is_full, is_plain
 from composer_tst.schedule import Data, Moment, Progress, too_short
 
@@ -80,6 +80,8 @@ class BagLoader(wrapt.ObjectProxy):
             somebody else may wrap, copy or hold back.
         retired: Whether another stand-in, around this one, joins the batches: this one hands them on.
         begun: Whether an epoch was begun.
+        under_way: Whether one is under way: another iteration amid it is a look at its data, and leaves no trace.
+        clock: What the Trainer's clock shows.
         passing_over: Whether the steps drawn are ones that the trainer is to pass over. Set it to False where it trains
             on one of them: the epoch then goes on from there.
         ended: What is called when an epoch has no further step.
@@ -92,12 +94,13 @@ class BagLoader(wrapt.ObjectProxy):
     counted = 0
     pending: deque[Drawn] = deque()  # noqa: RUF012  each has its own
     retired = False
-    begun = False
+    begun = under_way = False
     passing_over = False
     joins_rows = False
     limit: int | None = None
     resumption = Resumption()
     draws_ahead: Callable[[int], int] | None = None
+    clock: Callable[[], Timestamp] = staticmethod(Timestamp)
     ended: Callable[[], None] = staticmethod(lambda: None)
     warned = False
 
@@ -122,7 +125,15 @@ class BagLoader(wrapt.ObjectProxy):
         if self.retired:
             yield from self.__wrapped__
             return
-        self.begun = True
+        if self.under_way and int(self.clock().batch_in_epoch) > 0:
+            before = self.pending, self.drawn, self.left_out
+            self.pending = deque()
+            try:
+                yield from self._steps(iter(self.__wrapped__))
+            finally:
+                self.pending, self.drawn, self.left_out = before
+            return
+        self.begun = self.under_way = True
         self.pending.clear()
         drawn, steps = self.resumption
         self.drawn = 0 if steps else drawn
@@ -133,7 +144,7 @@ class BagLoader(wrapt.ObjectProxy):
         else:
             yield from self._pass_over(batches, drawn, steps)
             yield from self._steps(batches)
-        self.resumption = Resumption()
+        self.resumption, self.under_way = Resumption(), False
         self.ended()
 
     def _pass_over(self, batches: Iterator[Any], drawn: int, steps: int) -> Iterator[Any]:
@@ -156,9 +167,10 @@ class BagLoader(wrapt.ObjectProxy):
         self.passing_over = False
 
     def _steps(self, batches: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            ahead = len(self.pending)
-            draws = self.draws_ahead(ahead) if ahead and self.draws_ahead else self.draws
+        begun = int(self.clock().batch)
+        for yielded in itertools.count():
+            ahead = begun + yielded - int(self.clock().batch)
+            draws = self.draws_ahead(ahead) if ahead > 0 and self.draws_ahead else self.draws
             group = self._draw(batches, draws)
             if not group:
                 return
@@ -182,7 +194,7 @@ class BagLoader(wrapt.ObjectProxy):
         # A StreamingDataset may have a batch more than its loader's length: no epoch draws it.
         if self.limit is not None:
             count = min(count, self.limit - self.drawn)
-        group = list(itertools.islice(batches, max(0, count)))
+        group = next_batches(batches, count)
         self.drawn += len(group)
         return group
 
@@ -357,6 +369,7 @@ class Drawing:
         limit = None if state.dataloader_len is None else int(state.dataloader_len)
         loader = BagLoader(state.dataloader, self._joins_rows, limit, self._resumption)
         loader.draws, loader.draws_ahead, loader.ended = draws, self._draws_ahead, self._let_end
+        loader.clock = lambda: state.timestamp
         state.set_dataloader(loader, state.dataloader_label, -1 if limit is None else limit)
         self._loader = loader
 
@@ -365,6 +378,8 @@ class Drawing:
             if state.dataloader is loader:
                 limit = -1 if state.dataloader_len is None else int(state.dataloader_len)
                 state.set_dataloader(loader.__wrapped__, state.dataloader_label, limit)
+            else:  # perhaps in what stands around it
+                loader.retired = True
 
         self._undo.callback(put_back)
 
@@ -436,7 +451,8 @@ class Drawing:
         shape = shape_of(batch)
         # Rows of another length are those of an algorithm that has cut or reshaped them.
         same_length = shape is not None and taken.shape is not None and shape[1:] == taken.shape[1:]
-        if taken.draws != loader.draws or (superposed and same_length and shape != taken.shape):
+        wrapped = self._state.dataloader is not loader
+        if taken.draws != loader.draws or (superposed and wrapped and same_length and shape != taken.shape):
             raise ValueError(
                 f'{type(self._state.dataloader).__name__} hands a step a batch {shape}, and what was drawn next is '
                 f'{taken.shape} of {taken.draws} loader batches, where the step needs {loader.draws}: have what wraps '

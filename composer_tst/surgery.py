@@ -1,7 +1,7 @@
-"""The Composer model for a superposed microbatch: its batch, its loss and its microbatch size.
+"""The Composer model for a superposed microbatch: its call, its loss and its microbatch size.
 
-Before the forward pass, a microbatch is folded and the model's embedding is given its bags. After the forward pass, the
-batch is the plain one again. The loss is the multi-hot cross-entropy. After the backward pass, the model is as it was.
+The microbatch is folded when the Trainer calls the model with it: to all else it is plain at every event. The loss is
+the multi-hot cross-entropy. After the backward pass, the model is as it was.
 """
 
 import functools
@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from composer.core import Callback, State
+from composer.core import State
 from composer.models import HuggingFaceModel
 from torch import nn
 
 from composer_tst.ops.cross_entropy import multi_hot_cross_entropy
 from composer_tst.ops.fold import bag_rows, bag_targets, extra_values
-from composer_tst.ops.superposed import give_back, superposed
+from composer_tst.ops.superposed import CALL, give_back, superposed
 from composer_tst.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 def take_off(model: nn.Module) -> None:
     """Leave a model as it was, also where a run that ended in the middle of a pass left it changed."""
+    call = vars(model).get(CALL)
+    if isinstance(call, _FoldAtCall):
+        call.take_off()
     give_back(model)
     model = unwrapped(model)
     loss = vars(model).get('loss')
@@ -31,31 +34,37 @@ def take_off(model: nn.Module) -> None:
         loss.take_off()
 
 
-class _Inputs(dict[str, Any]):
-    """What a Hugging Face model is given, with labels beside it.
+class _FoldAtCall:
+    """Where a model's call is looked for, while a Trainer may call it with a superposed microbatch.
 
-    Callbacks and algorithms find labels here and may set others. The model's forward, which would compute its loss of
-    them, does not.
+    It stands where ``nn.Module.compile`` puts the compiled call, so that it is never compiled itself, and copies of the
+    model leave it out. Calls of callbacks go through as they are.
     """
 
-    def __init__(self, inputs: Mapping[str, Any], labels: Any):
-        super().__init__(inputs)
-        self._labels = labels
+    def __init__(self, state: State, fold: Callable[[State], dict[str, Any]]):
+        self._state, self._fold, self._model = state, fold, state.model
+        self._stand()
 
-    def __missing__(self, key: str) -> Any:
-        if key == 'labels':
-            return self._labels
-        raise KeyError(key)
+    def _stand(self) -> None:
+        self._had = vars(self._model).get(CALL)
+        vars(self._model)[CALL] = self
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """As ``dict.get``."""
-        return self._labels if key == 'labels' else super().get(key, default)
+    def take_off(self) -> None:
+        """Leave the model's call as it was."""
+        if vars(self._model).get(CALL) is self:
+            del vars(self._model)[CALL]
+            if self._had is not None:
+                vars(self._model)[CALL] = self._had
 
-    def __setitem__(self, key: str, value: Any) -> None:
-        if key == 'labels':
-            self._labels = value
-        else:
-            super().__setitem__(key, value)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        batch = [*args, *kwargs.values()][0] if args or kwargs else None
+        if batch is None or batch is not self._state.batch:
+            return (self._had or self._model._call_impl)(*args, **kwargs)
+        self.take_off()
+        try:
+            return self._model(self._fold(self._state))
+        finally:
+            self._stand()
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -70,8 +79,6 @@ def takes(model: Any) -> Collection[str] | None:
 
 class Microbatches:
     """What each microbatch of a superposed step goes through, an event a method.
-
-    All before it (transforms, splitting, counting, callbacks) handles plain batches.
 
     Args:
         state: The Trainer's.
@@ -89,11 +96,11 @@ class Microbatches:
         self._still_full: list[torch.Tensor] = []
         self._router_losses: list[torch.Tensor] = []
         self._batch: Any = None
-        self._plain: Any = None
-        self._inputs: dict[str, Any] = {}
+        self._call: _FoldAtCall | None = None
         self._targets: torch.Tensor | None = None
         self._labels: tuple[Any, int] = (None, 0)
         self._pass: superposed | None = None
+        self._inputs: dict[str, Any] = {}
         self._own_loss: Any = None
 
     def enter_phase(self, bag_size: int) -> None:
@@ -115,22 +122,28 @@ class Microbatches:
         self._still_full.clear()
 
     def before_forward(self, state: State) -> None:
-        """Fold the microbatch, and give the model's embedding its bags."""
-        extra_values(state.batch, takes=takes(self._model))
-        self.begin(state, bag_rows(state.batch, self._bag_size, self._settings.superpose, self._padded(state.batch)))
+        """Have the model fold the microbatch when it is called with it."""
+        self._call = _FoldAtCall(state, self._fold)
 
-    def begin(self, state: State, folded: Mapping[str, Any]) -> None:
-        """Give the model's embedding the bags of a folded microbatch, and the model what it is to read."""
-        self._plain, self._targets = state.batch, folded['labels']
+    def _fold(self, state: State) -> dict[str, Any]:
+        if self._pass is None:
+            extra_values(state.batch, takes=takes(self._model))
+            padded = self._padded(state.batch)
+            self.begin(state, bag_rows(state.batch, self._bag_size, self._settings.superpose, padded))
+        return self._inputs
+
+    def begin(self, state: State, folded: Mapping[str, Any]) -> dict[str, Any]:
+        """Give the model's embedding the bags of a folded microbatch; return what the model is to read."""
+        self._targets = folded['labels']
         self._pass = superposed(state.model, folded)
         self._inputs = self._pass.__enter__()
-        if 'labels' in state.batch:  # for callbacks and algorithms, which may change them up to the loss
+        if 'labels' in state.batch:
             labels = state.batch['labels']
             self._labels = labels, labels._version
-            self._pass.follow_labels(labels)
-            hugging_face = isinstance(self._model, HuggingFaceModel)
-            self._inputs = _Inputs(self._inputs, labels) if hugging_face else {**self._inputs, 'labels': labels}
-        state.batch = self._inputs
+            if not isinstance(self._model, HuggingFaceModel):  # whose forward computes a loss of labels
+                self._pass.follow_labels(labels)
+                self._inputs['labels'] = labels
+        return self._inputs
 
     def _padded(self, batch: Mapping[str, Any]) -> bool:
         mask = batch.get('attention_mask')
@@ -143,21 +156,27 @@ class Microbatches:
             self._still_full.append(mask.all())
         return not self._full
 
-    def after_forward(self, state: State) -> None:
-        """Give the plain batch back.
+    def after_forward(self) -> None:
+        """Give the model's call back.
 
         Raises:
-            ValueError: If the ids were changed, in place or by others, before or in the forward pass.
+            ValueError: If the model was called with another batch, or has changed ids in place.
         """
-        assert self._pass is not None
-        ids = state.batch.get('input_ids') if isinstance(state.batch, Mapping) else None
-        if self._pass.changed or ids is not self._inputs['input_ids']:
+        self._take_call_off()
+        if self._pass is None:
             raise ValueError(
-                f'The ids of a superposed microbatch were changed at BEFORE_FORWARD{_named(_who(state))}, or by the '
-                f'forward of {self._name}. Each stands for a bag: change tokens in the data, or at AFTER_DATALOADER.'
+                f'{self._name} was not called with the microbatch of BEFORE_FORWARD: set state.model before FIT_START.'
             )
-        labels = state.batch.get('labels')
-        state.batch = self._plain if labels is self._plain.get('labels') else {**self._plain, 'labels': labels}
+        if self._pass.changed:
+            raise ValueError(
+                f'The forward of {self._name} has changed the ids of a superposed microbatch. Each stands for a bag: '
+                'change tokens in the data, or at BEFORE_FORWARD.'
+            )
+
+    def _take_call_off(self) -> None:
+        if self._call is not None:
+            self._call.take_off()
+            self._call = None
 
     def before_loss(self, state: State) -> None:
         """Have the model's loss of ``state.outputs`` be the multi-hot cross-entropy, until :meth:`after_loss`."""
@@ -189,7 +208,7 @@ class Microbatches:
         """Leave the model as it was."""
         assert self._pass is not None
         self._pass.__exit__(None, None, None)
-        self._pass = self._plain = self._targets = None
+        self._pass = self._targets = None
 
     def end_batch(self) -> dict[str, Any]:
         """What the microbatches of a step have to log, once the device is done with them.
@@ -208,6 +227,7 @@ class Microbatches:
 
     def remove(self) -> None:
         """Leave the model as it was, wherever a pass has ended."""
+        self._take_call_off()
         if self._pass is not None:
             self._pass.abandon()
             self._pass = self._targets = None
@@ -269,21 +289,6 @@ def logits_of(model: Any, outputs: Any) -> torch.Tensor:
             'logits, first in a tuple, or alone.'
         )
     return logits
-
-
-def _who(state: State) -> list[str]:
-    """Who may have acted at BEFORE_FORWARD, after superposition, which comes first."""
-    callbacks = [
-        callback
-        for callback in state.callbacks
-        if type(callback).before_forward is not Callback.before_forward
-        or type(callback).run_event is not Callback.run_event
-    ]
-    return [type(each).__name__ for each in (*state.algorithms[1:], *callbacks)]
-
-
-def _named(names: list[str]) -> str:
-    return f', perhaps by {" or ".join(names)}' if names else ''
 
 
 def is_known(loss: Any) -> bool:

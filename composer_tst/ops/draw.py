@@ -50,7 +50,7 @@ class draw:
         batches = iter(self._loader)
         while True:
             bag_size = check_bag_size(self._bag_size_at(self._step))
-            group = list(itertools.islice(batches, bag_size))
+            group = next_batches(batches, bag_size)
             if bag_size > 1 and group:
                 group = self._joined(group, bag_size)
             if not group:
@@ -86,6 +86,24 @@ def check_batches(batches: Sequence[Any]) -> None:
                 f'Of the batches of one step one has {", ".join(first)}, another {", ".join(batch)}: have the collator '
                 'give all of them the same.'
             )
+
+
+def next_batches(batches: Iterator[Any], count: int) -> list[Any]:
+    """The next batches of a loader, fewer at its end.
+
+    Raises:
+        ValueError: If the loader has written one over another.
+    """
+    group: list[Any] = []
+    drawn: list[tuple[torch.Tensor, int]] = []
+    for batch in itertools.islice(batches, max(0, count)):
+        ids = batch.get('input_ids') if isinstance(batch, Mapping) else None
+        if isinstance(ids, torch.Tensor) and not ids.is_inference():
+            drawn.append((ids, ids._version))
+        group.append(batch)
+    if any(ids._version != version for ids, version in drawn):
+        raise ValueError('The loader writes each batch over the one before: have it give a copy.')
+    return group
 
 
 def merge_batches(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

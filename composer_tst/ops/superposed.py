@@ -140,7 +140,8 @@ def find_embedding(model: nn.Module) -> nn.Embedding:
     for module in model.modules():
         if hasattr(module, 'get_input_embeddings'):
             with contextlib.suppress(NotImplementedError):  # of a base class that does not know
-                found = module.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+                given = module.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+                found = given if isinstance(given, nn.Module) else model
                 break
     embeddings = [module for module in found.modules() if isinstance(module, nn.Embedding)]
     if len(embeddings) != 1:
@@ -156,7 +157,7 @@ def give_back(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, BagLookup):
             _give_back(module)
-    waiting = vars(model).get(_CALL)
+    waiting = vars(model).get(CALL)
     if isinstance(waiting, _FirstCall):
         waiting.stop_waiting()
     for watched in _WATCHED.values():
@@ -310,7 +311,7 @@ def _as_plain(table: BagLookup, call: Callable[[], Any]) -> Any:
 # Models whose first call was watched, in training and in evaluation mode.
 _WATCHED: dict[bool, weakref.WeakSet[nn.Module]] = {True: weakref.WeakSet(), False: weakref.WeakSet()}
 # Where `nn.Module.compile` puts the compiled call. What stands there is never compiled itself, and copies leave it out.
-_CALL = '_compiled_call_impl'
+CALL = '_compiled_call_impl'
 
 
 def _is_watched(model: nn.Module) -> bool:
@@ -331,15 +332,15 @@ class _FirstCall:
         self._wait()
 
     def _wait(self) -> None:
-        self._had = vars(self._model).get(_CALL)
-        vars(self._model)[_CALL] = self
+        self._had = vars(self._model).get(CALL)
+        vars(self._model)[CALL] = self
 
     def stop_waiting(self) -> None:
         """Leave the model's call as it was."""
-        if vars(self._model).get(_CALL) is self:
-            del vars(self._model)[_CALL]
+        if vars(self._model).get(CALL) is self:
+            del vars(self._model)[CALL]
             if self._had is not None:
-                vars(self._model)[_CALL] = self._had
+                vars(self._model)[CALL] = self._had
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # a function around the model: leaving the block refuses it
@@ -359,7 +360,7 @@ class _FirstCall:
                 _WATCHED[self._model.training].add(self._model)
             return self._model(*args, **kwargs)
         finally:
-            if not _is_watched(self._model):
+            if not (self.came and _is_watched(self._model)):
                 self._wait()
 
 
@@ -428,13 +429,13 @@ _MOVES = _names("""
 _COPIES = _names('alias detach clone _to_copy lift_fresh')
 # Operators that ask for shapes.
 _SHAPES = _names("""
-    empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full
+    empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros new_ones new_full
     new_empty_strided is_same_size sym_size sym_numel sym_stride is_pinned record_stream
 """)
 # Methods of a tensor that hand its values to other than torch's operators: numpy, a loop in Python, a Triton kernel.
 _LEAVES = _names('tolist numpy __array__ __dlpack__ data_ptr')
-# A function of transformers reads ids to warn of padding without a mask, and does nothing else with them.
-_HARMLESS = ('warn_if_padding_and_no_attention_mask',)
+# transformers: one warns of padding without a mask; one counts positions, where no bag is padding.
+_HARMLESS = ('warn_if_padding_and_no_attention_mask', 'create_position_ids_from_input_ids')
 
 
 class _Watch(TorchDispatchMode):

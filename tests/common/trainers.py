@@ -122,9 +122,9 @@ class Superposed:
         """Its loss, after the events that come before the backward pass."""
         rows = folded['input_ids'].flatten(1)
         self.state.batch = {'input_ids': rows, 'labels': rows.clone()}  # as handed on, not as predicted
-        self.microbatches.begin(self.state, folded)
-        self.state.outputs = self.state.model(self.state.batch)
-        self.microbatches.after_forward(self.state)
+        inputs = self.microbatches.begin(self.state, folded)
+        self.state.outputs = self.state.model(inputs)
+        self.microbatches.after_forward()
         self.microbatches.before_loss(self.state)
         loss = unwrapped(self.state.model).loss(self.state.outputs, self.state.batch)
         self.microbatches.after_loss()
