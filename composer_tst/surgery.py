@@ -56,6 +56,12 @@ class _FoldAtCall:
             if self._had is not None:
                 vars(self._model)[CALL] = self._had
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of the model is called as ever: Composer's models copy what torch's leave out."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         batch = [*args, *kwargs.values()][0] if args or kwargs else None
         if batch is None or batch is not self._state.batch:

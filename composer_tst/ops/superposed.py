@@ -342,6 +342,12 @@ class _FirstCall:
             if self._had is not None:
                 vars(self._model)[CALL] = self._had
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of the model is called as ever."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # a function around the model: leaving the block refuses it
             return self._model._call_impl(*args, **kwargs)
