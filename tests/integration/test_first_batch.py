@@ -1,0 +1,147 @@
+"""What a model's own loss makes of the first batch, held against what superposition makes of it."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common.trainers import VOCAB_SIZE, Rows, llama, logged, make_trainer
+from composer import Algorithm, Callback, Event
+from composer.models import ComposerModel
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from composer_tst import TokenSuperposition
+
+
+class Own(ComposerModel):
+    """A model of one's own; ``how`` its loss is one's own, too."""
+
+    def __init__(self, how: str = ''):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.wte, self.head = how, nn.Embedding(VOCAB_SIZE, 16), nn.Linear(16, VOCAB_SIZE)
+
+    def forward(self, batch: Any) -> Any:
+        h = self.wte(batch['input_ids'])
+        logits = self.head(h.cumsum(1) / 4)
+        return {'logits': logits, 'aux_loss': h.pow(2).mean(), 'hidden': h} if self.how != 'alone' else logits
+
+    def loss(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        logits = outputs if self.how == 'alone' else outputs['logits']
+        if self.how == 'hidden':
+            logits = self.head(outputs['hidden'].cumsum(1) / 4)
+        if self.how == 'in place':
+            logits.mul_(0.5)
+        if self.how == 'not shifted':
+            return F.cross_entropy(logits.flatten(0, 1), batch['labels'].flatten())
+        ignored = 0 if self.how == 'padding' else -100
+        logits, labels = logits[:, :-1].flatten(0, 1), batch['labels'][:, 1:].flatten()
+        loss = F.cross_entropy(logits, labels, ignore_index=ignored)
+        return loss + 0.01 * outputs['aux_loss'] if self.how == 'more' else loss
+
+    def get_metrics(self, is_train: bool) -> dict:
+        return {}
+
+
+def rows(change: Any = None) -> DataLoader:
+    data = Rows(48, 12)
+    if change is not None:
+        change(data.ids)
+    return DataLoader(data, batch_size=4, drop_last=True)
+
+
+def pad(ids: torch.Tensor) -> None:
+    ids[:, 6:] = 0
+
+
+class Shifted(Rows):
+    def __getitem__(self, index: int) -> Any:
+        return {'input_ids': self.ids[index], 'labels': self.ids[index].roll(-1)}
+
+
+@pytest.mark.parametrize(
+    ('how', 'loader', 'message'),
+    [
+        (
+            'not shifted',
+            lambda: DataLoader(Shifted(48, 12), batch_size=4),
+            'labels are shifted already: at t they have',
+        ),
+        ('not shifted', rows, r'The loss of Own predicts labels\[t\] at t, and superposition the label of the next'),
+        ('padding', lambda: rows(pad), 'The loss of Own ignores token 0, which labels have'),
+    ],
+)
+def test_other_targets_are_refused_before_a_step(how: str, loader: Any, message: str):
+    trainer, logger = make_trainer(Own(how), loader(), TokenSuperposition(3, '2ba'), '4ba')
+    with pytest.raises(ValueError, match=message):
+        trainer.fit()
+    assert not logged(logger, 'loss/train/total')
+
+
+@pytest.mark.parametrize('how', ['', 'alone', 'hidden', 'in place'])
+def test_a_loss_of_ones_own_trains_without_a_word_of_the_rest(how: str, caplog: pytest.LogCaptureFixture):
+    trainer, logger = make_trainer(Own(how), rows(), TokenSuperposition(3, '2ba'), '4ba')
+    trainer.fit()
+    assert len(logged(logger, 'loss/train/total')) == 4
+    assert ('is more than a cross-entropy' in caplog.text) == (how == 'in place')  # whose logits are others
+
+
+def test_what_a_loss_adds_is_said_to_be_left_out(caplog: pytest.LogCaptureFixture):
+    make_trainer(Own('more'), rows(), TokenSuperposition(3, '2ba'), '4ba')[0].fit()
+    assert caplog.text.count('The loss of Own is more than a cross-entropy') == 1
+
+    def z_loss(logits: Any, labels: Any, vocab_size: int, **settings: Any) -> Any:
+        return ForCausalLMLoss(logits, labels, vocab_size, **settings) + 0.1 * logits.logsumexp(-1).pow(2).mean()
+
+    model: Any = llama()
+    model.model.loss_function = z_loss
+    make_trainer(model, rows(), TokenSuperposition(3, '2ba'), '4ba')[0].fit()
+    assert caplog.text.count('The loss of HuggingFaceModel is more than a cross-entropy') == 1
+
+
+class Masks(Algorithm):
+    """Leaves labels above 150 out, at an event."""
+
+    def __init__(self, event: Event):
+        self.event = event
+
+    def match(self, event: Event, state: Any) -> bool:
+        return event == self.event
+
+    def apply(self, event: Event, state: Any, logger: Any) -> None:
+        state.batch['labels'] = state.batch['labels'].masked_fill(state.batch['labels'] > 150, -100)
+
+
+def losses(*algorithms: Algorithm, callbacks: Any = (), duration: str = '2ba') -> list[float]:
+    stack = [*algorithms, TokenSuperposition(3, duration)]
+    trainer, logger = make_trainer(llama(), rows(), stack, '4ba', callbacks=list(callbacks))
+    trainer.fit()
+    return logged(logger, 'loss/train/total')[:2]
+
+
+@pytest.mark.parametrize('event', [Event.BEFORE_FORWARD, Event.AFTER_FORWARD, Event.BEFORE_LOSS])
+def test_labels_that_change_late_are_obeyed(event: Event):
+    obeyed = losses(Masks(Event.BATCH_START))
+    assert losses(Masks(event)) == obeyed
+    assert losses() != obeyed
+
+
+def test_ids_and_labels_are_plain_for_callbacks_at_every_event():
+    class Reads(Callback):
+        def run_event(self, event: Any, state: Any, logger: Any) -> None:
+            if event.value in ('before_forward', 'after_forward', 'before_loss', 'after_backward'):
+                assert int(state.batch['input_ids'].max()) < VOCAB_SIZE
+                assert state.batch['labels'].shape == state.batch['input_ids'].shape
+
+    class Fills(Callback):
+        def __init__(self, event: str):
+            self.event = event
+
+        def run_event(self, event: Any, state: Any, logger: Any) -> None:
+            if event.value == self.event:
+                state.batch['input_ids'][:, ::5] = 3
+
+    assert losses(callbacks=[Reads()]) == losses()
+    assert losses(callbacks=[Fills('before_forward')]) == losses(callbacks=[Fills('batch_start')])
