@@ -80,7 +80,8 @@ class BagLoader(wrapt.ObjectProxy):
             somebody else may wrap, copy or hold back.
         retired: Whether another stand-in, around this one, joins the batches: this one hands them on.
         begun: Whether an epoch was begun.
-        under_way: Whether one is under way: another iteration amid it is a look at its data, and leaves no trace.
+        trained_on: Whether a step of this epoch was trained on. Another iteration is then a look at the data, and
+            leaves no trace.
         clock: What the Trainer's clock shows.
         passing_over: Whether the steps drawn are ones that the trainer is to pass over. Set it to False where it trains
             on one of them: the epoch then goes on from there.
@@ -94,7 +95,7 @@ class BagLoader(wrapt.ObjectProxy):
     counted = 0
     pending: deque[Drawn] = deque()  # noqa: RUF012  each has its own
     retired = False
-    begun = under_way = False
+    begun = trained_on = False
     passing_over = False
     joins_rows = False
     limit: int | None = None
@@ -125,7 +126,7 @@ class BagLoader(wrapt.ObjectProxy):
         if self.retired:
             yield from self.__wrapped__
             return
-        if self.under_way and int(self.clock().batch_in_epoch) > 0:
+        if self.trained_on and int(self.clock().batch_in_epoch) > 0:
             before = self.pending, self.drawn, self.left_out
             self.pending = deque()
             try:
@@ -133,7 +134,7 @@ class BagLoader(wrapt.ObjectProxy):
             finally:
                 self.pending, self.drawn, self.left_out = before
             return
-        self.begun = self.under_way = True
+        self.begun, self.trained_on = True, False
         self.pending.clear()
         drawn, steps = self.resumption
         self.drawn = 0 if steps else drawn
@@ -144,7 +145,7 @@ class BagLoader(wrapt.ObjectProxy):
         else:
             yield from self._pass_over(batches, drawn, steps)
             yield from self._steps(batches)
-        self.resumption, self.under_way = Resumption(), False
+        self.resumption, self.trained_on = Resumption(), False
         self.ended()
 
     def _pass_over(self, batches: Iterator[Any], drawn: int, steps: int) -> Iterator[Any]:
@@ -425,6 +426,7 @@ class Drawing:
         loader, self._taken = self._loader, None
         if loader is None:
             return
+        loader.trained_on = True
         if loader.passing_over:
             loader.passing_over = False
             if superposed and loader.drawn != loader.draws:
