@@ -244,7 +244,8 @@ def report_course(schedule: Schedule, settings: Settings, plan: Plan | None, dat
         batches = course.batches_before(step)
         return Timestamp(batch=step, sample=batches * (data.samples or 0), token=batches * (data.tokens or 0))
 
-    if course.began == 0:
+    # A loader that is too short for a phase that has ended is another than that phase had.
+    if course.began == 0 and (data.batches is None or max(course.draws) <= data.batches):
         assert progress.max_duration is not None
         whole = simulate(progress.ends, course.draws, progress.max_duration, data)
         if whole.ends == list(course.ends) and whole.total == course.total:
