@@ -77,7 +77,9 @@ def test_the_embedding_of_ones_own_model_is_its_only_one():
         (lambda: hugging_face(BertForMaskedLM(BertConfig(intermediate_size=16, **TINY))), 'no causal language model'),
         (
             lambda: hugging_face(
-                T5ForConditionalGeneration(T5Config(VOCAB_SIZE, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+                T5ForConditionalGeneration(
+                    T5Config(vocab_size=VOCAB_SIZE, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+                )
             ),
             'is an encoder-decoder',
         ),
