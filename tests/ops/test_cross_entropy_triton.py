@@ -75,7 +75,7 @@ def test_the_kernels_compile_for_gpus(name: str, dtype: str, weighted: bool, str
     # Nothing spills: each thread holds its 32 logits in registers.
     assert '.local' not in kernel.asm['ptx']
     registers, spilled = resources(kernel.asm['ptx'])
-    assert spilled <= 16
+    assert spilled <= (4 if Version(triton.__version__) < Version('3.4') else 16)  # 3.9 spills more
     assert strided or registers <= 128  # so that a multiprocessor has two programs at least
 
 
