@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from composer_tst.ops.embedding import NOT_FOR_BAGS
 from composer_tst.ops.fold import IGNORE_INDEX, is_plain
-from composer_tst.ops.superposed import find_embedding, leaving_no_trace
+from composer_tst.ops.superposed import find_embedding
+from composer_tst.ops.watch import leaving_no_trace
 from composer_tst.surgery import is_known, logits_of, unwrapped
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from torch import nn
 
 from composer_tst.ops.cross_entropy import multi_hot_cross_entropy
 from composer_tst.ops.fold import bag_rows, bag_targets, extra_values
-from composer_tst.ops.superposed import CALL, give_back, superposed
+from composer_tst.ops.superposed import restore, superposed
+from composer_tst.ops.watch import CallStandIn
 from composer_tst.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -24,53 +25,29 @@ log = logging.getLogger(__name__)
 
 def take_off(model: nn.Module) -> None:
     """Leave a model as it was, also where a run that ended in the middle of a pass left it changed."""
-    call = vars(model).get(CALL)
-    if isinstance(call, _FoldAtCall):
-        call.take_off()
-    give_back(model)
+    restore(model)
     model = unwrapped(model)
     loss = vars(model).get('loss')
     if isinstance(loss, _Loss):
         loss.take_off()
 
 
-class _FoldAtCall:
-    """Where a model's call is looked for, while a Trainer may call it with a superposed microbatch.
-
-    It stands where ``nn.Module.compile`` puts the compiled call, so that it is never compiled itself, and copies of the
-    model leave it out. Calls of callbacks go through as they are.
-    """
+class _FoldAtCall(CallStandIn):
+    """Folds the microbatch that a Trainer calls the model with. Calls of callbacks go through as they are."""
 
     def __init__(self, state: State, fold: Callable[[State], dict[str, Any]]):
-        self._state, self._fold, self._model = state, fold, state.model
-        self._stand()
-
-    def _stand(self) -> None:
-        self._had = vars(self._model).get(CALL)
-        vars(self._model)[CALL] = self
-
-    def take_off(self) -> None:
-        """Leave the model's call as it was."""
-        if vars(self._model).get(CALL) is self:
-            del vars(self._model)[CALL]
-            if self._had is not None:
-                vars(self._model)[CALL] = self._had
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy of the model is called as ever: Composer's models copy what torch's leave out."""
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
+        super().__init__(state.model)
+        self._state, self._fold = state, fold
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         batch = [*args, *kwargs.values()][0] if args or kwargs else None
         if batch is None or batch is not self._state.batch:
-            return (self._had or self._model._call_impl)(*args, **kwargs)
+            return self.call_on(*args, **kwargs)
         self.take_off()
         try:
-            return self._model(self._fold(self._state))
+            return self.model(self._fold(self._state))
         finally:
-            self._stand()
+            self.put_on()
 
 
 def unwrapped(model: nn.Module) -> Any:

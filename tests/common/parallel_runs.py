@@ -139,7 +139,7 @@ def main() -> None:
         results['runs'][name] = run(yaml, [*overrides, *case.overrides])
         if name in ('ddp', 'fsdp1', 'fsdp2'):
             # As a run begins, a watched pass and a pass of the first batch have their own.
-            watched = mock.patch.object(superposing, '_is_watched', return_value=True)
+            watched = mock.patch.object(superposing, 'is_watched', return_value=True)
             checked = mock.patch('composer_tst.algorithm.check_first_batch')
             with watched, checked, Collectives() as collectives:
                 run(yaml, [*overrides, *case.overrides])

@@ -27,7 +27,8 @@ from transformers import (
 from composer_tst.compatibility import check_model
 from composer_tst.ops.cross_entropy import multi_hot_cross_entropy
 from composer_tst.ops.fold import bag_rows, fold_batch, lay_out
-from composer_tst.ops.superposed import BagLookup, find_embedding
+from composer_tst.ops.lookup import BagLookup
+from composer_tst.ops.superposed import find_embedding
 
 
 class Bare(ComposerModel):
