@@ -1011,7 +1011,7 @@ def test_the_watched_call_leaves_nothing_that_modules_keep_of_their_own():
         kept = [model.mean, model.centers, *model.losses, *model.last, *model.pair[0], model.generator.get_state()]
         for name in ('at 1', 'at 2'):
             kept += model.of_layers.pop(name)
-        assert model.pair[1] == [2] and model.of_layers == {'seen': [1, 2]} and len(model.shapes) == 2
+        assert (model.pair[1], model.of_layers, len(model.shapes)) == ([2], {'seen': [1, 2]}, 2)
         return [*losses, *kept, *(p.grad for p in model.parameters() if p.grad is not None)]
 
     mine, theirs = run(True), run(False)
