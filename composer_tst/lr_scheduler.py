@@ -1,4 +1,4 @@
-"""The learning rate: warmup, stable, decay as in the published runs, and where any schedule turns."""
+"""The learning rate: warmup, stable, decay as in the published runs."""
 
 from __future__ import annotations
 

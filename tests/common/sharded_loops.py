@@ -132,18 +132,6 @@ def fold_of(rank: int) -> dict[str, Any]:
     return F_tst.fold_batch({'input_ids': ids, 'attention_mask': mask} if rank else {'input_ids': ids}, S)
 
 
-class Extended(nn.Module):
-    """The definition of an embedding that looks up bags: one with a row more for each bag."""
-
-    def __init__(self, embedding: nn.Embedding, rows: Any):
-        super().__init__()
-        self.embedding, self.rows = embedding, rows
-
-    def forward(self, ids: Tensor) -> Tensor:
-        means = reference.mean_embeddings(self.embedding, self.rows).flatten(0, 1)
-        return torch.cat([self.embedding.weight, means])[ids]
-
-
 def definition(model: Any, plain: bool) -> dict[str, Tensor]:
     """The gradients on one process, the mean over the ranks' batches; of plain tokens, or of bags."""
     gradients: dict[str, Tensor] = {}
@@ -153,7 +141,7 @@ def definition(model: Any, plain: bool) -> dict[str, Tensor]:
             copied(folded['input_ids'][..., 0]).square().mean().backward()
         else:
             rows = reference.rows_of(folded)
-            copied.wte, copied.value = Extended(copied.wte, rows), Extended(copied.value, rows)
+            copied.wte, copied.value = reference.Extended(copied.wte, rows), reference.Extended(copied.value, rows)
             ids = torch.arange(V, V + folded['labels'][..., 0].numel()).view(folded['labels'].shape[:2])
             reference.multi_hot_loss(copied(ids), rows, [1.0] * S).backward()
         for name, p in copied.named_parameters():

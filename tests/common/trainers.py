@@ -13,6 +13,7 @@ from composer.loggers import InMemoryLogger, Logger
 from composer.metrics import LanguageCrossEntropy
 from composer.models import ComposerModel, HuggingFaceModel
 from composer.utils import collect_env
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -107,6 +108,20 @@ def text_loader(
     data = {'local': str(dataset), 'split': split, 'shuffle': split == 'train', 'max_seq_len': max_seq_len}
     config = {'name': 'text', 'dataset': data | settings, 'drop_last': split == 'train'} | loader
     return build_dataloader(config, tokenizer, batch_size)
+
+
+class Bare(ComposerModel):
+    """A user's own model: some embeddings, some head."""
+
+    def __init__(self, *embeddings: nn.Embedding):
+        super().__init__()
+        self.embeddings = nn.ModuleList(embeddings)
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return self.embeddings[0](batch['input_ids'])
+
+    def loss(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return outputs.sum()
 
 
 class Superposed:
