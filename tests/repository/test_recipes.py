@@ -1,5 +1,6 @@
 """yamls/pretrain and launch: the published models, by count and name, and a few real steps of each YAML."""
 
+import re
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -141,6 +142,25 @@ def test_a_recipe_trains_on_a_cpu_with_its_sizes_overridden(name: str, kind: str
     assert trainer.state.timestamp.sample == 2 * (2 + 2 + 1 + 1 if kind == 'tst' else 4)
     assert all(torch.isfinite(weight).all() for weight in trainer.state.model.parameters())
     assert (tmp_path / f'{name}-{kind}' / 'checkpoints').is_dir()
+    trainer.close()
+
+
+def test_the_five_lines_of_the_readme_train_without_a_warning(
+    tiny_quickstart: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """In a YAML that has another scheduler and no algorithm."""
+    (lines,) = re.findall(r'^```yaml\n(.+?)^```', (REPO / 'README.md').read_text(), re.M | re.S)
+    config: Any = OmegaConf.load(REPO / 'yamls' / 'quickstart' / 'baseline.yaml')
+    config.scheduler = {'name': 'cosine_with_warmup', 't_warmup': '100ba', 'alpha_f': 0.1}
+    config |= yaml.safe_load(lines)
+    sizes = [override for override in tiny_quickstart if not override.startswith('scheduler')]
+    place = [f'variables.folder={tmp_path}', f'save_folder={tmp_path}/checkpoints', 'autoresume=false']
+    trainer = trained(config, [*sizes, *place, 'max_duration=20ba', 'save_interval=20ba'])
+    assert trainer.state.timestamp.sample == 4 * (6 * 6 + 14)
+    assert [path.name for path in (tmp_path / 'checkpoints').glob('bag*')] == ['bag6-to-bag1']
+    shown = ''.join(capfd.readouterr())
+    assert 'Superposition until step 6 of 20' in shown
+    assert 'WARNING: composer_tst' not in shown
     trainer.close()
 
 
