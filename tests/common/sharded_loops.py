@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from common import reference
 from common.profiled import Collectives
 from composer_tst import functional as F_tst
-from composer_tst.ops import superposed as superposing
+from composer_tst.ops import watch
 
 V, D, S = 40, 16, 2
 
@@ -253,7 +253,7 @@ def buffers_of_ddp(watched: bool) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     folded = fold_of(dist.get_rank())
     if not watched:
-        superposing._WATCHED[True].add(wrapped)
+        watch._WATCHED[True].add(wrapped)
     for turn in range(3):  # another pass would hand them round again
         optimizer.zero_grad()
         if turn < 2:

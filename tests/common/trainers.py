@@ -118,23 +118,27 @@ class Superposed:
         self.microbatches = Microbatches(self.state, settings)
         self.microbatches.enter_phase(bag_size)
 
+    def at(self, event: str) -> None:
+        """Come to an event."""
+        getattr(self.microbatches, event)(self.state, None)
+
     def loss(self, folded: dict[str, Any]) -> torch.Tensor:
         """Its loss, after the events that come before the backward pass."""
         rows = folded['input_ids'].flatten(1)
         self.state.batch = {'input_ids': rows, 'labels': rows.clone()}  # as handed on, not as predicted
         inputs = self.microbatches.begin(self.state, folded)
         self.state.outputs = self.state.model(inputs)
-        self.microbatches.after_forward()
-        self.microbatches.before_loss(self.state)
+        self.at('after_forward')
+        self.at('before_loss')
         loss = unwrapped(self.state.model).loss(self.state.outputs, self.state.batch)
-        self.microbatches.after_loss()
+        self.at('after_loss')
         return loss
 
     def step(self, folded: dict[str, Any]) -> torch.Tensor:
         """Its loss, once its backward pass is done."""
         loss = self.loss(folded)
         loss.backward()
-        self.microbatches.after_backward()
+        self.at('after_backward')
         return loss
 
 
@@ -153,7 +157,7 @@ def make_trainer(
     model: ComposerModel,
     train: Any,
     algorithms: Algorithm | Sequence[Algorithm] | None = None,
-    max_duration: str = '8ba',
+    max_duration: str | None = '8ba',
     **settings: Any,
 ) -> tuple[Trainer, InMemoryLogger]:
     """A Trainer on the device of `pytest --device`, and what it logs."""

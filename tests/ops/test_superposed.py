@@ -1,5 +1,6 @@
 """Bags in any module's embedding, held to the definition in loss and gradients; what a model must not do with ids."""
 
+import collections
 import contextlib
 import copy
 import io
@@ -17,8 +18,9 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from composer_tst import functional as F_tst
-from composer_tst.ops import superposed as module_under_test
-from composer_tst.ops.superposed import BagLookup, find_embedding, give_back, superposed
+from composer_tst.ops import watch
+from composer_tst.ops.lookup import BagLookup
+from composer_tst.ops.superposed import find_embedding, restore, superposed
 
 S, V, D = 3, 60, 8
 
@@ -944,7 +946,7 @@ def test_the_watched_call_changes_no_bit(how: str):
         if how == 'checkpointed':
             model.look = lambda _, ids: checkpoint(model.draws, model, ids, use_reentrant=True)
         if not watched:
-            module_under_test._WATCHED[True].add(call)
+            watch._WATCHED[True].add(call)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         results = []
         for turn in range(3):
@@ -955,9 +957,63 @@ def test_the_watched_call_changes_no_bit(how: str):
             optimizer.zero_grad()
             results.append(loss)
             if watched and turn == 1:
-                give_back(call)
+                restore(call)
         kept = [torch.tensor(model.calls), torch.tensor(model.scale), torch.rand(1), torch.tensor(np.random.rand())]
         return [*results, *model.parameters(), *model.buffers(), *kept]
 
     for mine, theirs in zip(run(True), run(False), strict=True):
         assert torch.equal(mine, theirs)
+
+
+class Hoards(Model):
+    """Keeps what it is given in every kind of place that is neither buffer nor trained, and hooks its activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.look = self.hoards
+        self.mean, self.losses, self.of_layers, self.generator = torch.zeros(D), [], {'seen': []}, torch.Generator()
+        self.last, self.pair, self.shapes = collections.deque(maxlen=2), (torch.zeros(1), [0]), set()
+        self.centers = nn.Parameter(torch.ones(D), requires_grad=False)
+
+    def hoards(self, model: Any, ids: Tensor) -> Tensor:
+        x = self.wte(ids)
+        x.retain_grad()
+        x.register_hook(lambda gradient: gradient * 1.5)
+        now = x.detach().mean((0, 1))
+        self.mean += now
+        self.centers.lerp_(now, 0.5)
+        self.losses.append(now.sum())
+        self.of_layers['seen'].append(len(self.losses))
+        self.of_layers[f'at {len(self.losses)}'] = [now]
+        self.last.append(now)
+        self.pair[0].add_(1)
+        self.pair[1][0] += 1
+        self.shapes.add((len(self.losses), *ids.shape))
+        if not hasattr(self, 'first'):
+            self.first = x.mean()
+        noise = torch.rand(D, generator=self.generator)
+        return x + self.mean + noise + self.centers + len(self.losses) + self.pair[0] + self.first
+
+
+def test_the_watched_call_leaves_nothing_that_modules_keep_of_their_own():
+    def run(watched: bool) -> Any:
+        model = Hoards()
+        if not watched:
+            watch._WATCHED[True].add(model)
+        losses = []
+        for turn in range(2):
+            if turn:
+                del model.first
+            loss, _ = step(model, fold())
+            losses.append(loss)
+            if watched:
+                restore(model)
+        kept = [model.mean, model.centers, *model.losses, *model.last, *model.pair[0], model.generator.get_state()]
+        for name in ('at 1', 'at 2'):
+            kept += model.of_layers.pop(name)
+        assert (model.pair[1], model.of_layers, len(model.shapes)) == ([2], {'seen': [1, 2]}, 2)
+        return [*losses, *kept, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    mine, theirs = run(True), run(False)
+    assert len(mine) == len(theirs)
+    assert all(torch.equal(each, other) for each, other in zip(mine, theirs, strict=True))

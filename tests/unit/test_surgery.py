@@ -27,7 +27,8 @@ from transformers import (
 from composer_tst.compatibility import check_model
 from composer_tst.ops.cross_entropy import multi_hot_cross_entropy
 from composer_tst.ops.fold import bag_rows, fold_batch, lay_out
-from composer_tst.ops.superposed import BagLookup, find_embedding
+from composer_tst.ops.lookup import BagLookup
+from composer_tst.ops.superposed import find_embedding
 
 
 class Bare(ComposerModel):
@@ -121,7 +122,7 @@ def test_a_model_is_changed_for_one_pass_alone(make: Any):
     assert isinstance(embedding, cls)
     assert list(model.state_dict()) == keys
     loss.backward()
-    superposition.microbatches.after_backward()
+    superposition.at('after_backward')
     assert is_untouched()
     assert not model._forward_pre_hooks
 
@@ -176,7 +177,7 @@ def test_what_a_pass_that_failed_has_left_is_taken_off():
     before = model(batch)
     superposition = Superposed(model)
     superposition.loss(folded_rows())
-    superposition.microbatches.before_loss(superposition.state)
+    superposition.at('before_loss')
     after = model(batch)
     assert torch.equal(after.logits, before.logits)
     assert torch.equal(model.loss(after, batch), before.loss)
@@ -197,11 +198,11 @@ def test_a_loss_set_on_the_instance_is_given_back(caplog: pytest.LogCaptureFixtu
         superposition.step(folded_rows())
         assert model.loss is own
     assert caplog.text.count('superposed steps train on the multi-hot cross-entropy instead of it') == 1
-    superposition.microbatches.before_loss(superposition.state)
+    superposition.at('before_loss')
     assert model.loss is not own
     model.loss = own
     with pytest.raises(ValueError, match='The loss of HuggingFaceModel is set between BEFORE_LOSS and AFTER_LOSS'):
-        superposition.microbatches.after_loss()
+        superposition.at('after_loss')
     assert model.loss is own
 
 
