@@ -1,5 +1,6 @@
 """yamls/pretrain and launch: the published models, by count and name, and a few real steps of each YAML."""
 
+import json
 import re
 import subprocess
 from functools import cache
@@ -15,6 +16,9 @@ from llmfoundry.command_utils import train
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import no_init_weights
+from typer.testing import CliRunner
+
+from composer_tst.cli.plan.command import app
 
 pytestmark = pytest.mark.streaming
 
@@ -145,7 +149,7 @@ def test_a_recipe_trains_on_a_cpu_with_its_sizes_overridden(name: str, kind: str
     trainer.close()
 
 
-def test_the_five_lines_of_the_readme_train_without_a_warning(
+def test_the_five_lines_of_the_readme_fit_runs_of_any_length(
     tiny_quickstart: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     """In a YAML that has another scheduler and no algorithm."""
@@ -162,6 +166,13 @@ def test_the_five_lines_of_the_readme_train_without_a_warning(
     assert 'Superposition until step 6 of 20' in shown
     assert 'WARNING: composer_tst' not in shown
     trainer.close()
+    OmegaConf.save(config, tmp_path / 'run.yaml')
+    for steps in (600, 4_800, 100_000):
+        result = CliRunner().invoke(app, [str(tmp_path / 'run.yaml'), f'max_duration={steps}ba', '--json'])
+        assert result.exit_code == 0, result.output
+        plan = json.loads(result.stdout)
+        assert plan['phases'][0]['steps'] == 0.3 * steps
+        assert plan['remarks'] == []
 
 
 def test_the_launch_template_trains_with_its_sizes_overridden(dataset: Path, tmp_path: Path):
