@@ -184,9 +184,16 @@ def check_first_batch(state: State) -> None:
     which token it is trained to predict.
 
     Raises:
-        ValueError: If labels are shifted already, or the model's own loss predicts other tokens than labels say.
+        ValueError: If ids are beyond the embedding, labels are shifted already, or the model's own loss predicts other
+            tokens than labels say.
     """
     batch, model = state.batch, unwrapped(state.model)
+    largest, entries = int(batch['input_ids'].max()), find_embedding(state.model).num_embeddings
+    if largest >= entries:
+        raise ValueError(
+            f'input_ids has token {largest} but the embedding of {type(model).__name__} has {entries} rows: train on '
+            "data of the model's own tokenizer, or give the model the vocab_size of the data's."
+        )
     if 'labels' in batch:
         _refuse_shifted(batch['input_ids'], batch['labels'])
     hugging_face = isinstance(model, HuggingFaceModel)

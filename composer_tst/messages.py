@@ -302,13 +302,12 @@ def report_dropped(dropped: int, length: int, bag_size: int, expand: str) -> Non
 
 def report_change(before: int, now: int, timestamp: Timestamp, dropped: int) -> None:
     """Say that the bag size has changed, when, and after how much data."""
-    log.info(
-        'Superposition: bag size goes from %d to %d%s at batch %d, after %s data tokens.',
-        before,
-        now,
-        ' (the recovery phase begins)' if now == 1 else '',
-        int(timestamp.batch),
-        f'{int(timestamp.token) - dropped:,}',
+    recovers = ' (the recovery phase begins)' if now == 1 else ''
+    say(
+        [
+            f'Superposition: bag size goes from {before} to {now}{recovers} at batch {int(timestamp.batch)}, after '
+            f'{int(timestamp.token) - dropped:,} data tokens.'
+        ]
     )
 
 

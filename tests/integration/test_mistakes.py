@@ -159,6 +159,8 @@ RUNS: list[tuple[str, dict[str, Any], str]] = [
     ('rows of tuples', {'train': rows_of(lambda row: tuple(row.values()))}, 'The train loader yields list'),
     ('no labels', {'train': rows_of(lambda row: {'input_ids': row['input_ids']})},
      'The batch has no labels (it has input_ids): have the collator add them.'),
+    ('a larger vocabulary', {'train': rows_of(lambda row: {k: v + 1000 for k, v in row.items()})},
+     'rows: train on data of the model'),
     ('no input_ids', {'train': rows_of(lambda row: {'labels': row['labels']})}, 'needs a mapping with input_ids'),
     ('positions', {'train': rows_of(lambda row: row | {'position_ids': torch.arange(12) // 2})},
      'cannot fold position_ids: it is not of whole rows'),

@@ -193,7 +193,10 @@ def test_tensors_lists_strings_and_plain_values():
             [{'input_ids': torch.zeros(2, 3)}, {'input_ids': torch.zeros(2, 4)}],
             'input_ids comes in shapes .* pad every',
         ),
-        ([{'input_ids': torch.zeros(2, 3)}, {'input_ids': None}], 'input_ids comes in shapes'),
+        (
+            [{'input_ids': torch.zeros(2, 3)}, {'input_ids': None}],
+            'yields input_ids as NoneType: superposition needs a',
+        ),
         ([{'input_ids': torch.zeros(2, 3), 'n': n} for n in (1, 2)], r'n differs between the batches of one step'),
         ([{'input_ids': torch.zeros(2, 3), 'n': torch.tensor(n)} for n in (1.0, 2.0)], 'n differs'),
         ([{'input_ids': torch.zeros(2, 3)}, {'input_ids': torch.zeros(2, 3), 'mask': 1}], 'another input_ids, mask'),
