@@ -148,9 +148,10 @@ class TokenSuperposition(Algorithm):
         do(state, logger)
 
     def _at(self, event: Event) -> Callable[[State, Logger], None] | None:
-        """The method named as the event: the algorithm's, its fit's, or that of a superposed step."""
+        """The method named as the event: of the fit, of a superposed step, or of the algorithm."""
         fit = self._of.fit
-        for part in (self, fit, fit.microbatches if fit is not None and fit.superposed else None):
+        step = getattr(fit, 'microbatches', None) if fit is not None and fit.superposed else None
+        for part in (fit, step, self):
             if method := getattr(part, event.value, None):
                 return method
         return None
@@ -190,9 +191,13 @@ class TokenSuperposition(Algorithm):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Begin a fit; what one that failed has left changed is put right first."""
-        if self._of.state is None:  # added to a Trainer that was made before
+        if self._of.state is None or self._of.state() is not state:  # added to a Trainer that was made before
             self.init(state, logger)
-            self._of.max_duration = state.max_duration
+            ours: Any = state.algorithms[0]  # a copy, if this one is another Trainer's
+            ours._of.max_duration = state.max_duration
+            if ours is not self:
+                ours.fit_start(state, logger)
+                return
         self._of.close()
         if int(state.timestamp.batch) == 0:  # the clock begins, or begins again
             self._of.progress = Progress()
@@ -254,7 +259,7 @@ class Fit:
 
     Attributes:
         schedule: The phases.
-        microbatches: What superposed microbatches go through.
+        microbatches: What superposed microbatches go through; not there before a phase begins.
         has_drawn: Whether a batch was drawn.
     """
 

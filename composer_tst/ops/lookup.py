@@ -37,12 +37,12 @@ class BagLookup(nn.Embedding):
     """The lookup of an embedding, beneath whatever else the embedding does, while ids may stand for bags.
 
     Attributes:
-        bags: The token ids ``(T, s)``, and the attended tokens ``(T, s)`` or None if all are.
-        plain_class: The embedding's class without this one.
+        superposed_bags: The token ids ``(T, s)``, and the attended tokens ``(T, s)`` or None if all are.
+        superposed_class: The embedding's class without this one.
     """
 
-    bags: tuple[Tensor, Tensor | None]
-    plain_class: type[nn.Embedding]
+    superposed_bags: tuple[Tensor, Tensor | None]
+    superposed_class: type[nn.Embedding]
 
     def forward(self, input: Tensor) -> Tensor:
         """Mean embeddings ``input.shape + (d,)`` of the bags that ``input`` stands for, or of tokens themselves."""
@@ -52,7 +52,7 @@ class BagLookup(nn.Embedding):
                 'The input embedding is divided by tensor parallelism, and superposition needs it whole: leave it out '
                 'of the layer plan.'
             )
-        ids, mask = self.bags
+        ids, mask = self.superposed_bags
         table: Any = _Table(weight, self.padding_idx)
         tokens = _bag_tokens(input, ids)
         if mask is None and weight.dtype in (torch.float16, torch.bfloat16):
@@ -109,20 +109,21 @@ def swap(table: Any, bags: tuple[Tensor, Tensor | None]) -> None:
         _LOOKUP_CLASSES[plain] = types.new_class(
             plain.__name__, (plain, BagLookup), exec_body=lambda n: n.update(copies)
         )
-    table.__class__, table.plain_class, table.bags = _LOOKUP_CLASSES[plain], plain, bags
+    vars(table).update(superposed_bags=bags, superposed_class=plain)
+    table.__class__ = _LOOKUP_CLASSES[plain]
 
 
 def give_back(table: Any) -> None:
     """Leave an embedding as it was."""
     if isinstance(table, BagLookup):
-        plain = table.plain_class
-        del table.plain_class, table.bags
+        plain = table.superposed_class
+        del table.superposed_class, table.superposed_bags
         table.__class__ = plain  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _as_plain(table: BagLookup, call: Callable[[], Any]) -> Any:
     """Do something to a table while it is itself."""
-    bags = table.bags
+    bags = table.superposed_bags
     give_back(table)
     try:
         return call()

@@ -68,9 +68,13 @@ class superposed:
             self._given = BASE + torch.arange(self._given.numel(), dtype=self._ids.dtype, device=self._ids.device)
             self._given = self._given.view(self._ids.shape[:2])
             mask = None if self._mask is None else self._mask.flatten(0, 1) != 0
-            for table in self._tables:
-                swap(table, (self._ids.flatten(0, 1), mask))
-        if (self._tables or self._ids.ndim == 2) and not is_watched(self._model):
+            try:
+                for table in self._tables:
+                    swap(table, (self._ids.flatten(0, 1), mask))
+            except BaseException:
+                self.abandon()
+                raise
+        if (self._tables or self._ids.ndim == 2) and not is_watched(self._model, bool(self._tables)):
             self._first_call = FirstCall(self._model, self._given, self._tables)
         self._version = version_of(self._given)
         return {'input_ids': self._given, **self._rest}

@@ -14,13 +14,15 @@ import sys
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
@@ -34,14 +36,14 @@ def version_of(ids: Tensor) -> int | None:
     return None if ids.is_inference() else ids._version
 
 
-# Models whose first call was watched, in training and in evaluation mode.
-_WATCHED: dict[bool, weakref.WeakSet[nn.Module]] = {True: weakref.WeakSet(), False: weakref.WeakSet()}
+# Models whose first call was watched: in training or in evaluation mode, on ids that stand for bags or plain ones.
+_WATCHED: dict[tuple[bool, bool], weakref.WeakSet[nn.Module]] = collections.defaultdict(weakref.WeakSet)
 _CALL = '_compiled_call_impl'
 
 
-def is_watched(model: nn.Module) -> bool:
+def is_watched(model: nn.Module, bags: bool) -> bool:
     """Whether a call of the model was watched, in the mode that it is in: training or evaluation."""
-    return model in _WATCHED[model.training]
+    return model in _WATCHED[model.training, bags]
 
 
 def watch_again(model: nn.Module) -> None:
@@ -70,10 +72,13 @@ class CallStandIn:
 
     def take_off(self) -> None:
         """Leave the model's call as it was."""
-        if vars(self.model).get(_CALL) is self:
+        stands = vars(self.model).get(_CALL)
+        if stands is self:
             del vars(self.model)[_CALL]
             if self._had is not None:
                 vars(self.model)[_CALL] = self._had
+        elif isinstance(stands, CallStandIn) and stands._had is self:  # blocks may be left in any order
+            stands._had = self._had
 
     def call_on(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model as ever."""
@@ -118,49 +123,74 @@ class FirstCall(CallStandIn):
             return self.model._call_impl(*args, **kwargs)
         self.take_off()
         try:
-            again, copies = _copy_call(args, kwargs)
+            again, copies, shared = _copy_call(args, kwargs)
             ids = [value for value in copies.values() if isinstance(value, Tensor) and stands_for_bags(value)]
             ours = bool(ids) or id(self._given) in copies  # else it is a call beside the pass, on plain ids
             self.came |= ours
-            if ours and version_of(self._given) == self._version:  # else leaving the block refuses it
+            unchanged = version_of(self._given) == self._version  # else leaving the block refuses it
+            if ours and unchanged and not is_watched(self.model, bool(self._tables)):
                 labels = [*self.labels, *(copies[id(label)] for label in self.labels if id(label) in copies)]
                 watch = _Watch(self.model, self._tables, [self._given, *ids] if self._tables else [], labels)
-                with torch.no_grad(), torch.compiler.set_stance('force_eager'), leaving_no_trace(self.model), watch:
+                eager = torch.compiler.set_stance('force_eager')
+                with torch.no_grad(), eager, leaving_no_trace(self.model, shared), watch:
                     self.model(*again[0], **again[1])
                 watch.check()
-                _WATCHED[self.model.training].add(self.model)
+                _WATCHED[self.model.training, bool(self._tables)].add(self.model)
             return self.model(*args, **kwargs)
         finally:
-            if not (self.came and is_watched(self.model)):
-                self.put_on()
+            self.put_on()  # until the block is left: the next call may be in the other mode
 
 
-def _copy_call(args: Any, kwargs: Any) -> tuple[Any, dict[int, Any]]:
-    """A call's arguments again, as a forward may change them, and the copies by the ids of what they are copies of."""
+def _copy_call(args: Any, kwargs: Any) -> tuple[Any, dict[int, Any], list[Any]]:
+    """A call's arguments again, as a forward may change them.
+
+    Returns:
+        tuple: The arguments; the copies by the ids of what they are copies of; the attributes of what could not be
+            copied, and is given to both calls.
+    """
     leaves = (value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
-    copies: dict[int, Any] = {id(value): value.detach().clone() for value in leaves}
+    tensors: dict[int, Any] = {id(value): value.detach().clone() for value in leaves}
+    copies = dict(tensors)
     try:  # batches of a class of one's own, too
-        again = copy.deepcopy((args, kwargs), copies)
-    except Exception:  # a lock, say
-        again = tree_map(lambda value: copies.get(id(value), value), (args, kwargs))
-    return again, copies
+        with _DeepCopies():
+            return copy.deepcopy((args, kwargs), copies), copies, []
+    except Exception:  # a lock, say: what is copied by then is half made
+        again = tree_map(lambda value: tensors.get(id(value), value), (args, kwargs))
+        others = [value for value in tree_leaves(again) if not isinstance(value, Tensor)]
+        return again, copies, [vars(value) for value in others if hasattr(value, '__dict__')]
+
+
+class _DeepCopies(TorchFunctionMode):
+    """Copy also tensors that are results of others, which torch refuses to."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Copy a tensor, or call what is called."""
+        if func is Tensor.__deepcopy__:
+            return args[1].setdefault(id(args[0]), args[0].detach().clone())
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
-def leaving_no_trace(model: nn.Module) -> Iterator[None]:
+def leaving_no_trace(model: nn.Module, holders: Iterable[Any] = ()) -> Iterator[None]:
     """Put back what a pass may change: random numbers, buffers, frozen weights, and what modules keep of their own.
 
-    That is numbers, tensors and generators, also in lists, tuples, sets and dicts. No weight that autocast has cast is
-    kept.
+    That is numbers, tensors and generators, also in lists, tuples, sets and dicts; under FSDP1, numbers alone. What a
+    module sets up in the pass is taken away again. No weight that autocast has cast is kept.
+
+    Args:
+        model: The model of the pass.
+        holders: Dicts beside those of the model's modules.
     """
     numpy: Any = sys.modules.get('numpy')
     states = random.getstate(), numpy and numpy.random.get_state()
     kept = _Kept()
+    for holder in (parametrize._cache, *holders):
+        kept.note(holder)
     # FSDP1 keeps views of its weights among the attributes of modules.
     wraps = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
     for module in model.modules():
         kept.note(module._buffers)
-        if wraps or type(module).__module__.startswith('torch.distributed'):  # DDP notes whether a call has a gradient
+        if wraps or isinstance(module, nn.parallel.DistributedDataParallel):  # DDP notes whether a call has a gradient
             kept.note_numbers(module)
         else:
             kept.note_own(module)
@@ -196,6 +226,8 @@ class _Kept:
         for parameter in module._parameters.values():
             if parameter is not None and not parameter.requires_grad:
                 self.note(parameter)
+        for holder in (module._modules, module._parameters, module._forward_hooks, module._forward_pre_hooks):
+            self._undo.append(functools.partial(_drop_new, holder, set(holder.keys())))
         own = {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
         for value in own.values():
             self.note(value)
@@ -214,9 +246,13 @@ class _Kept:
         self._seen.add(id(value))
         if isinstance(value, torch.Generator):
             self._undo.append(functools.partial(value.set_state, value.get_state()))
+        elif isinstance(value, random.Random):
+            self._undo.append(functools.partial(value.setstate, value.getstate()))
         elif isinstance(value, Tensor):
-            self._undo.append(functools.partial(_put_tensor_back, value, value.detach().clone()))
-        elif type(value) in (dict, list, set, tuple, collections.deque):
+            odd = is_lazy(value) or value.is_meta or value.is_nested or value.layout != torch.strided
+            if not odd and 0 not in value.stride():  # nothing writes to one that is expanded
+                self._undo.append(functools.partial(_put_tensor_back, value, value.detach().clone()))
+        elif type(value) in _HOLDERS or isinstance(value, tuple):
             for each in value.values() if isinstance(value, dict) else value:
                 self.note(each)
             if not isinstance(value, tuple):
@@ -228,8 +264,15 @@ class _Kept:
             undo()
 
 
+def _drop_new(holder: MutableMapping[Any, Any], before: set[Any]) -> None:
+    for name in set(holder.keys()) - before:
+        del holder[name]
+
+
 def _put_tensor_back(tensor: Tensor, before: Tensor) -> None:
-    if not torch.equal(tensor, before.to(tensor)):
+    if tensor.shape != before.shape:
+        tensor.data = before
+    elif not torch.equal(tensor, before.to(tensor)):
         with torch.no_grad():
             tensor.copy_(before)
 
@@ -239,6 +282,8 @@ def _fill_again(holder: Any, before: Any) -> None:
     (holder.update if isinstance(holder, (dict, set)) else holder.extend)(before)
 
 
+# A Counter that is empty takes what it is updated with, as any dict.
+_HOLDERS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter, list, set, collections.deque)
 # What each module has; whether it trains is its own.
 _OF_MODULES = vars(nn.Module()).keys() - {'training'} | {_CALL}
 
@@ -359,7 +404,7 @@ class _Watch(TorchDispatchMode):
             if id(frame.f_locals.get('self')) in names:
                 module = frame.f_locals['self']
                 name = names[id(module)]
-                kind = vars(module).get('plain_class', type(module)).__name__
+                kind = vars(module).get('superposed_class', type(module)).__name__
                 owner = f'{name} ({kind})' if name else kind
                 break
         for frame in frames:
@@ -408,10 +453,24 @@ def _of_functions(operator: Any) -> Callable[..., Any]:
 
 
 def _captured(function: Any) -> list[Any]:
-    """The values that a function has of the functions around it, and those that they have."""
-    cells = getattr(function, '__closure__', None) or ()
-    values = [cell.cell_contents for cell in cells]
-    return values + [_captured(value) for value in values]
+    """The values that a function has with it: of functions around it, of a partial, or of the object it belongs to."""
+    found: list[Any] = []
+    waiting, seen = [function], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen or not callable(value) or isinstance(value, (type, Tensor)):
+            continue
+        seen.add(id(value))
+        held: list[Any] = []
+        for cell in getattr(value, '__closure__', None) or ():
+            with contextlib.suppress(ValueError):  # one that is empty as yet
+                held.append(cell.cell_contents)
+        if isinstance(value, functools.partial):
+            held += [value.func, *tree_leaves((value.args, value.keywords))]
+        held += getattr(getattr(value, '__self__', value), '__dict__', {}).values()
+        found += held
+        waiting += held
+    return found
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:

@@ -241,7 +241,7 @@ def buffers_of_ddp(watched: bool) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     folded = fold_of(dist.get_rank())
     if not watched:
-        watch._WATCHED[True].add(wrapped)
+        watch._WATCHED[True, True].add(wrapped)
     for turn in range(3):  # another pass would hand them round again
         optimizer.zero_grad()
         if turn < 2:

@@ -200,6 +200,26 @@ def test_a_run_in_several_fits_is_the_run_in_one(chunks: list[int], until: str):
     assert run(*chunks)[3] == pytest.approx(run(8)[3], abs=0)
 
 
+def test_a_trainer_whose_fit_was_refused_can_be_used_again():
+    trainer, logger = make_trainer(llama(), random_loader(), TokenSuperposition(2, '4ba'), '4ba')
+    with pytest.raises(ValueError, match='there would be no recovery phase'):
+        trainer.fit()
+    trainer.eval(random_loader())
+    trainer.fit(duration='6ba')
+    assert logged(logger, 'superposition/bag_size') == [2] * 4 + [1] * 2
+
+
+def test_an_algorithm_of_one_trainer_that_is_added_to_another_is_a_copy_there():
+    algorithm = TokenSuperposition(2, '2ba')
+    first, _ = make_trainer(llama(), random_loader(), algorithm, '6ba')
+    first.fit(duration='3ba')
+    second, logger = make_trainer(llama(), random_loader(), None, '4ba')
+    second.state.algorithms.append(algorithm)
+    second.fit()
+    assert logged(logger, 'superposition/bag_size') == [2, 2, 1, 1]
+    assert algorithm.schedule.progress.s_tokens == 3 * 4 * 12
+
+
 def test_a_fit_that_is_not_the_last_does_not_miss_recovery(caplog: pytest.LogCaptureFixture):
     trainer, logger = make_trainer(llama(), random_loader(), TokenSuperposition(2, '4ba'), '6ba')
     for _ in range(2):

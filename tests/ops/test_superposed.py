@@ -3,9 +3,11 @@
 import collections
 import contextlib
 import copy
+import functools
 import io
 import random
 import re
+import threading
 from typing import Any, cast
 
 import numpy as np
@@ -939,7 +941,7 @@ def test_the_watched_call_changes_no_bit(how: str):
         if how == 'checkpointed':
             model.look = lambda _, ids: checkpoint(model.draws, model, ids, use_reentrant=True)
         if not watched:
-            watch._WATCHED[True].add(call)
+            watch._WATCHED[True, True].add(call)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         results = []
         for turn in range(3):
@@ -995,7 +997,7 @@ def test_the_watched_call_leaves_nothing_that_modules_keep_of_their_own():
     def run(watched: bool) -> Any:
         model = Hoards()
         if not watched:
-            watch._WATCHED[True].add(model)
+            watch._WATCHED[True, True].add(model)
         losses = []
         for turn in range(2):
             if turn:
@@ -1013,3 +1015,105 @@ def test_the_watched_call_leaves_nothing_that_modules_keep_of_their_own():
     mine, theirs = run(True), run(False)
     assert len(mine) == len(theirs)
     assert all(torch.equal(each, other) for each, other in zip(mine, theirs, strict=True))
+
+
+def test_a_block_on_plain_ids_does_not_spare_one_on_bags_its_watched_call():
+    model = Model(lambda self, ids: self.wte(ids) * (ids % 7 + 1)[..., None])
+    with pytest.raises(ValueError, match='reads the ids of a superposed batch by value'):
+        step(model, fold())
+    restore(model)
+    step(model, fold(expand='none', superpose='output'))
+    with pytest.raises(ValueError, match='reads the ids of a superposed batch by value'):
+        step(model, fold())
+
+
+def test_each_mode_is_watched_in_a_block_that_calls_the_model_in_both():
+    def look(self: Any, ids: Tensor) -> Tensor:
+        return self.wte(ids) * (ids % 7 + 1)[..., None] if self.training else self.wte(ids)
+
+    model = Model(look)
+    with pytest.raises(ValueError, match='reads the ids of a superposed batch by value'):  # noqa: PT012, SIM117
+        with superposed(model, fold()) as inputs:
+            model.eval()(**inputs)
+            model.train()(**inputs)
+
+
+def test_a_cached_parametrisation_has_its_gradient():
+    gradients = []
+    for watched in (True, False):
+        model = Model()
+        parametrize.register_parametrization(model.mix, 'weight', nn.Tanh())
+        if not watched:
+            watch._WATCHED[True, True].add(model)
+        with parametrize.cached():
+            step(model, fold())
+        gradients.append(model.mix.parametrizations.weight.original.grad)  # pyright: ignore
+    assert torch.equal(*gradients)
+
+
+class Locked:
+    """A cache that cannot be copied."""
+
+    def __init__(self):
+        self.lock, self.kept = threading.Lock(), []
+
+
+def test_arguments_that_cannot_be_copied_are_as_they_were_in_the_call_that_counts():
+    sizes = []
+
+    def look(self: Any, ids: Tensor) -> Tensor:
+        self.given.kept.append(ids.shape)
+        sizes.append(len(self.given.kept))
+        return self.wte(ids)
+
+    class Given(Model):
+        def forward(self, input_ids: Tensor, cache: Any, prefix: Tensor) -> Tensor:  # pyright: ignore
+            self.given = cache
+            return super().forward(input_ids) + prefix
+
+    model, cache, weight = Given(look), Locked(), torch.ones(1, requires_grad=True)
+    with superposed(model, fold()) as inputs:
+        model(inputs['input_ids'], cache, weight * 2).sum().backward()
+    assert sizes == [1, 1]
+    assert weight.grad is not None
+
+
+def test_attributes_of_unusual_kinds_are_left_alone():
+    model: Any = Model()
+    model.sparse, model.nothing = torch.eye(2).to_sparse(), torch.zeros(2, device='meta')
+    model.spread, model.counts = torch.full((), torch.nan).expand(3), collections.Counter(a=1)
+    model.rows = torch.zeros(2)
+
+    def look(self: Any, ids: Tensor) -> Tensor:
+        self.rows.resize_(4)
+        self.counts['a'] += 1
+        return self.wte(ids)
+
+    model.look = look
+    with superposed(model, fold()) as inputs:
+        model(**inputs)
+        assert model.counts == {'a': 2}
+
+
+@pytest.mark.parametrize('held', ['partial', 'object', 'method'])
+def test_ids_that_a_score_function_of_flex_attention_holds_are_seen(held: str):
+    flex_attention = pytest.importorskip('torch.nn.attention.flex_attention').flex_attention
+
+    class Score:
+        def __init__(self, ids: Tensor):
+            self.ids = ids
+
+        def __call__(self, score: Tensor, b: Any, h: Any, q: Any, k: Any) -> Tensor:
+            return score + self.ids[b, k] % 2
+
+    def look(self: Any, ids: Tensor) -> Tensor:
+        score: Any = Score(ids)
+        if held == 'method':
+            score = score.__call__
+        elif held == 'partial':
+            score = functools.partial(lambda score, b, h, q, k, ids: score + ids[b, k] % 2, ids=ids)
+        x = self.wte(ids)[:, None]
+        return flex_attention(x, x, x, score_mod=score)[:, 0]
+
+    with pytest.raises(ValueError, match='reads the ids of a superposed batch by value by flex_attention'):
+        step(Model(look), fold())
