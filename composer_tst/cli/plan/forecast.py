@@ -16,10 +16,11 @@ from omegaconf import DictConfig
 from composer_tst.cli.plan.config import Run, equal_steps
 from composer_tst.cli.plan.cost import cost_phases
 from composer_tst.cli.plan.expected import expect
-from composer_tst.cli.plan.measured import same_bags, warning
+from composer_tst.cli.plan.measured import same_bags
 from composer_tst.cli.plan.model import Model
 from composer_tst.cli.plan.remarks import remarks
 from composer_tst.cli.plan.stats import Data
+from composer_tst.cli.plan.verdict import advice, judge
 from composer_tst.settings import Phase
 
 SWEEP_BAGS = (2, 3, 4, 6, 8, 12, 16)
@@ -60,17 +61,20 @@ def make_plan(config: DictConfig, run: Run, model: Model, data: Data | None, spe
         'share_of_tokens': _share_of_tokens(run),
         'expected': None,
         'measured': [],
-        'measured_warning': '',
         'remarks': remarks(config, run, costs, data),
     }
     if superposed:
         bag = sum(cost.steps * cost.bag_size for cost in superposed) / sum(cost.steps for cost in superposed)
         shares = [end / steps for end in itertools.accumulate(cost.steps for cost in superposed)]
-        measured = same_bags(run, shares)
+    else:  # what there is to gain with the published recipe
+        run = replace(run, phases=(Phase(6, Time(0.3, TimeUnit.DURATION)),))
+        bag, share, shares = 6, 0.3, [0.3]
+    measured = same_bags(run, shares)
+    plan['verdict'] = asdict(judge(run, model, equivalent, steps, share, bag, measured))
+    if superposed:
         expected = expect(run, model, equivalent, steps, share, bag, measured)
         plan['expected'] = expected and asdict(expected)
         plan['measured'] = [asdict(each) for each in measured]
-        plan['measured_warning'] = warning(measured, plan['tokens_per_parameter'], steps)
     return plan
 
 
@@ -106,7 +110,7 @@ def sweep(run: Run, model: Model, data: Data | None) -> list[dict[str, Any]]:
                     'data_tokens': tokens,
                     'passes_over_data': tokens / data.tokens if data else None,
                     'expected': expected and asdict(expected),
-                    'measured_warning': warning([], positions / model.parameters, steps),
+                    'advice': advice(model, positions / model.parameters, steps),
                 }
             )
     return found

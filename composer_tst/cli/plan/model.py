@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.plan.config import value
+from composer_tst.cli.plan.keys import value
 
 # What llm-foundry's MPT takes beside its architecture. The loss it takes by default is installed with a GPU alone.
 NO_ARCHITECTURE = ('name', 'loss_fn', 'use_train_metrics', 'additional_train_metrics')
@@ -51,7 +51,26 @@ def build(config: DictConfig) -> Model:
     except Exception as error:
         # What a config is refused for takes many forms, some over several lines.
         raise CommandError(f'model: {name} refuses these settings: {" ".join(str(error).split())[:300]}') from error
+    if name == 'hf_causal_lm' and not settings.get('allow_embedding_resizing'):  # which MPT is, in training
+        _check_vocabulary(config, model.get_input_embeddings().weight.shape[0])
     return _count(model)
+
+
+def _check_vocabulary(config: DictConfig, rows: int) -> None:
+    """Refuse a tokenizer on this machine that makes ids the embedding has no rows for, as training does."""
+    from transformers import AutoTokenizer
+
+    named = OmegaConf.select(config, 'tokenizer.name')
+    try:
+        ids = len(AutoTokenizer.from_pretrained(named, local_files_only=True))
+    except Exception:
+        return  # it is elsewhere, or not one of Hugging Face
+    if ids > rows:
+        raise CommandError(
+            f'tokenizer.name is {named}, which has {ids:,} ids, and model.pretrained_model_name_or_path '
+            f'{config.model.pretrained_model_name_or_path} embeds {rows:,}: set model.config_overrides.vocab_size to '
+            f'{ids} or more'
+        )
 
 
 @contextmanager
@@ -81,7 +100,7 @@ def _hugging_face(settings: dict[str, Any]) -> Any:
     except OSError as error:
         raise CommandError(
             f'model.pretrained_model_name_or_path is {named!r}, which is no folder with a config.json, and the hub '
-            'does not answer for it: give such a folder'
+            'does not answer for it: give such a folder, as composer-tst recipe NAME --output FILE writes beside FILE'
         ) from error
     set_config_overrides(hf, settings.get('config_overrides') or {})
     with torch.device('meta'), no_init_weights():
