@@ -241,6 +241,7 @@ SETTINGS: dict[str, Any] = {
     'seed': 17,
 }
 TOLD = {'rate': 0.002, 'settings': SETTINGS}
+UNLOGGED = {'settings': SETTINGS}
 
 
 def of(name: str, loader: str, **dataset: str) -> dict[str, Any]:
@@ -255,19 +256,19 @@ def of(name: str, loader: str, **dataset: str) -> dict[str, Any]:
         (TOLD, {}, 'the same: batch; not known: data, learning rate, eval set', ''),
         (TOLD, TOLD, 'the same: data, batch, learning rate, eval set', ''),
         # How many workers read the rows does not matter, nor where a cache is.
-        (of('a', 'train_loader', remote='s3://a'), of('b', 'train_loader', remote='s3://a'), 'the same: data, batch', ''),
-        (TOLD, of('b', 'train_loader'), '; other: data', 'run and baseline were trained on other data, by train_loader'),
-        (TOLD, of('b', 'eval_loader'), '; other: eval set', 'run and baseline were evaluated on other data, by eval_lo'),
+        (of('a', 'train_loader', remote='s3://a'), of('b', 'train_loader', remote='s3://a'), 'the same: data, ', ''),
+        (TOLD, of('b', 'train_loader'), '; other: data', 'run and baseline were trained on other data, by train_load'),
+        (TOLD, of('b', 'eval_loader'), '; other: eval set', 'run and baseline were evaluated on other data, by eval_'),
         (
             TOLD, TOLD | {'settings': SETTINGS | {'eval_subset_num_batches': 5}}, '; other: eval set',
             'run and baseline were evaluated on other data',
         ),
-        ({}, {'label': 'c4'}, 'other: eval set', 'run was evaluated on c4 and baseline on eval: losses on different data'),
+        ({}, {'label': 'c4'}, 'other: eval set', 'run was evaluated on c4 and baseline on eval: losses on different'),
         (TOLD, {'rate': 0.001}, 'other: learning rate; not', 'other learning rates, first at step 1, 0.001 and 0.002'),
         # The settings of a rate that was not logged have four digits: they tell another one, but not the same.
-        ({'settings': SETTINGS}, {'settings': SETTINGS}, 'the same: data, batch, eval set; not known: learning rate', ''),
+        (UNLOGGED, UNLOGGED, 'the same: data, batch, eval set; not known: learning rate', ''),
         (
-            {'settings': SETTINGS}, {'settings': SETTINGS | {'optimizer': {'lr': 0.001}}}, '; other: learning rate',
+            UNLOGGED, {'settings': SETTINGS | {'optimizer': {'lr': 0.001}}}, '; other: learning rate',
             'run and baseline had other learning rates, by optimizer, scheduler and max_duration',
         ),
         ({}, {'shorter': 4}, 'other: batch', 'positions a step and baseline on 10: equal steps are not equal compute'),

@@ -29,7 +29,7 @@ DASHES = ('-', (0, (6, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = ('o', 's', '^', 'D')
 QUIET = '#6b6b6b'
 REMARKS_SHOWN = 4
-AT_EQUAL_DATA = '\nAt equal data a plain run has taken more steps: a step on bags reads more.'
+AT_EQUAL_DATA = 'At equal data a plain run has taken more steps:\na step on bags reads more.'
 STYLE: dict = {
     'axes.axisbelow': True,
     'font.size': 10,
@@ -237,11 +237,11 @@ def _label(axes: NDArray, runs: Sequence[Run]) -> None:
                 f'cut at {high:.2g}; losses reach {top:.2g}', xy=(1, 1), xycoords='axes fraction', ha='right', va='top',
                 color=QUIET, fontsize=8,
             )  # fmt: skip
-    seed = f'\n{ONE_SEED}' if len(runs) == 2 else ''
+    seed = ONE_SEED.replace(': ', ':\n') if len(runs) == 2 else ''
     columns = ('At equal compute', 'steps', seed), ('At equal data', 'data tokens', AT_EQUAL_DATA)
     for column, (heading, label, note) in enumerate(columns):
         axes[0, column].set_title(heading, loc='left', fontweight='bold', fontsize=11)
-        axes[2, column].set_xlabel(label + note)
+        axes[2, column].set_xlabel(f'{label}\n{note}', linespacing=1.3)
         axes[2, column].set_xlim(left=0)
         axes[2, column].xaxis.set_major_formatter(EngFormatter(sep=''))
         axes[2, column].xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))

@@ -5,8 +5,8 @@ final validation loss, over the TST run's steps. The baseline's steps are those 
 validation curve, linear between evaluations, is at or below that loss. A run's steps are those of its last
 evaluation, and its final validation loss is the one measured there.
 
-**Better than the baseline ever was.** Where the TST run ends below everything the baseline measured, the baseline would have had to train
-for longer than it did, by an amount its curve does not tell: no ratio is stated.
+**Better than the baseline ever was.** If the TST run ends below everything the baseline measured, the baseline would
+have had to train for longer than it did, by an amount its curve does not tell: no ratio is stated.
 
 **What the number does not say.** A baseline with a schedule lowers its learning rate only at its own end, while the
 TST run's final loss comes after its decay. Before its end the baseline's curve lies above what a shorter baseline,
