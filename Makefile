@@ -82,8 +82,11 @@ benchmark: export OMP_NUM_THREADS := $(shell nproc)
 benchmark-data: install ## what preparing data costs, on an idle machine
 	$(PYTHON) -m tools.benchmarks.data_preparation speed $(if $(DATATROVE),--datatrove $(DATATROVE))
 
-wheel: install ## dist/*.whl; with REPOSITORY=https://... links of the page are absolute, as an index needs them
-	$(PYTHON) -m build
+# In an environment of its own, of three small packages.
+wheel: ## dist/*.whl; with REPOSITORY=https://... links of the page are absolute, as an index needs them
+	$(PYTHON3) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet 'build>=1,<2'
+	$(VENV)-wheel/bin/python -m build
 
 test: install ## the test suite (DEVICE=cpu)
 	$(PYTHON) -m pytest -n 2 --dist loadgroup --device $(DEVICE)
