@@ -278,7 +278,7 @@ def test_circumstances_are_the_same_only_if_both_runs_tell(
     tmp_path: Path, command: Command, baseline: dict, run: dict, known: str, sentence: str
 ):
     first = write(tmp_path / 'baseline', BASELINE, **baseline)
-    second = write(tmp_path / 'run', BASELINE, **({'phases': TST} | run))
+    second = write(tmp_path / 'run', BASELINE, **{'phases': TST, **run})
     code, out, _ = command(first, second)
     assert code == 0
     (line,) = [line for line in out.splitlines() if line.startswith('run beside baseline: ')]

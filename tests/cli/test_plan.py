@@ -600,7 +600,7 @@ def test_what_a_glance_tells_is_told_before_anything_heavy_is_imported(
 
 
 def test_rows_of_another_length_than_the_shards_are_refused(tmp_path: Path):
-    (tmp_path / 'stats.json').write_text(json.dumps({'seq_len': 32}))
+    (tmp_path / 'stats.json').write_text(json.dumps({'seq_len': 32, 'vocab_size': 2048}))
     for key in ('local', 'streams.x.remote'):
         result = run(QUICKSTART / 'tst.yaml', f'train_loader.dataset.{key}={tmp_path}')
         assert result.exit_code == 1
@@ -626,9 +626,16 @@ def test_ids_beyond_the_vocabulary_are_refused_with_tokenizer_and_model(tmp_path
     result = run(PRETRAIN / '270m_tst.yaml', *arguments, 'variables.vocab_size=256')
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == (
-        f'error: tokenizer.name is {tmp_path}, which has 300 ids, and model.pretrained_model_name_or_path '
-        f'{PRETRAIN / "llama"} embeds 256: set model.config_overrides.vocab_size to 300 or more'
+        f'error: tokenizer.name {tmp_path} has 300 ids, and the model (LlamaForCausalLM, tokenizer {tmp_path}) embeds '
+        '256: give the model a vocab_size of at least 300, or the tokenizer that made the data'
     )
+    # Shards of another tokenizer, which an MPT is not enlarged for.
+    (tmp_path / 'stats.json').write_text(json.dumps({'seq_len': 64, 'vocab_size': 5000}))
+    data = f'train_loader.dataset.local={tmp_path}'
+    assert run(QUICKSTART / 'tst.yaml', data).exit_code == 0  # its tokenizer is not here, and may be as large
+    result = run(QUICKSTART / 'tst.yaml', data, f'tokenizer.name={tmp_path}')
+    assert result.exit_code == 1
+    assert f'the data in {tmp_path} has 5,000 ids, and the model (MPTForCausalLM, tok' in result.stderr
 
 
 @pytest.mark.parametrize(

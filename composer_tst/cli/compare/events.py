@@ -128,8 +128,10 @@ def _read_file(
                 number = float(make_ndarray(value.tensor)) if is_tensor else value.simple_value
                 scalars.setdefault(value.tag, {})[event.step] = number
             elif value.tag == SESSION_START_INFO_TAG:
-                started = HParamsPluginData.FromString(value.metadata.plugin_data.content).session_start_info
-                settings = {name: each.string_value for name, each in started.hparams.items() if each.string_value}
+                logged: Any = HParamsPluginData()
+                logged.ParseFromString(value.metadata.plugin_data.content)
+                known = logged.session_start_info.hparams
+                settings = {name: each.string_value for name, each in known.items() if each.string_value}
     return begun, scalars, settings, whole
 
 

@@ -63,14 +63,12 @@ def check(config: DictConfig) -> None:
             f'or {duration}ep for epochs'
         )
     superposition_settings(config)
-    for folder in _data_folders(config):
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            there = json.loads((Path(folder) / 'stats.json').read_text())['seq_len']
-            if there != length:
-                raise CommandError(
-                    f'max_seq_len is {length}, and the rows in {folder} have {there} tokens: set max_seq_len: {there}, '
-                    f'or prepare the data with --seq-len {length}'
-                )
+    for folder, stats in shards(config):
+        if stats['seq_len'] != length:
+            raise CommandError(
+                f'max_seq_len is {length}, and the rows in {folder} have {stats["seq_len"]} tokens: set max_seq_len: '
+                f'{stats["seq_len"]}, or prepare the data with --seq-len {length}'
+            )
 
 
 def value(config: DictConfig, key: str, kind: type | tuple[type, ...], what: str) -> Any:
@@ -117,10 +115,16 @@ def train_split(config: DictConfig) -> str:
     return _streams(config)[0].get('split') or 'train'
 
 
-def _data_folders(config: DictConfig) -> list[str]:
-    """Where the shards of the train loader lie, by the YAML."""
-    found = [stream.get('remote') or stream.get('local') for stream in _streams(config)]
-    return [str(folder) for folder in found if folder]
+def shards(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
+    """Each folder on this machine that the train loader reads, and what prepare-data says of it in stats.json."""
+    found = []
+    for stream in _streams(config):
+        folder = str(stream.get('remote') or stream.get('local'))
+        with suppress(OSError, ValueError):
+            stats = json.loads((Path(folder) / 'stats.json').read_text())
+            if isinstance(stats, dict) and {'seq_len', 'vocab_size'} <= set(stats):
+                found.append((folder, stats))
+    return found
 
 
 def _streams(config: DictConfig) -> list[dict[str, Any]]:
@@ -132,4 +136,5 @@ def _streams(config: DictConfig) -> list[dict[str, Any]]:
         isinstance(s, (dict, DictConfig)) for s in streams.values()
     ):
         raise CommandError(f'train_loader.dataset.streams is {streams!r}: give its settings by name')
-    return [dict(stream) for stream in streams.values()] or [dict(dataset)]
+    found: Any = [*streams.values()] or [dataset]
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.plan.keys import value
+from composer_tst.cli.plan.keys import shards, value
 
 # What llm-foundry's MPT takes beside its architecture. The loss it takes by default is installed with a GPU alone.
 NO_ARCHITECTURE = ('name', 'loss_fn', 'use_train_metrics', 'additional_train_metrics')
@@ -51,26 +52,31 @@ def build(config: DictConfig) -> Model:
     except Exception as error:
         # What a config is refused for takes many forms, some over several lines.
         raise CommandError(f'model: {name} refuses these settings: {" ".join(str(error).split())[:300]}') from error
-    if name == 'hf_causal_lm' and not settings.get('allow_embedding_resizing'):  # which MPT is, in training
-        _check_vocabulary(config, model.get_input_embeddings().weight.shape[0])
+    # Training enlarges the embedding of an MPT to what the tokenizer needs.
+    _check_vocabulary(config, model, name == 'mpt_causal_lm' or bool(settings.get('allow_embedding_resizing')))
     return _count(model)
 
 
-def _check_vocabulary(config: DictConfig, rows: int) -> None:
-    """Refuse a tokenizer on this machine that makes ids the embedding has no rows for, as training does."""
+def _check_vocabulary(config: DictConfig, model: Any, enlarged: bool) -> None:
+    """Refuse ids that the embedding has no row for: of a tokenizer or of shards, if they are on this machine."""
     from transformers import AutoTokenizer
 
+    rows = model.get_input_embeddings().weight.shape[0]
     named = OmegaConf.select(config, 'tokenizer.name')
     try:
         ids = len(AutoTokenizer.from_pretrained(named, local_files_only=True))
     except Exception:
-        return  # it is elsewhere, or not one of Hugging Face
-    if ids > rows:
-        raise CommandError(
-            f'tokenizer.name is {named}, which has {ids:,} ids, and model.pretrained_model_name_or_path '
-            f'{config.model.pretrained_model_name_or_path} embeds {rows:,}: set model.config_overrides.vocab_size to '
-            f'{ids} or more'
-        )
+        ids = None  # it is elsewhere, or not one of Hugging Face
+    if enlarged:
+        rows = math.inf if ids is None else max(rows, ids)
+    sources = [(f'tokenizer.name {named}', ids or 0)]
+    sources += [(f'the data in {folder}', stats['vocab_size']) for folder, stats in shards(config)]
+    for source, known in sources:
+        if known > rows:
+            raise CommandError(
+                f'{source} has {known:,} ids, and the model ({type(model).__name__}, tokenizer {named}) embeds '
+                f'{rows:,}: give the model a vocab_size of at least {known}, or the tokenizer that made the data'
+            )
 
 
 @contextmanager
