@@ -26,10 +26,19 @@ export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 .PHONY: help install quickstart evidence benchmark benchmark-data wheel test test-next test-faults test-slow test-fuzz \
 	test-fuzz-data test-pythons mutants lint clean
 
-help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-16s %s\n", $$1, $$2 }'
+# Targets of a group: after ##, a target's comment has the group and what the target does.
+define list
+	@printf '$(2)\n'
+	@sed -n 's/^\([a-z-]*\):.*## $(1): \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | \
+		awk -F'|' '{ printf "  make %-16s %s\n", $$1, $$2 }'
+endef
 
-install: $(VENV)/.installed ## everything into .venv, from nothing but Python and a C compiler
+help: ## start: this list
+	$(call list,start,Start)
+	$(call list,check,\nCheck a change)
+	$(call list,measure,\nMeasure)
+
+install: $(VENV)/.installed ## start: everything into .venv, one to seven minutes, 7 GB
 
 # uv does not mind a Python that is too new: so it is looked at first. It shows what it downloads, 7 GB with torch's CUDA parts.
 $(VENV)/.installed: pyproject.toml setup.py
@@ -41,7 +50,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 	$(VENV)/bin/uv pip install --python $(PYTHON) --editable '.[dev]'
 	touch $@
 
-quickstart: $(DATA)/stats.json ## a baseline and a TST run on Python source, and their comparison (SEED=17)
+quickstart: $(DATA)/stats.json ## start: trains a plain and a TST run, and draws the two (SEED=17), ten minutes
 	$(PYTHON) -m tools.quickstart --data $(DATA) --runs $(RUNS) --seed $(SEED)
 	$(VENV)/bin/composer-tst compare $(RUNS)/baseline $(RUNS)/tst --output $(RUNS)/comparison.png
 
@@ -68,27 +77,27 @@ data/tokens/stats.json: | data/corpus/python.jsonl
 		--split train=0.962,val=0.005,limited=0.031,rest=0.002
 
 # Everything the pages of evidence report. What is finished is kept, here and in their records: run it again to go on.
-evidence: $(EVIDENCE_DATA_$(SCALE))/stats.json ## train what docs/evidence.md reports (SCALE=tokens), some ten hours
+evidence: $(EVIDENCE_DATA_$(SCALE))/stats.json ## measure: trains what docs/evidence.md reports (SCALE=tokens), some ten hours
 	$(PYTHON) -m tools.experiments.run --scale $(SCALE)
 
 # What superposition costs, on every core: leave the machine idle for its twelve minutes.
-benchmark: install ## what superposition costs (DEVICE=cpu), twelve minutes on an idle machine
+benchmark: install ## measure: what superposition costs (DEVICE=cpu), twelve minutes on an idle machine
 	$(PYTHON) -m tools.benchmarks.run --device $(DEVICE) --json docs/benchmark_$(DEVICE).json
 
 benchmark: export OMP_NUM_THREADS := $(shell nproc)
 
 # What preparing data costs beside llm-foundry's converter, datatrove (in an environment of its own, DATATROVE=PYTHON of
 # it, where there is one) and a plain pool of processes, on every core: leave the machine idle.
-benchmark-data: install ## what preparing data costs, on an idle machine
+benchmark-data: install ## measure: what preparing data costs, on an idle machine
 	$(PYTHON) -m tools.benchmarks.data_preparation speed $(if $(DATATROVE),--datatrove $(DATATROVE))
 
 # In an environment of its own, of three small packages.
-wheel: ## dist/*.whl; with REPOSITORY=https://... links of the page are absolute, as an index needs them
+wheel: ## start: dist/*.whl; REPOSITORY=https://... makes the links of its page absolute
 	$(PYTHON3) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/python -m pip install --quiet 'build>=1,<2'
 	$(VENV)-wheel/bin/python -m build
 
-test: install ## the test suite (DEVICE=cpu)
+test: install ## check: the test suite (DEVICE=cpu)
 	$(PYTHON) -m pytest -n 2 --dist loadgroup --device $(DEVICE)
 
 # The wheel alone, beside the newest torch (or another, TORCH=2.11) and transformers of the index, and the newest of all
@@ -104,7 +113,7 @@ NEXT_TESTS := tests/ops tests/unit tests/integration/test_epoch_ends.py tests/in
 	tests/integration/test_superposition.py tests/integration/test_used_again.py tests/repository/test_benchmarks.py \
 	tests/repository/test_examples.py
 
-test-next: $(NEXT)/.installed ## the wheel without llm-foundry, on the newest torch (TORCH=2.11 for another)
+test-next: $(NEXT)/.installed ## check: the wheel without llm-foundry, on the newest torch (TORCH=2.11 for another)
 	rm -rf $(NEXT_COPY)
 	$(NEXT_UV) build --quiet --python $(NEXT_PYTHON) --out-dir $(NEXT_COPY)/dist
 	$(NEXT_UV) pip install --quiet --python $(NEXT_PYTHON) --no-deps --reinstall $(NEXT_COPY)/dist/*.whl
@@ -125,29 +134,29 @@ $(NEXT)/.installed: Makefile pyproject.toml
 	touch $@
 
 # Random kills, two nodes, other ranks, no package, a lost S3 server: what takes too long for `make test`.
-test-faults: install ## kills, lost nodes, a lost server; five to ten minutes
+test-faults: install ## check: kills, lost nodes, a lost server, five to ten minutes
 	$(PYTHON) -m pytest -m faults -rP
 
-test-fuzz: install ## random runs against a plain simulation (SEED=17 MINUTES=15)
+test-fuzz: install ## check: random runs against a plain simulation (SEED=17 MINUTES=15)
 	PYTHONPATH=tests $(PYTHON) tests/slow/fuzz_runs.py --seed $(SEED) --minutes $(MINUTES)
 
-mutants: install ## changes of the core that no test notices
+mutants: install ## check: changes of the core that no test notices
 	$(PYTHON) -m tools.mutants
 
-test-pythons: install ## an environment and a short test for every Python that is found
+test-pythons: install ## check: an environment and a short test for every Python that is found
 	bash tests/slow/pythons.sh $(abspath $(VENV)/bin/uv)
 
-test-slow: install ## torch.compile with its own compiler, a loss of 13 GB, checkpoints on S3
+test-slow: install ## check: torch.compile with its own compiler, a loss of 13 GB, checkpoints on S3
 	$(PYTHON) -m pytest -m slow --device $(DEVICE)
 
 # Random inputs, outputs and mishaps of `composer-tst prepare-data`, for MINUTES from SEED on.
-test-fuzz-data: install ## random inputs and kills of prepare-data
+test-fuzz-data: install ## check: random inputs and kills of prepare-data (SEED=17 MINUTES=15)
 	PYTHONPATH=tests $(PYTHON) tests/slow/fuzz_prepare_data.py --seed $(SEED) --minutes $(MINUTES)
 
-lint: install ## formatting, lint and type check
+lint: install ## check: formatting, lint and type check
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
 
-clean: ## remove the quickstart's data and runs
+clean: ## start: removes the quickstart's data and runs
 	rm -rf $(DATA) data/rows runs/quickstart

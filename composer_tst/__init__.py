@@ -1,6 +1,7 @@
-"""Token-Superposition Training for Composer and llm-foundry.
+"""Pre-train on bags of tokens first, then on tokens, with Composer and llm-foundry.
 
-What needs Composer is imported when it is first asked for, so that `composer_tst.functional` needs torch alone.
+`TokenSuperposition`, `WarmupStableDecayScheduler` and `PhaseCheckpointer` are imported on first use, because they need
+Composer. `composer_tst.functional` needs torch alone.
 """
 
 from importlib import import_module

@@ -6,7 +6,7 @@ import copy
 import logging
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from composer_tst.compatibility import (
     check_callbacks,
     check_eval_batch,
     check_first_batch,
+    check_loader,
     check_model,
     forget_losses,
     put_first,
@@ -37,32 +38,11 @@ from composer_tst.messages import (
     report_shares,
 )
 from composer_tst.ops.fold import lay_out
-from composer_tst.schedule import Plan, Progress, Schedule, plan_steps, same
+from composer_tst.schedule import Plan, Progress, Schedule, check_epochs_end, plan_steps, same
 from composer_tst.settings import SETTINGS, Settings, Weighting, check_resumed_settings, parse_settings, refuse_unknown
 from composer_tst.surgery import Microbatches, MicrobatchSize, put_train_metrics_aside, take_off, takes, unwrapped
 
 log = logging.getLogger(__name__)
-
-_OF_A_RUN = (
-    Event.INIT,
-    Event.AFTER_LOAD,
-    Event.FIT_START,
-    Event.EPOCH_START,
-    Event.AFTER_DATALOADER,
-    Event.BATCH_END,
-    Event.EPOCH_END,
-    Event.ITERATION_END,
-    Event.FIT_END,
-    Event.EVAL_BATCH_START,
-)
-_OF_A_SUPERPOSED_STEP = (
-    Event.BEFORE_TRAIN_BATCH,
-    Event.BEFORE_FORWARD,
-    Event.AFTER_FORWARD,
-    Event.BEFORE_LOSS,
-    Event.AFTER_LOSS,
-    Event.AFTER_BACKWARD,
-)
 
 
 class TokenSuperposition(Algorithm):
@@ -153,68 +133,50 @@ class TokenSuperposition(Algorithm):
         self._of.saved_settings = state['settings']
 
     def match(self, event: Event, state: State | None = None) -> bool:
-        """Whether to run at this event."""
-        del state
+        """Whether there is something to do at this event."""
         if not isinstance(self, TokenSuperposition):  # Composer calls the class where it was given for an instance
             raise ValueError(
                 'algorithms has the class TokenSuperposition: give an instance, TokenSuperposition(bag_size=6, '
                 "duration='0.3dur')."
             )
-        superposed = self._of.run is not None and self._of.run.superposed
-        return event in _OF_A_RUN or (superposed and event in _OF_A_SUPERPOSED_STEP)
+        return self._at(event) is not None
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Check, superpose, fold, count, or step back, as the event asks."""
-        if event == Event.INIT:
-            _join(self, state)
-        elif event == Event.AFTER_LOAD:
-            self._of.max_duration = state.max_duration
-            self._compare_settings(state)
-        elif event == Event.FIT_START:
-            self._start(state)
-        elif event == Event.EVAL_BATCH_START:
-            check_eval_batch(state.batch, state.model)
-        else:
-            assert self._of.run is not None
-            self._go_on(self._of.run, event, state, logger)
+        """Do it."""
+        do = self._at(event)
+        assert do is not None
+        do(state, logger)
+
+    def _at(self, event: Event) -> Callable[[State, Logger], None] | None:
+        """The method named as the event: the algorithm's, its fit's, or that of a superposed step."""
+        fit = self._of.fit
+        for part in (self, fit, fit.microbatches if fit is not None and fit.superposed else None):
+            if method := getattr(part, event.value, None):
+                return method
+        return None
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         """Refuse, with a ValueError, to be a callback: Composer calls this of callbacks alone."""
         raise ValueError('token_superposition is in callbacks: it is an algorithm, give it in algorithms.')
 
-    def _go_on(self, run: Run, event: Event, state: State, logger: Logger) -> None:
-        if event == Event.EPOCH_START:
-            run.begin_epoch()
-        elif event == Event.AFTER_DATALOADER:
-            self._of.has_drawn = True
-            run.lay_out()
-        elif event == Event.BEFORE_TRAIN_BATCH:
-            run.microbatches.begin_try(state)
-        elif event == Event.BEFORE_FORWARD:
-            run.microbatches.before_forward(state)
-        elif event == Event.AFTER_FORWARD:
-            run.microbatches.after_forward()
-        elif event == Event.BEFORE_LOSS:
-            run.microbatches.before_loss(state)
-        elif event == Event.AFTER_LOSS:
-            run.microbatches.after_loss()
-        elif event == Event.AFTER_BACKWARD:
-            run.microbatches.after_backward()
-        elif event == Event.BATCH_END:
-            run.end_step(logger)
-        elif event == Event.EPOCH_END:
-            self._of.has_drawn = True
-            run.end_epoch(logger)
-        elif event == Event.ITERATION_END:
-            run.end_iteration()
-        elif event == Event.FIT_END:
-            if run.superposed:
-                report_no_recovery(run.schedule, state.timestamp)
-            report_end(run.schedule.progress, state.timestamp)
-            run.close()
+    def init(self, state: State, logger: Logger) -> None:
+        """Become part of a Trainer. A second Trainer gets a copy."""
+        # Composer sets its own logger's level by the trainer's python_log_level: follow it.
+        if level := logging.getLogger('composer').level:
+            logging.getLogger('composer_tst').setLevel(level)
+        check_algorithms(state.algorithms, TokenSuperposition)
+        check_callbacks(state.callbacks)
+        take_off(state.model)
+        check_model(unwrapped(state.model))
+        put_first(state, self)
+        ours = self if self._of.state is None else copy.copy(self)
+        state.algorithms[0] = ours
+        ours._of.state = weakref.ref(state)
+        state.callbacks.append(_UndoAtClose(ours._of))
 
-    def _compare_settings(self, state: State) -> None:
+    def after_load(self, state: State, logger: Logger) -> None:
         """Refuse a checkpoint that was trained with other settings."""
+        self._of.max_duration = state.max_duration
         saved, self._of.saved_settings = self._of.saved_settings, None
         batch = int(state.timestamp.batch)
         if saved is None or batch == 0:
@@ -226,32 +188,20 @@ class TokenSuperposition(Algorithm):
             log.info('Superposition resumes with other settings, where they change nothing of the past: %s.', changes)
             self._of.progress.max_duration = None
 
-    def _start(self, state: State) -> None:
+    def fit_start(self, state: State, logger: Logger) -> None:
         """Begin a fit; what one that failed has left changed is put right first."""
         if self._of.state is None:  # added to a Trainer that was made before
-            _join(self, state)
+            self.init(state, logger)
             self._of.max_duration = state.max_duration
         self._of.close()
         if int(state.timestamp.batch) == 0:  # the clock begins, or begins again
             self._of.progress = Progress()
-        self._of.run = Run(self.settings, self._of.progress, state)
-        self._of.run.start(whole=same(self._of.max_duration, state.max_duration), fresh=not self._of.has_drawn)
+        self._of.fit = Fit(self.settings, self._of.progress, state)
+        self._of.fit.start(self._of.max_duration, fresh=not self._of.has_drawn)
 
-
-def _join(algorithm: TokenSuperposition, state: State) -> None:
-    """Become part of a Trainer; where it is another's already, a copy does."""
-    # Composer sets its own logger's level by the trainer's python_log_level: follow it.
-    if level := logging.getLogger('composer').level:
-        logging.getLogger('composer_tst').setLevel(level)
-    check_algorithms(state.algorithms, TokenSuperposition)
-    check_callbacks(state.callbacks)
-    take_off(state.model)
-    check_model(state.model)
-    put_first(state, algorithm)
-    ours = algorithm if algorithm._of.state is None else copy.copy(algorithm)
-    state.algorithms[0] = ours
-    ours._of.state = weakref.ref(state)
-    state.callbacks.append(_UndoAtClose(ours._of))
+    def eval_batch_start(self, state: State, logger: Logger) -> None:
+        """Refuse an eval batch that Composer would fail on without saying why."""
+        check_eval_batch(state.batch, state.model)
 
 
 @dataclass
@@ -263,22 +213,23 @@ class _Trainer:
         max_duration: That of the Trainer, None if each fit has its own.
         progress: How far training has come.
         saved_settings: Those of a checkpoint that is being loaded.
-        run: The fit under way, or the last.
-        has_drawn: Whether data were drawn in this Trainer.
+        fit: The one under way.
+        has_drawn: Whether data were drawn before it.
     """
 
     state: weakref.ref[State] | None = None
     max_duration: Time | None = None
     progress: Progress = field(default_factory=Progress)
     saved_settings: Mapping[str, Any] | None = None
-    run: Run | None = None
+    fit: Fit | None = None
     has_drawn: bool = False
 
     def close(self) -> None:
         """Undo what a fit has changed, if it has not done so itself."""
-        if self.run is not None:
-            self.run.close()
-            self.run = None
+        if self.fit is not None:
+            self.has_drawn |= self.fit.has_drawn
+            self.fit.close()
+            self.fit = None
 
 
 class _UndoAtClose(Callback):
@@ -289,13 +240,12 @@ class _UndoAtClose(Callback):
 
     def close(self, state: State, logger: Logger) -> None:
         """Undo what a fit has left changed."""
-        del state, logger
         if not sys.is_finalizing():
             self._trainer.close()
 
 
-class Run:
-    """One fit. Every change to the model, the loader or the state is undone by :meth:`close`.
+class Fit:
+    """One fit of a Trainer, a method an event. All that it changes is put back by :meth:`close`.
 
     Args:
         settings: What the user set.
@@ -305,12 +255,14 @@ class Run:
     Attributes:
         schedule: The phases.
         microbatches: What superposed microbatches go through.
+        has_drawn: Whether a batch was drawn.
     """
 
     microbatches: Microbatches
 
     def __init__(self, settings: Settings, progress: Progress, state: State):
         self.schedule = Schedule(settings, progress)
+        self.has_drawn = False
         self._settings = settings
         self._progress = progress
         self._state = state
@@ -319,9 +271,7 @@ class Run:
         self._positions = 0
         self._dropped = 0
         self._warned_of_tail = False
-        self._first_batch_checked = False
-        self._announced = False
-        self._whole = False
+        self._seen_first = False
         self._plan: Plan | None = None
         self._losses_are_of_other_bags = False
 
@@ -333,7 +283,7 @@ class Run:
     @property
     def _draws(self) -> int:
         """The loader batches that the coming step draws."""
-        return self._settings.draws(self.schedule.bag_size) if self.superposed else 1
+        return self._settings.draws(self.schedule.bag_size)
 
     def _draws_ahead(self, ahead: int) -> int:
         """The loader batches of the step that is as many after the coming one; phases end at steps, as far as known."""
@@ -343,27 +293,60 @@ class Run:
                 return self._settings.draws(phase.bag_size)
         return 1
 
-    def start(self, whole: bool, fresh: bool) -> None:
+    def start(self, of_trainer: Time | None, fresh: bool) -> None:
         """Begin, at FIT_START.
 
         Args:
-            whole: Whether training ends where this fit does, as far as is known.
+            of_trainer: The Trainer's ``max_duration``, None if each fit has its own.
             fresh: Whether this Trainer has not drawn yet: a dataset's state from a checkpoint is still to be taken up.
 
         Raises:
             ValueError: If the run cannot be superposed as set.
         """
         state, progress = self._state, self._progress
+        assert state.max_duration is not None
+        self._whole = same(of_trainer, state.max_duration)
+        self._more_comes = of_trainer is not None and not self._whole
         if progress.began is None:
             progress.began, progress.s_tokens = int(state.timestamp.batch), int(state.timestamp.token)
         joins_rows = self._settings.expand == 'sequence'
         self._drawing = Drawing(state, progress, joins_rows, fresh, self._undo, self._draws_ahead)
-        self._whole = whole
         if self.superposed:
-            self._plan = place_phases(self.schedule, self._settings, self._drawing, state, whole)
+            self._place_phases(state.max_duration)
         if self.superposed:
             self._superpose()
         self._drawing.begin(self._draws)
+
+    def _place_phases(self, max_duration: Time) -> None:
+        """Fix when the phases to come end, and begin with the one whose time it is.
+
+        The moments that a checkpoint has stand, as long as the length of training does: a resumed run is the run that
+        did not stop, also where it reads other amounts than were planned.
+        """
+        schedule, progress, now = self.schedule, self._progress, self._state.timestamp
+        self._plan = self._expect()
+        if not same(progress.max_duration, max_duration):
+            before = list(progress.ends)
+            schedule.resolve(max_duration, self._plan)
+            report_moved_ends(schedule, before)
+        self._check_phases()
+        bag_size = schedule.bag_size
+        if schedule.advance(now):
+            report_change(bag_size, schedule.bag_size, now, progress.dropped)
+
+    def _expect(self) -> Plan | None:
+        """The steps of the phases to come, as far as is known what a batch holds."""
+        state, phases = self._state, self.schedule.phases[len(self._progress.ended) :]
+        assert state.max_duration is not None
+        check_loader(state.dataloader)
+        draws = [self._settings.draws(phase.bag_size) for phase in phases]
+        self._drawing.check_length(max(draws))
+        data, now = self._drawing.data()
+        check_epochs_end(phases, state.max_duration, data)
+        return plan_steps(phases, draws, state.max_duration, data, now)
+
+    def _check_phases(self) -> None:
+        self.schedule.check(self._state.timestamp, self._plan, self._whole, self._more_comes)
 
     def _superpose(self) -> None:
         """Change the model, the train metrics and the microbatch size, until recovery."""
@@ -382,34 +365,35 @@ class Run:
         self._microbatch_size.scale(self._settings.microbatch_scale(bag_size))
         self._drawing.set_draws(self._draws)
 
-    def begin_epoch(self) -> None:
+    def epoch_start(self, state: State, logger: Logger) -> None:
         """Draw from the loader there is now."""
+        if self._draws > 1:
+            check_loader(state.dataloader)
         self._drawing.begin_epoch(self._draws)
 
-    def lay_out(self) -> None:
-        """Make the batch of a superposed step the rows that the model will see; one in recovery is left alone."""
-        state = self._state
-        ends = self._progress.ends[len(self._progress.ended) :]
-        self._drawing.take(state.batch, self.superposed, ends)
-        if self.superposed and not self._announced:
-            self._announced = True
-            self._drawing.row_length = row_length_of(state.batch)
-            plan = announce(self.schedule, self._settings, self._drawing, state)
-            if self._plan is None:
-                self.schedule.check(state.timestamp, plan, self._whole)
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Make the batch of a superposed step the rows that the model will see; leave one in recovery alone."""
+        self.has_drawn = True
+        self._drawing.take(state.batch, self.superposed, self._progress.ends[len(self._progress.ended) :])
         if self._losses_are_of_other_bags:  # and only now are all of them there: callbacks come after algorithms
             self._losses_are_of_other_bags = False
             forget_losses(state.callbacks)
-        if not self.superposed:
+        if self.superposed:
+            self._lay_out(state)
+        else:
             self.close()
             ids = state.batch.get('input_ids') if isinstance(state.batch, Mapping) else None
             self._positions, self._dropped = (ids.numel() if isinstance(ids, torch.Tensor) else 0), 0
-            return
-        settings, bag_size = self._settings, self.schedule.bag_size
+
+    def _lay_out(self, state: State) -> None:
+        first, self._seen_first = not self._seen_first, True
+        if first:
+            self._announce(state)
+        settings, bag_size, given = self._settings, self.schedule.bag_size, state.batch
         # Pinned as the loader's own batches were: from other memory, each copy to the GPU would wait for it.
         pin = state.device.name == 'gpu' and bool(getattr(state.dataloader, 'pin_memory', False))
         layout = lay_out(
-            state.batch,
+            given,
             bag_size,
             settings.expand,
             settings.superpose,
@@ -417,20 +401,28 @@ class Run:
             pin,
             takes(unwrapped(state.model)),
         )
-        check_batch(layout.batch, state.batch, bag_size, settings.superpose, state.model)
-        if not self._first_batch_checked:
-            self._first_batch_checked = True
+        check_batch(layout.batch, given, bag_size, settings.superpose, state.model)
+        if first:
             check_first_batch(state)
         if layout.dropped and not self._warned_of_tail:
             self._warned_of_tail = True
-            report_dropped(layout.dropped, state.batch['input_ids'].shape[1], bag_size, settings.expand)
+            report_dropped(layout.dropped, given['input_ids'].shape[1], bag_size, settings.expand)
         mask = layout.batch.get('attention_mask')
         self.microbatches.begin_batch(full=mask is not None and bool(mask.all()))
         state.batch, self._positions, self._dropped = layout
 
-    def end_step(self, logger: Logger) -> None:
+    def _announce(self, state: State) -> None:
+        """Say what the run is going to do, now that its first batch shows what a batch holds."""
+        self._drawing.row_length = row_length_of(state.batch)
+        before, self._plan = self._plan, self._expect()
+        report_shares(self.schedule, self._plan, draws_more=self._settings.expand != 'none')
+        report_course(self.schedule, self._settings, self._plan, self._drawing.data()[0])
+        if before is None:
+            self._check_phases()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
         """Count and log a step, and end a phase whose time has come."""
-        state, progress, bag_size = self._state, self._progress, self.schedule.bag_size
+        progress, bag_size = self._progress, self.schedule.bag_size
         metrics: dict[str, Any] = {}
         if self.superposed:
             metrics = self.microbatches.end_batch()
@@ -449,13 +441,14 @@ class Run:
         logger.log_metrics(metrics)
         self._advance()
 
-    def end_epoch(self, logger: Logger) -> None:
+    def epoch_end(self, state: State, logger: Logger) -> None:
         """Check that an epoch was whole, and end a phase whose time has come."""
+        self.has_drawn = True
         self._drawing.end_epoch(self.superposed, self._draws)
         logger.log_metrics({'superposition/samples_left_out': self._progress.left_out})
         self._advance()
 
-    def end_iteration(self) -> None:
+    def iteration_end(self, state: State, logger: Logger) -> None:
         """Begin another epoch, where an iteration ends in the middle of one."""
         self._drawing.end_iteration()
 
@@ -473,57 +466,14 @@ class Run:
         self._losses_are_of_other_bags = True
         report_change(before, self.schedule.bag_size, self._state.timestamp, self._progress.dropped)
 
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Say what was read, and put back what is changed."""
+        if self.superposed and not self._more_comes:
+            report_no_recovery(self.schedule, state.timestamp)
+        report_end(self._progress, state.timestamp)
+        self.close()
+
     def close(self) -> None:
         """Undo what is changed, wherever the fit has ended; once."""
         self._undo.close()
         self._undo_later.close()
-
-
-def place_phases(schedule: Schedule, settings: Settings, drawing: Drawing, state: State, whole: bool) -> Plan | None:
-    """Fix when the phases to come end, and begin with the one whose time it is.
-
-    The moments that a checkpoint has stand, as long as the length of training does: a resumed run is the run that did
-    not stop, also where it reads other amounts than were planned.
-
-    Args:
-        schedule: The phases.
-        settings: What the user set.
-        drawing: Where the data come from.
-        state: The Trainer's.
-        whole: Whether training ends where this fit does, as far as is known.
-
-    Returns:
-        Plan | None: The steps of the phases to come, None if they are not known before there is a batch.
-
-    Raises:
-        ValueError: If a phase has no steps, or there is no recovery, for certain.
-    """
-    progress, max_duration = schedule.progress, state.max_duration
-    assert max_duration is not None
-    plan = expect(schedule, settings, drawing, state)
-    if not same(progress.max_duration, max_duration):
-        before = list(progress.ends)
-        schedule.resolve(max_duration, plan)
-        report_moved_ends(schedule, before)
-    schedule.check(state.timestamp, plan, whole)
-    bag_size = schedule.bag_size
-    if schedule.advance(state.timestamp):
-        report_change(bag_size, schedule.bag_size, state.timestamp, progress.dropped)
-    return plan
-
-
-def expect(schedule: Schedule, settings: Settings, drawing: Drawing, state: State) -> Plan | None:
-    """The steps of the phases to come, as far as is known what a batch holds."""
-    assert state.max_duration is not None
-    phases = schedule.phases[len(schedule.progress.ended) :]
-    draws = [settings.draws(phase.bag_size) for phase in phases]
-    drawing.check(max(draws))
-    return plan_steps(phases, draws, state.max_duration, *drawing.data())
-
-
-def announce(schedule: Schedule, settings: Settings, drawing: Drawing, state: State) -> Plan | None:
-    """Say what the run is going to do, once its first batch shows what a batch holds."""
-    plan = expect(schedule, settings, drawing, state)
-    report_shares(schedule, plan, draws_more=settings.expand != 'none')
-    report_course(schedule, settings, plan, drawing.data()[0], state)
-    return plan

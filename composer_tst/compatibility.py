@@ -3,7 +3,7 @@
 import copy
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,14 +11,49 @@ from composer import algorithms
 from composer.callbacks import EarlyStopper, ThresholdStopper
 from composer.core import Algorithm, Callback, State, get_precision_context
 from composer.models import ComposerModel, HuggingFaceModel
+from torch import nn
 from torch.nn import functional
 
 from composer_tst.ops.embedding import NOT_FOR_BAGS
 from composer_tst.ops.fold import IGNORE_INDEX, is_plain
-from composer_tst.ops.superposed import find_embedding, leaving_no_trace
-from composer_tst.surgery import is_known, logits_of, unwrapped
+from composer_tst.ops.superposed import find_embedding
+from composer_tst.ops.watch import leaving_no_trace
 
 log = logging.getLogger(__name__)
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The ComposerModel in a Trainer's model."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def takes(model: Any) -> Collection[str] | None:
+    """The values of a batch that a model's forward is given; None if it is given the whole batch."""
+    return model.model_forward_args if isinstance(model, HuggingFaceModel) else None
+
+
+def logits_of(model: Any, outputs: Any) -> torch.Tensor:
+    """The logits ``(B, P, V)`` in what a model's forward returns.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if isinstance(outputs, Mapping):
+        logits, names = outputs.get('logits'), ', '.join(outputs)
+    else:
+        logits, names = (outputs[0] if isinstance(outputs, (tuple, list)) else outputs), type(outputs).__name__
+    if not isinstance(logits, torch.Tensor):
+        raise ValueError(
+            f'{type(model).__name__} returns {names} from its forward: have it return logits (B, P, V), under the name '
+            'logits, first in a tuple, or alone.'
+        )
+    return logits
+
+
+def is_known(loss: Any) -> bool:
+    """Whether a loss is the next-token cross-entropy of Composer's or llm-foundry's own models."""
+    return getattr(loss, '__module__', '').partition('.')[0] in ('composer', 'llmfoundry')
+
 
 _IMAGES = 'it changes images, and superposition trains on tokens'
 _REFUSED = {
@@ -149,9 +184,16 @@ def check_first_batch(state: State) -> None:
     which token it is trained to predict.
 
     Raises:
-        ValueError: If labels are shifted already, or the model's own loss predicts other tokens than labels say.
+        ValueError: If ids are beyond the embedding, labels are shifted already, or the model's own loss predicts other
+            tokens than labels say.
     """
     batch, model = state.batch, unwrapped(state.model)
+    largest, entries = int(batch['input_ids'].max()), find_embedding(state.model).num_embeddings
+    if largest >= entries:
+        raise ValueError(
+            f'input_ids has token {largest} but the embedding of {type(model).__name__} has {entries} rows: train on '
+            "data of the model's own tokenizer, or give the model the vocab_size of the data's."
+        )
     if 'labels' in batch:
         _refuse_shifted(batch['input_ids'], batch['labels'])
     hugging_face = isinstance(model, HuggingFaceModel)

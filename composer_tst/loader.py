@@ -16,7 +16,6 @@ from composer.core import State, Time, Timestamp, TimeUnit
 from composer.utils import dist
 from streaming import StreamingDataset
 
-from composer_tst.compatibility import check_loader
 from composer_tst.ops.draw import merge_batches, next_batches
 from composer_tst.ops.fold import is_full, is_plain
 from composer_tst.schedule import Data, Moment, Progress, too_short
@@ -31,10 +30,52 @@ class Resumption(NamedTuple):
         drawn: The loader batches of the epoch that are drawn already.
         steps: The steps these made, if the trainer draws them again, only to pass over them; 0 if the dataset goes on
             after these batches by itself, as a StreamingDataset does.
+        known: Whether ``drawn`` is told, not guessed.
     """
 
     drawn: int = 0
     steps: int = 0
+    known: bool = True
+
+
+def where_epoch_stands(
+    steps: int, kept: Progress, given: int | None, samples: int | None, length: int | None
+) -> Resumption:
+    """Where in an epoch the data of a run go on.
+
+    Composer draws the steps of an epoch again and passes over them. A dataset that resumes by itself goes on after the
+    samples that its state in the checkpoint counts.
+
+    Args:
+        steps: The steps done in the epoch.
+        kept: What the checkpoint kept.
+        given: The samples after which the dataset goes on by itself, None if Composer draws the steps again.
+        samples: Samples of a loader batch, None if the loader does not say.
+        length: Loader batches in an epoch, None if there is no end.
+    """
+    by_itself = given is not None
+    if not (given if by_itself else steps):
+        return Resumption()
+    # All batches were drawn. The dataset's count is lower because the tail was left out.
+    same_batches = kept.batch_samples == samples
+    all_drawn = same_batches and kept.drawn is not None and length is not None and kept.drawn >= length
+    if given is not None and samples and not all_drawn:
+        return Resumption(given // samples)
+    drawn = steps if kept.drawn is None else kept.drawn
+    return Resumption(drawn, 0 if by_itself else steps, known=not by_itself or kept.drawn is not None)
+
+
+def samples_given(dataset: Any, time: Timestamp) -> int:
+    """The samples of the epoch after which a dataset that resumes by itself goes on."""
+    if not isinstance(dataset, StreamingDataset):
+        return int(time.sample_in_epoch)
+    saved = dataset.state_dict(0, from_beginning=False)
+    given, epoch = int(saved['sample_in_epoch']), int(saved['epoch'])
+    if given == int(time.batch_in_epoch) == 0 and epoch < int(time.epoch):
+        # Saved at an epoch's end, it is that epoch at its beginning: have it begin the next.
+        dist.barrier()  # the ranks of a node have one state
+        dataset.load_state_dict({**saved, 'epoch': epoch + 1})
+    return given
 
 
 class Drawn(NamedTuple):
@@ -136,7 +177,7 @@ class BagLoader(wrapt.ObjectProxy):
             return
         self.begun, self.trained_on = True, False
         self.pending.clear()
-        drawn, steps = self.resumption
+        drawn, steps, _ = self.resumption
         self.drawn = 0 if steps else drawn
         batches = iter(self.__wrapped__)
         if self.limit is not None and self.drawn >= self.limit:
@@ -290,59 +331,27 @@ class Drawing:
         self._length: int | None = None
         self._steps = 0
         self._cut_short = False
-        self._is_judged = True
         self.row_length: int | None = None
-        self._resumption = self._resume(fresh)
-
-    def _resume(self, fresh: bool) -> Resumption:
-        """Where in an epoch the data begin.
-
-        Either the trainer draws the steps of this epoch again and passes over them; or the dataset goes on by itself
-        from its state in a checkpoint, which it takes up once.
-        """
-        state, progress, samples = self._state, self._progress, self._batch_samples()
-        steps, saved, before = int(state.timestamp.batch_in_epoch), progress.drawn, progress.batch_samples
-        by_itself = 'train' in state.dataset_resumption
-        given = self._given() if by_itself and fresh else 0
-        self._resumed = steps > 0 or given > 0
-        length = state.dataloader_len
-        # Then it has ended, though a dataset, which counts the samples of steps, has some that were left out.
-        all_drawn = saved is not None and before == samples and length is not None and saved >= length
-        if not (given if by_itself else steps):
-            drawn = 0
-        elif by_itself and samples and not all_drawn:
-            drawn = given // samples
-        else:
-            drawn = steps if saved is None else saved
-            self._is_judged = not by_itself or saved is not None
-        progress.drawn = drawn
-        return Resumption(drawn, 0 if by_itself else steps)
-
-    def _given(self) -> int:
-        """The samples after which a dataset goes on from its state in a checkpoint.
-
-        The state of one saved at an epoch's end is that epoch at its beginning: it is told to begin the next.
-        """
-        dataset, time = getattr(self._state.dataloader, 'dataset', None), self._state.timestamp
-        if not isinstance(dataset, StreamingDataset):
-            return int(time.sample_in_epoch)
-        saved = dataset.state_dict(0, from_beginning=False)
-        given, epoch = int(saved['sample_in_epoch']), int(saved['epoch'])
-        if given == int(time.batch_in_epoch) == 0 and epoch < int(time.epoch):
-            dist.barrier()  # the ranks of a node have one state
-            dataset.load_state_dict({**saved, 'epoch': epoch + 1})
-        return given
+        time, given = state.timestamp, None
+        if 'train' in state.dataset_resumption:
+            given = samples_given(getattr(state.dataloader, 'dataset', None), time) if fresh else 0
+        steps, length = int(time.batch_in_epoch), state.dataloader_len
+        length = None if length is None else int(length)
+        self._resumption = where_epoch_stands(steps, progress, given, self._batch_samples(), length)
+        self._resumed = steps > 0 or bool(given)
+        self._is_judged = self._resumption.known
+        progress.drawn = self._resumption.drawn
 
     def begin(self, draws: int) -> None:
         """Stand in for the train loader, where a step draws several batches or an epoch is under way."""
-        drawn, steps = self._resumption
+        drawn, steps, _ = self._resumption
         if draws > 1 or (drawn > 0 and drawn != steps):
             self._install(draws)
 
     def begin_epoch(self, draws: int) -> None:
         """Draw from a loader that was set since the last epoch, as llm-foundry's CurriculumLearning does."""
         if draws > 1 and not isinstance(self._state.dataloader, BagLoader):
-            self.check(draws)
+            self.check_length(draws)
             self._resumption = Resumption()
             if self._loader is not None:  # perhaps in what was set, around it
                 self._resumption = Resumption() if self._loader.begun else self._loader.resumption
@@ -400,13 +409,8 @@ class Drawing:
         if self._loader is not None:
             self._loader.draws = draws
 
-    def check(self, draws: int) -> None:
-        """Refuse a loader that superposition cannot draw from.
-
-        Raises:
-            ValueError: If it is one for finetuning, or an epoch has fewer batches than a step draws.
-        """
-        check_loader(self._state.dataloader)
+    def check_length(self, draws: int) -> None:
+        """Refuse, with a ValueError, a loader whose epoch has fewer batches than a step draws."""
         batches = self._state.dataloader_len
         if batches is not None and int(batches) < draws:
             raise too_short(int(batches), draws)

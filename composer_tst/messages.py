@@ -9,10 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from composer.core import State, Time, Timestamp, TimeUnit
+from composer.core import Time, Timestamp, TimeUnit
 from composer.utils import dist
 
-from composer_tst.lr_scheduler import turns_of
 from composer_tst.schedule import Data, Plan, Progress, Schedule, simulate
 from composer_tst.settings import Settings
 
@@ -38,8 +37,6 @@ class Course:
         began: The step at which superposition begins; those before it read one loader batch each.
         tokens_a_batch: Data tokens in a loader batch over all ranks, if no row is padded; None if unknown.
         batches_an_epoch: Loader batches in an epoch; None if unknown.
-        warmup_ends: The step at which the learning rate has warmed up; None without a warmup or if unknown.
-        decay_begins: The step at which its last decay begins; None without a decay or if unknown.
         read: Loader batches that each phase and recovery read, if that is not as many as their steps ask for.
         goes_through: Epochs that the run goes through, if ends of epochs are left out or make smaller steps.
     """
@@ -51,8 +48,6 @@ class Course:
     began: int = 0
     tokens_a_batch: float | None = None
     batches_an_epoch: int | None = None
-    warmup_ends: int | None = None
-    decay_begins: int | None = None
     read: Sequence[int] | None = None
     goes_through: float | None = None
 
@@ -145,16 +140,6 @@ def warnings_of(course: Course) -> list[str]:
             f'The run reads its data {_round(course.epochs)} times (a plain run of these steps: {_round(plain)}), and '
             f'superposition gains most from fresh data: give it more{smaller}.'
         )
-    if course.decay_begins is not None and course.decay_begins < end:
-        found.append(
-            f'The learning rate decays from step {course.decay_begins:,}, and superposition lasts until step {end:,}: '
-            'end it earlier, or decay later, so that recovery has steps at the full rate.'
-        )
-    if course.warmup_ends is not None and course.warmup_ends > end:
-        found.append(
-            f'The learning rate warms up until step {course.warmup_ends:,}, and superposition lasts until step {end:,} '
-            'alone: shorten t_warmup, or superpose for longer, else no superposed step has the full rate.'
-        )
     if course.total - end < ENOUGH_RECOVERY * course.total:
         found.append(
             f'Recovery has {course.total - end:,} of {course.total:,} steps, less than half, and a short one loses the '
@@ -215,7 +200,7 @@ def say(lines: Iterable[str]) -> None:
             print(line, file=sys.stderr, flush=True)
 
 
-def report_course(schedule: Schedule, settings: Settings, plan: Plan | None, data: Data, state: State) -> None:
+def report_course(schedule: Schedule, settings: Settings, plan: Plan | None, data: Data) -> None:
     """Say what the run is going to do, and warn of what may be amiss with that.
 
     Args:
@@ -223,7 +208,6 @@ def report_course(schedule: Schedule, settings: Settings, plan: Plan | None, dat
         settings: Those of the run.
         plan: The expected steps of the phases to come, or None if they are not known.
         data: What a loader batch and an epoch hold.
-        state: The Trainer's.
     """
     sizes = [phase.bag_size for phase in schedule.phases]
     if plan is None:
@@ -240,18 +224,12 @@ def report_course(schedule: Schedule, settings: Settings, plan: Plan | None, dat
         data.batches,
     )
 
-    def at(step: int) -> Timestamp:
-        batches = course.batches_before(step)
-        return Timestamp(batch=step, sample=batches * (data.samples or 0), token=batches * (data.tokens or 0))
-
     # A loader that is too short for a phase that has ended is another than that phase had.
     if course.began == 0 and (data.batches is None or max(course.draws) <= data.batches):
         assert progress.max_duration is not None
         whole = simulate(progress.ends, course.draws, progress.max_duration, data)
         if whole.ends == list(course.ends) and whole.total == course.total:
             course = replace(course, read=whole.read, goes_through=whole.epochs)
-    warmup_ends, decay_begins = turns_of(state, at, plan.total)
-    course = replace(course, warmup_ends=warmup_ends, decay_begins=decay_begins)
     say(first_lines(course))
     if not dist.get_global_rank():
         for warning in warnings_of(course):
@@ -303,8 +281,8 @@ def report_shares(schedule: Schedule, plan: Plan | None, draws_more: bool) -> No
         )
     if max_duration.unit == TimeUnit.EPOCH and draws_more and plan is not None:
         log.warning(
-            'Superposition reads %s in about %d steps, fewer than plain training, but a scheduler in dur counts '
-            'the steps of plain training: give max_duration as %dba for a schedule that ends with training.',
+            'Superposition reads %s in about %d steps, fewer than plain training, but a scheduler, save_interval or '
+            'eval_interval in dur counts the steps of plain training: give max_duration as %dba.',
             max_duration.to_timestring(),
             plan.total,
             plan.total,
@@ -324,13 +302,12 @@ def report_dropped(dropped: int, length: int, bag_size: int, expand: str) -> Non
 
 def report_change(before: int, now: int, timestamp: Timestamp, dropped: int) -> None:
     """Say that the bag size has changed, when, and after how much data."""
-    log.info(
-        'Superposition: bag size goes from %d to %d%s at batch %d, after %s data tokens.',
-        before,
-        now,
-        ' (the recovery phase begins)' if now == 1 else '',
-        int(timestamp.batch),
-        f'{int(timestamp.token) - dropped:,}',
+    recovers = ' (the recovery phase begins)' if now == 1 else ''
+    say(
+        [
+            f'Superposition: bag size goes from {before} to {now}{recovers} at batch {int(timestamp.batch)}, after '
+            f'{int(timestamp.token) - dropped:,} data tokens.'
+        ]
     )
 
 

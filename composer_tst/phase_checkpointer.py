@@ -8,8 +8,8 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import parse_uri
 
-from composer_tst.algorithm import TokenSuperposition
 from composer_tst.messages import no_save_folder, say
+from composer_tst.schedule import schedule_of
 from composer_tst.settings import refuse_unknown
 
 
@@ -34,7 +34,7 @@ class PhaseCheckpointer(Callback):
         Raises:
             ValueError: If the run has no TokenSuperposition.
         """
-        if not any(isinstance(algorithm, TokenSuperposition) for algorithm in state.algorithms):
+        if schedule_of(state.algorithms) is None:
             raise ValueError('phase_checkpointer saves at changes of bag size: add token_superposition to algorithms.')
         folder = '{run_name}/checkpoints'
         for callback in state.callbacks:
@@ -96,4 +96,5 @@ class PhaseCheckpointer(Callback):
 
 def _bag_size(state: State) -> int:
     """That of the coming step."""
-    return next(a.schedule.bag_size for a in state.algorithms if isinstance(a, TokenSuperposition))
+    schedule = schedule_of(state.algorithms)
+    return 1 if schedule is None else schedule.bag_size

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -127,6 +127,18 @@ def plan_steps(
     # Where whole epochs fall out, the share may not be met; then rather a little less than no recovery.
     plan, less = walk(high), walk(high - 1)
     return less if phases and plan.ends[-1] >= plan.total and less.ends[-1] < less.total else plan
+
+
+def check_epochs_end(phases: Sequence[Phase], max_duration: Time, data: Data) -> None:
+    """Refuse, with a ValueError, a phase until an epoch that may never come: of a loader without a length."""
+    if data.batches is not None or max_duration.unit == TimeUnit.EPOCH:
+        return
+    for phase in phases:
+        if phase.until.unit == TimeUnit.EPOCH:
+            raise ValueError(
+                f'Superposition until {phase.until.to_timestring()} may never end, because the train loader does not '
+                'say when an epoch does: give duration and until in ba, tok, sp or dur.'
+            )
 
 
 def simulate(ends: Sequence[Time], draws: Sequence[int], max_duration: Time, data: Data) -> Plan:
@@ -333,7 +345,7 @@ class Schedule:
             ends.append(end)
         self.progress.ends, self.progress.max_duration = ends, max_duration
 
-    def check(self, now: Timestamp, plan: Plan | None, whole: bool) -> None:
+    def check(self, now: Timestamp, plan: Plan | None, whole: bool, more_comes: bool = False) -> None:
         """Refuse a phase without steps, and a run that ends without a recovery phase.
 
         A plan takes rows for full. Padding can only put off a moment given in tokens, so that what the plan says of an
@@ -343,6 +355,7 @@ class Schedule:
             now: Where the run stands.
             plan: The expected steps of the phases to come, or None if they are not known.
             whole: Whether training ends where this fit does. If it may go on, a fit without recovery is a warning.
+            more_comes: Whether it is known to go on, so that recovery may come later.
 
         Raises:
             ValueError: If that is so for certain.
@@ -352,7 +365,7 @@ class Schedule:
         to_come = range(len(self.progress.ended), len(self.phases))
         last = self.progress.ends[-1]
         past = last.unit == longest.unit and last >= longest
-        if past or (plan is not None and plan.ends[-1] >= plan.total):
+        if not more_comes and (past or (plan is not None and plan.ends[-1] >= plan.total)):
             problem = (
                 f'Superposition lasts until {self.phases[-1].until.to_timestring()} but training ends at '
                 f'{longest.to_timestring()}, so there would be no recovery phase: end it earlier or train longer.'
@@ -399,6 +412,12 @@ class Schedule:
                 break
             self.progress.ended.append(int(timestamp.batch))
         return len(self.progress.ended) > before
+
+
+def schedule_of(algorithms: Iterable[Any]) -> Schedule | None:
+    """That of the algorithm that has one, None if none has."""
+    found = (getattr(algorithm, 'schedule', None) for algorithm in algorithms)
+    return next((schedule for schedule in found if isinstance(schedule, Schedule)), None)
 
 
 def _refuse_or_warn(problem: str, certain: bool, whole: bool) -> None:

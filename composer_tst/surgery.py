@@ -6,17 +6,20 @@ the multi-hot cross-entropy. After the backward pass, the model is as it was.
 
 import functools
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from composer.core import State
+from composer.loggers import Logger
 from composer.models import HuggingFaceModel
 from torch import nn
 
+from composer_tst.compatibility import is_known, logits_of, takes, unwrapped
 from composer_tst.ops.cross_entropy import multi_hot_cross_entropy
 from composer_tst.ops.fold import bag_rows, bag_targets, extra_values
-from composer_tst.ops.superposed import CALL, give_back, superposed
+from composer_tst.ops.superposed import restore, superposed
+from composer_tst.ops.watch import CallStandIn
 from composer_tst.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -24,67 +27,33 @@ log = logging.getLogger(__name__)
 
 def take_off(model: nn.Module) -> None:
     """Leave a model as it was, also where a run that ended in the middle of a pass left it changed."""
-    call = vars(model).get(CALL)
-    if isinstance(call, _FoldAtCall):
-        call.take_off()
-    give_back(model)
+    restore(model)
     model = unwrapped(model)
     loss = vars(model).get('loss')
     if isinstance(loss, _Loss):
         loss.take_off()
 
 
-class _FoldAtCall:
-    """Where a model's call is looked for, while a Trainer may call it with a superposed microbatch.
-
-    It stands where ``nn.Module.compile`` puts the compiled call, so that it is never compiled itself, and copies of the
-    model leave it out. Calls of callbacks go through as they are.
-    """
+class _FoldAtCall(CallStandIn):
+    """Folds the microbatch that a Trainer calls the model with. Calls of callbacks go through as they are."""
 
     def __init__(self, state: State, fold: Callable[[State], dict[str, Any]]):
-        self._state, self._fold, self._model = state, fold, state.model
-        self._stand()
-
-    def _stand(self) -> None:
-        self._had = vars(self._model).get(CALL)
-        vars(self._model)[CALL] = self
-
-    def take_off(self) -> None:
-        """Leave the model's call as it was."""
-        if vars(self._model).get(CALL) is self:
-            del vars(self._model)[CALL]
-            if self._had is not None:
-                vars(self._model)[CALL] = self._had
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy of the model is called as ever: Composer's models copy what torch's leave out."""
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
+        super().__init__(state.model)
+        self._state, self._fold = state, fold
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         batch = [*args, *kwargs.values()][0] if args or kwargs else None
         if batch is None or batch is not self._state.batch:
-            return (self._had or self._model._call_impl)(*args, **kwargs)
+            return self.call_on(*args, **kwargs)
         self.take_off()
         try:
-            return self._model(self._fold(self._state))
+            return self.model(self._fold(self._state))
         finally:
-            self._stand()
-
-
-def unwrapped(model: nn.Module) -> Any:
-    """The ComposerModel in a Trainer's model."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
-def takes(model: Any) -> Collection[str] | None:
-    """The values of a batch that a model's forward is given; None if it is given the whole batch."""
-    return model.model_forward_args if isinstance(model, HuggingFaceModel) else None
+            self.put_on()
 
 
 class Microbatches:
-    """What each microbatch of a superposed step goes through, an event a method.
+    """Fold each microbatch when the model is called with it, and undo that after the backward pass: an event a method.
 
     Args:
         state: The Trainer's.
@@ -118,7 +87,7 @@ class Microbatches:
         """Note, before a batch is moved to the device, whether all of its tokens are attended."""
         self._full, self._batch = full, None
 
-    def begin_try(self, state: State) -> None:
+    def before_train_batch(self, state: State, logger: Logger) -> None:
         """Undo what a try at this batch that failed, anywhere, has left: Composer tries smaller microbatches."""
         if self._batch is not None:
             self.remove()
@@ -127,7 +96,7 @@ class Microbatches:
         self._router_losses.clear()
         self._still_full.clear()
 
-    def before_forward(self, state: State) -> None:
+    def before_forward(self, state: State, logger: Logger) -> None:
         """Have the model fold the microbatch when it is called with it."""
         self._call = _FoldAtCall(state, self._fold)
 
@@ -162,7 +131,7 @@ class Microbatches:
             self._still_full.append(mask.all())
         return not self._full
 
-    def after_forward(self) -> None:
+    def after_forward(self, state: State, logger: Logger) -> None:
         """Give the model's call back.
 
         Raises:
@@ -184,7 +153,7 @@ class Microbatches:
             self._call.take_off()
             self._call = None
 
-    def before_loss(self, state: State) -> None:
+    def before_loss(self, state: State, logger: Logger) -> None:
         """Have the model's loss of ``state.outputs`` be the multi-hot cross-entropy, until :meth:`after_loss`."""
         own = vars(self._model).get('loss', type(self._model).loss)
         if own is not self._own_loss and not is_known(own):
@@ -196,7 +165,7 @@ class Microbatches:
             )
         vars(self._model)['loss'] = _Loss(self.loss, self._model, state)
 
-    def after_loss(self) -> None:
+    def after_loss(self, state: State, logger: Logger) -> None:
         """Give the model the loss back that it had.
 
         Raises:
@@ -210,7 +179,7 @@ class Microbatches:
             )
         loss.take_off()
 
-    def after_backward(self) -> None:
+    def after_backward(self, state: State, logger: Logger) -> None:
         """Leave the model as it was."""
         assert self._pass is not None
         self._pass.__exit__(None, None, None)
@@ -279,29 +248,6 @@ class Microbatches:
         return bag_targets(labels, batch.get('attention_mask'), self._bag_size, self._settings.superpose)
 
 
-def logits_of(model: Any, outputs: Any) -> torch.Tensor:
-    """The logits ``(B, P, V)`` in what a model's forward returns.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    if isinstance(outputs, Mapping):
-        logits, names = outputs.get('logits'), ', '.join(outputs)
-    else:
-        logits, names = (outputs[0] if isinstance(outputs, (tuple, list)) else outputs), type(outputs).__name__
-    if not isinstance(logits, torch.Tensor):
-        raise ValueError(
-            f'{type(model).__name__} returns {names} from its forward: have it return logits (B, P, V), under the name '
-            'logits, first in a tuple, or alone.'
-        )
-    return logits
-
-
-def is_known(loss: Any) -> bool:
-    """Whether a loss is the next-token cross-entropy of Composer's or llm-foundry's own models."""
-    return getattr(loss, '__module__', '').partition('.')[0] in ('composer', 'llmfoundry')
-
-
 class _Loss:
     """The loss on a model's instance while a Trainer computes one."""
 
@@ -350,7 +296,7 @@ def put_train_metrics_aside(state: State) -> Callable[[], None]:
 
 
 class MicrobatchSize:
-    """Lets a microbatch have as many positions as in plain training, where rows have become shorter."""
+    """Scale the microbatch size, where rows are shorter, so that it has as many positions as in plain training."""
 
     def __init__(self, state: State):
         self._state = state

@@ -1,6 +1,6 @@
 """One-place changes of the core, each run through the tests that cover it: which of them live.
 
-    python -m tools.mutants [--count 80] [--seed 0] [--only run.py]
+    python -m tools.mutants [--count 80] [--seed 0] [--only loader.py]
 
 A fixed sample for a seed. A change that no test notices is printed with its line: either it is harmless, or a test is
 missing.
@@ -30,11 +30,11 @@ REPO = Path(__file__).parents[1]
 PACKAGE = REPO / 'composer_tst'
 TESTS = {
     'algorithm.py': ['used_again', 'plain_code', 'changed_settings', 'superposition', 'epoch_ends'],
-    'compatibility.py': ['plain_code', 'stack', 'callbacks', 'surgery'],
-    'loader.py': ['loader', 'epoch_ends', 'used_again', 'superposition'],
+    'compatibility.py': ['plain_code', 'stack', 'callbacks', 'compatibility', 'first_batch'],
+    'loader.py': ['loader', 'epoch_ends', 'used_again', 'superposition', 'loaders_of_ones_own'],
     'ops/fold.py': ['fold', 'superposition', 'plain_code'],
     'schedule.py': ['schedule', 'changed_settings'],
-    'settings.py': ['mistakes', 'schedule', 'weighting', 'changed_settings', 'superposition'],
+    'settings.py': ['mistakes', 'schedule', 'settings', 'changed_settings', 'superposition'],
     'surgery.py': ['surgery', 'superposition', 'used_again', 'plain_code'],
 }
 COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -71,14 +71,12 @@ def changes(tree: ast.Module) -> Iterator[tuple[int, Callable[[Any], None]]]:
 def mutants(count: int, seed: int, only: str | None) -> Iterator[tuple[str, int, str, str]]:
     """A sample of ``(file, line, the line before, the whole file after)``."""
     places = []
-    for name in TESTS:
+    for name in TESTS if only is None else [only]:
         source = (PACKAGE / name).read_text()
         tree = ast.parse(source)
         places += [(name, source, tree, number, change) for number, change in changes(tree)]
     random.Random(seed).shuffle(places)
     for name, source, tree, number, change in places[:count]:
-        if only is not None and name != only:
-            continue
         changed = copy.deepcopy(tree)
         node = list(ast.walk(changed))[number]
         line = node.lineno  # pyright: ignore[reportAttributeAccessIssue]
@@ -137,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument('--count', type=int, default=80)
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--only')
+    parser.add_argument('--only', choices=TESTS)
     arguments = parser.parse_args()
     for name in TESTS:
         test_files(name)

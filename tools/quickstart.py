@@ -97,7 +97,7 @@ class Training:
 
 
 def main(
-    data: Annotated[Path, typer.Option(help='What prepare_data.py wrote.')],
+    data: Annotated[Path, typer.Option(help='What `composer-tst prepare-data` wrote.')],
     runs: Annotated[Path, typer.Option(help='Where runs and their logs go.')],
     seed: Annotated[int, typer.Option(help='Of the weights and of the order of the data.')] = 17,
     overrides: Annotated[list[str] | None, typer.Argument(metavar='KEY=VALUE...', help='As for llmfoundry.')] = None,

@@ -81,6 +81,11 @@ def check_batches(batches: Sequence[Any]) -> None:
             raise ValueError(
                 f'The train loader yields {kind}: superposition needs a mapping with input_ids and labels.'
             )
+        if not isinstance(ids := batch['input_ids'], torch.Tensor):
+            raise ValueError(
+                f'The train loader yields input_ids as {type(ids).__name__}: superposition needs a tensor (rows, '
+                'tokens).'
+            )
         if batch.keys() != first.keys():
             raise ValueError(
                 f'Of the batches of one step one has {", ".join(first)}, another {", ".join(batch)}: have the collator '

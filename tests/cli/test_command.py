@@ -179,3 +179,10 @@ def test_what_is_wrong_gets_one_sentence(
     assert (result.exit_code, result.stderr.count('\n')) == (1, 1)
     assert result.stderr.startswith('error: ')
     assert message in result.stderr
+
+
+def test_the_file_that_spark_submit_runs():
+    file = REPO / 'composer_tst' / 'cli' / 'main.py'
+    shown = subprocess.run([sys.executable, str(file), 'recipe'], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert '270m_tst' in shown.stdout

@@ -92,8 +92,12 @@ def run(yaml: str, overrides: list[str]) -> dict[str, Any]:
     }
 
 
-def counts_of_epochs() -> dict[str, list[float]]:
-    """What is counted where a run in epochs leaves samples out, on any ranks, and drops the ends of rows."""
+def counts_of_epochs(added_later: bool = False) -> dict[str, list[float]]:
+    """What is counted where a run in epochs leaves samples out, on any ranks, and drops the ends of rows.
+
+    Args:
+        added_later: Whether the algorithm is added to a Trainer that is made, and has wrapped its model.
+    """
     from common.trainers import Rows, llama, logged, make_trainer
 
     dataset = Rows(22, 9)
@@ -101,7 +105,9 @@ def counts_of_epochs() -> dict[str, list[float]]:
     sampler = dist.get_sampler(dataset, drop_last=True)
     loader = torch.utils.data.DataLoader(dataset, batch_size=4 // ranks, sampler=sampler, drop_last=True)
     algorithm = TokenSuperposition(4, '0.5dur', expand='batch')
-    trainer, logger = make_trainer(llama(), loader, algorithm, '3ep')
+    trainer, logger = make_trainer(llama(), loader, None if added_later else algorithm, '3ep')
+    if added_later:
+        trainer.state.algorithms.append(algorithm)
     trainer.fit()
     keys = ('bag_size', 'data_tokens', 's_tokens', 'samples_left_out')
     return {key: logged(logger, f'superposition/{key}') for key in keys}
@@ -139,7 +145,7 @@ def main() -> None:
         results['runs'][name] = run(yaml, [*overrides, *case.overrides])
         if name in ('ddp', 'fsdp1', 'fsdp2'):
             # As a run begins, a watched pass and a pass of the first batch have their own.
-            watched = mock.patch.object(superposing, '_is_watched', return_value=True)
+            watched = mock.patch.object(superposing, 'is_watched', return_value=True)
             checked = mock.patch('composer_tst.algorithm.check_first_batch')
             with watched, checked, Collectives() as collectives:
                 run(yaml, [*overrides, *case.overrides])
@@ -147,6 +153,7 @@ def main() -> None:
             with Collectives() as of_plain_run:
                 run(plain_yaml, [*plain, *case.overrides])
             results['collectives'][name] = collectives.counts, of_plain_run.counts
+    results['counts of epochs, added later'] = counts_of_epochs(added_later=True)
     results['tensor parallel embedding'] = tensor_parallel_embedding()
     results['counts of epochs'] = counts_of_epochs()
     if dist.get_global_rank() == 0:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 IGNORE = -100
 
@@ -128,3 +129,16 @@ def loss_of(hf_model: Any, rows: list[list[Position]], weights: Sequence[float],
     if getattr(outputs, 'aux_loss', None) is not None:
         loss = loss + hf_model.config.router_aux_loss_coef * outputs.aux_loss
     return loss
+
+
+class Extended(nn.Module):
+    """The definition of an embedding that looks up bags: one with a row more for each bag of the batch."""
+
+    def __init__(self, embedding: nn.Embedding, rows: Any):
+        super().__init__()
+        self.embedding, self.rows = embedding, rows
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        means = mean_embeddings(self.embedding, self.rows).flatten(0, 1)
+        tokens = self.embedding(torch.arange(self.embedding.num_embeddings))
+        return torch.cat([tokens, means])[ids]

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from common import reference
 from common.profiled import Collectives
 from composer_tst import functional as F_tst
-from composer_tst.ops import superposed as superposing
+from composer_tst.ops import watch
 
 V, D, S = 40, 16, 2
 
@@ -132,18 +132,6 @@ def fold_of(rank: int) -> dict[str, Any]:
     return F_tst.fold_batch({'input_ids': ids, 'attention_mask': mask} if rank else {'input_ids': ids}, S)
 
 
-class Extended(nn.Module):
-    """The definition of an embedding that looks up bags: one with a row more for each bag."""
-
-    def __init__(self, embedding: nn.Embedding, rows: Any):
-        super().__init__()
-        self.embedding, self.rows = embedding, rows
-
-    def forward(self, ids: Tensor) -> Tensor:
-        means = reference.mean_embeddings(self.embedding, self.rows).flatten(0, 1)
-        return torch.cat([self.embedding.weight, means])[ids]
-
-
 def definition(model: Any, plain: bool) -> dict[str, Tensor]:
     """The gradients on one process, the mean over the ranks' batches; of plain tokens, or of bags."""
     gradients: dict[str, Tensor] = {}
@@ -153,7 +141,7 @@ def definition(model: Any, plain: bool) -> dict[str, Tensor]:
             copied(folded['input_ids'][..., 0]).square().mean().backward()
         else:
             rows = reference.rows_of(folded)
-            copied.wte, copied.value = Extended(copied.wte, rows), Extended(copied.value, rows)
+            copied.wte, copied.value = reference.Extended(copied.wte, rows), reference.Extended(copied.value, rows)
             ids = torch.arange(V, V + folded['labels'][..., 0].numel()).view(folded['labels'].shape[:2])
             reference.multi_hot_loss(copied(ids), rows, [1.0] * S).backward()
         for name, p in copied.named_parameters():
@@ -253,7 +241,7 @@ def buffers_of_ddp(watched: bool) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     folded = fold_of(dist.get_rank())
     if not watched:
-        superposing._WATCHED[True].add(wrapped)
+        watch._WATCHED[True].add(wrapped)
     for turn in range(3):  # another pass would hand them round again
         optimizer.zero_grad()
         if turn < 2:

@@ -13,6 +13,7 @@ from composer.loggers import InMemoryLogger, Logger
 from composer.metrics import LanguageCrossEntropy
 from composer.models import ComposerModel, HuggingFaceModel
 from composer.utils import collect_env
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -109,6 +110,20 @@ def text_loader(
     return build_dataloader(config, tokenizer, batch_size)
 
 
+class Bare(ComposerModel):
+    """A user's own model: some embeddings, some head."""
+
+    def __init__(self, *embeddings: nn.Embedding):
+        super().__init__()
+        self.embeddings = nn.ModuleList(embeddings)
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return self.embeddings[0](batch['input_ids'])
+
+    def loss(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return outputs.sum()
+
+
 class Superposed:
     """A superposed microbatch of a model, event by event, without a Trainer."""
 
@@ -118,23 +133,27 @@ class Superposed:
         self.microbatches = Microbatches(self.state, settings)
         self.microbatches.enter_phase(bag_size)
 
+    def at(self, event: str) -> None:
+        """Come to an event."""
+        getattr(self.microbatches, event)(self.state, None)
+
     def loss(self, folded: dict[str, Any]) -> torch.Tensor:
         """Its loss, after the events that come before the backward pass."""
         rows = folded['input_ids'].flatten(1)
         self.state.batch = {'input_ids': rows, 'labels': rows.clone()}  # as handed on, not as predicted
         inputs = self.microbatches.begin(self.state, folded)
         self.state.outputs = self.state.model(inputs)
-        self.microbatches.after_forward()
-        self.microbatches.before_loss(self.state)
+        self.at('after_forward')
+        self.at('before_loss')
         loss = unwrapped(self.state.model).loss(self.state.outputs, self.state.batch)
-        self.microbatches.after_loss()
+        self.at('after_loss')
         return loss
 
     def step(self, folded: dict[str, Any]) -> torch.Tensor:
         """Its loss, once its backward pass is done."""
         loss = self.loss(folded)
         loss.backward()
-        self.microbatches.after_backward()
+        self.at('after_backward')
         return loss
 
 
@@ -153,7 +172,7 @@ def make_trainer(
     model: ComposerModel,
     train: Any,
     algorithms: Algorithm | Sequence[Algorithm] | None = None,
-    max_duration: str = '8ba',
+    max_duration: str | None = '8ba',
     **settings: Any,
 ) -> tuple[Trainer, InMemoryLogger]:
     """A Trainer on the device of `pytest --device`, and what it logs."""

@@ -1,7 +1,8 @@
 """What a user may get wrong, and the sentence that each gets, before training wherever it can be known then."""
 
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -128,6 +129,15 @@ def t5() -> Any:
     return HuggingFaceModel(T5ForConditionalGeneration(T5Config(**sizes)))
 
 
+class Endless:
+    """A loader that does not say how long it is."""
+
+    batch_size = 4
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.cycle(random_loader())
+
+
 RUNS: list[tuple[str, dict[str, Any], str]] = [
     # what is unusual of a run of 8 batches, bags of 4 until 3ba     its settings                         what it says
     ('no recovery', {'duration': '8ba'}, 'lasts until 8ba but training ends at 8ba, so there would be no recovery'),
@@ -144,10 +154,13 @@ RUNS: list[tuple[str, dict[str, Any], str]] = [
     ('in samples, of single batches', {'duration': '100sp', 'expand': 'none'}, 'so there would be no recovery phase'),
     ('an empty loader', {'train': random_loader(rows=3)}, 'loader has 0 batches'),
     ('a small loader', {'train': random_loader(rows=12)}, 'loader has 3 batches but one superposed step reads 4: use'),
+    ('epochs without an end', {'train': Endless(), 'duration': '1ep'}, 'Superposition until 1ep may never end'),
     ('an enormous bag', {'bag_size': 10**9}, 'loader has 12 batches but one superposed step reads 1000000000: use'),
     ('rows of tuples', {'train': rows_of(lambda row: tuple(row.values()))}, 'The train loader yields list'),
     ('no labels', {'train': rows_of(lambda row: {'input_ids': row['input_ids']})},
      'The batch has no labels (it has input_ids): have the collator add them.'),
+    ('a larger vocabulary', {'train': rows_of(lambda row: {k: v + 1000 for k, v in row.items()})},
+     'rows: train on data of the model'),
     ('no input_ids', {'train': rows_of(lambda row: {'labels': row['labels']})}, 'needs a mapping with input_ids'),
     ('positions', {'train': rows_of(lambda row: row | {'position_ids': torch.arange(12) // 2})},
      'cannot fold position_ids: it is not of whole rows'),

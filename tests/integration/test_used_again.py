@@ -200,6 +200,18 @@ def test_a_run_in_several_fits_is_the_run_in_one(chunks: list[int], until: str):
     assert run(*chunks)[3] == pytest.approx(run(8)[3], abs=0)
 
 
+def test_a_fit_that_is_not_the_last_does_not_miss_recovery(caplog: pytest.LogCaptureFixture):
+    trainer, logger = make_trainer(llama(), random_loader(), TokenSuperposition(2, '4ba'), '6ba')
+    for _ in range(2):
+        trainer.fit(duration='3ba')
+        assert 'recovery' not in caplog.text
+    assert logged(logger, 'superposition/bag_size') == [2] * 4 + [1] * 2
+    trainer, _ = make_trainer(llama(), random_loader(), TokenSuperposition(2, '4ba'), None)
+    trainer.fit(duration='3ba')
+    assert 'so there would be no recovery phase' in caplog.text
+    assert 'the model has had no recovery phase' in caplog.text
+
+
 def test_a_clock_that_begins_again_begins_superposition_again(tmp_path: Path):
     trainer, logger = make_trainer(
         llama(),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -192,12 +193,22 @@ def test_tensors_lists_strings_and_plain_values():
             [{'input_ids': torch.zeros(2, 3)}, {'input_ids': torch.zeros(2, 4)}],
             'input_ids comes in shapes .* pad every',
         ),
-        ([{'input_ids': torch.zeros(2, 3), 'n': n} for n in (1, 2)], r'n differs between the batches of one step'),
-        ([{'input_ids': torch.zeros(2, 3), 'n': 1}, {'input_ids': torch.zeros(2, 3)}], 'one has input_ids, n, another'),
         (
-            [{'input_ids': torch.zeros(2, 3), 'n': None}] * 2,
-            'cannot fold n: it is a NoneType: have the collator leave it',
+            [{'input_ids': torch.zeros(2, 3)}, {'input_ids': None}],
+            'yields input_ids as NoneType: superposition needs a',
         ),
+        ([{'input_ids': torch.zeros(2, 3), 'n': n} for n in (1, 2)], r'n differs between the batches of one step'),
+        ([{'input_ids': torch.zeros(2, 3), 'n': torch.tensor(n)} for n in (1.0, 2.0)], 'n differs'),
+        ([{'input_ids': torch.zeros(2, 3)}, {'input_ids': torch.zeros(2, 3), 'mask': 1}], 'another input_ids, mask'),
+        ([{'input_ids': torch.zeros(2, 3), 'n': 1}, {'input_ids': torch.zeros(2, 3)}], 'one has input_ids, n, another'),
+        *(
+            (
+                [{'input_ids': torch.zeros(2, 3), 'n': n}] * 2,
+                f'cannot fold n: it is a {kind}: have the collator leave it',
+            )
+            for n, kind in ((None, 'NoneType'), ({'a': 1}, 'dict'), (np.zeros(1), 'ndarray'))
+        ),
+        ([{'input_ids': torch.zeros(2, 3), 'attention_mask': None}] * 2, 'cannot fold attention_mask'),
     ],
 )
 def test_batches_that_do_not_fit_together_are_refused(given: list[Any], message: str):

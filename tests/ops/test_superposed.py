@@ -1,5 +1,6 @@
 """Bags in any module's embedding, held to the definition in loss and gradients; what a model must not do with ids."""
 
+import collections
 import contextlib
 import copy
 import io
@@ -17,8 +18,9 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from composer_tst import functional as F_tst
-from composer_tst.ops import superposed as module_under_test
-from composer_tst.ops.superposed import BagLookup, find_embedding, give_back, superposed
+from composer_tst.ops import watch
+from composer_tst.ops.lookup import BagLookup
+from composer_tst.ops.superposed import find_embedding, restore, superposed
 
 S, V, D = 3, 60, 8
 
@@ -32,18 +34,6 @@ def fold(padded: bool = False, dtype: torch.dtype = torch.int64, rows: int = 6, 
     return F_tst.fold_batch(batch, S, **how)
 
 
-class Extended(nn.Module):
-    """The definition of an embedding that looks up bags: one with a row more for each bag of the batch."""
-
-    def __init__(self, embedding: nn.Embedding, rows: Any):
-        super().__init__()
-        self.embedding, self.rows = embedding, rows
-
-    def forward(self, ids: Tensor) -> Tensor:
-        means = reference.mean_embeddings(self.embedding, self.rows).flatten(0, 1)
-        return torch.cat([self.embedding(torch.arange(V)), means])[ids]
-
-
 def logits_of(outputs: Any) -> Tensor:
     return outputs if isinstance(outputs, Tensor) else outputs.logits
 
@@ -54,7 +44,7 @@ def definition(model: Any, folded: Any) -> tuple[Tensor, list[Tensor | None]]:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Embedding) and child.num_embeddings == V:
-                setattr(module, name, Extended(child, rows))
+                setattr(module, name, reference.Extended(child, rows))
     ids = torch.arange(V, V + folded['labels'].shape[:2].numel()).view(folded['labels'].shape[:2])
     rest = {key: value for key, value in folded.items() if key in ('attention_mask', 'token_type_ids')}
     loss = reference.multi_hot_loss(logits_of(model(input_ids=ids, **rest)), rows, [1.0] * S)
@@ -909,6 +899,9 @@ def test_a_model_that_is_not_called_is_refused(call: Any):
             model(**inputs)
 
 
+CALLED: list[Any] = []  # where a watched call leaves its trace
+
+
 class Restless(Model):
     """Draws random numbers of every kind, keeps running means and counts its calls."""
 
@@ -923,6 +916,7 @@ class Restless(Model):
         x = F.dropout(self.norm(self.wte(ids).flatten(0, 1)).view(*ids.shape, D), 0.3)
         self.seen += x.detach().mean((0, 1))  # pyright: ignore
         if not torch.compiler.is_compiling():
+            CALLED.append(self)
             self.calls += 1
             self.scale *= 1.5
             self.later = x.detach()[0] if self.later is None else self.later + x.detach()[0]
@@ -933,6 +927,7 @@ class Restless(Model):
 @pytest.mark.parametrize('how', ['eager', 'aot_eager', 'autocast', 'checkpointed'])
 def test_the_watched_call_changes_no_bit(how: str):
     """Nor does it in a run that is killed and begun again, and watched anew."""
+    CALLED.clear()
 
     def run(watched: bool) -> list[Tensor]:
         torch._dynamo.reset()
@@ -944,7 +939,7 @@ def test_the_watched_call_changes_no_bit(how: str):
         if how == 'checkpointed':
             model.look = lambda _, ids: checkpoint(model.draws, model, ids, use_reentrant=True)
         if not watched:
-            module_under_test._WATCHED[True].add(call)
+            watch._WATCHED[True].add(call)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         results = []
         for turn in range(3):
@@ -955,9 +950,66 @@ def test_the_watched_call_changes_no_bit(how: str):
             optimizer.zero_grad()
             results.append(loss)
             if watched and turn == 1:
-                give_back(call)
+                restore(call)
         kept = [torch.tensor(model.calls), torch.tensor(model.scale), torch.rand(1), torch.tensor(np.random.rand())]
         return [*results, *model.parameters(), *model.buffers(), *kept]
 
-    for mine, theirs in zip(run(True), run(False), strict=True):
-        assert torch.equal(mine, theirs)
+    mine, calls = run(True), len(CALLED)
+    theirs = run(False)
+    assert len(CALLED) - calls < calls  # a watched call is one more
+    for each, other in zip(mine, theirs, strict=True):
+        assert torch.equal(each, other)
+
+
+class Hoards(Model):
+    """Keeps what it is given in every kind of place that is neither buffer nor trained, and hooks its activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.look = self.hoards
+        self.mean, self.losses, self.of_layers, self.generator = torch.zeros(D), [], {'seen': []}, torch.Generator()
+        self.last, self.pair, self.shapes = collections.deque(maxlen=2), (torch.zeros(1), [0]), set()
+        self.centers = nn.Parameter(torch.ones(D), requires_grad=False)
+
+    def hoards(self, model: Any, ids: Tensor) -> Tensor:
+        x = self.wte(ids)
+        x.retain_grad()
+        x.register_hook(lambda gradient: gradient * 1.5)
+        now = x.detach().mean((0, 1))
+        self.mean += now
+        self.centers.lerp_(now, 0.5)
+        self.losses.append(now.sum())
+        self.of_layers['seen'].append(len(self.losses))
+        self.of_layers[f'at {len(self.losses)}'] = [now]
+        self.last.append(now)
+        self.pair[0].add_(1)
+        self.pair[1][0] += 1
+        self.shapes.add((len(self.losses), *ids.shape))
+        if not hasattr(self, 'first'):
+            self.first = x.mean()
+        noise = torch.rand(D, generator=self.generator)
+        return x + self.mean + noise + self.centers + len(self.losses) + self.pair[0] + self.first
+
+
+def test_the_watched_call_leaves_nothing_that_modules_keep_of_their_own():
+    def run(watched: bool) -> Any:
+        model = Hoards()
+        if not watched:
+            watch._WATCHED[True].add(model)
+        losses = []
+        for turn in range(2):
+            if turn:
+                del model.first
+            loss, _ = step(model, fold())
+            losses.append(loss)
+            if watched:
+                restore(model)
+        kept = [model.mean, model.centers, *model.losses, *model.last, *model.pair[0], model.generator.get_state()]
+        for name in ('at 1', 'at 2'):
+            kept += model.of_layers.pop(name)
+        assert (model.pair[1], model.of_layers, len(model.shapes)) == ([2], {'seen': [1, 2]}, 2)
+        return [*losses, *kept, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    mine, theirs = run(True), run(False)
+    assert len(mine) == len(theirs)
+    assert all(torch.equal(each, other) for each, other in zip(mine, theirs, strict=True))

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from composer_tst import TokenSuperposition
 from composer_tst.ops.cross_entropy import multi_hot_cross_entropy
 from composer_tst.ops.embedding import bag_embedding
-from tools.benchmarks import host, measure, operations, recipe, stepping
+from tools.benchmarks import host, measure, operations, published_step, stepping
 from tools.benchmarks import run as benchmark
 
 
@@ -222,7 +222,7 @@ def test_folding_is_timed_beside_the_copy_of_the_rows(device: torch.device):
 
 def test_a_recipe_at_its_size():
     pytest.importorskip('omegaconf', reason='llm-foundry brings it')
-    published = recipe.Recipe.published()
+    published = published_step.Recipe.published()
     assert str(published) == 'B=8 L=2048 d=576 layers=30 V=128256'
     assert published.bag_size == 6
     with torch.device('meta'):
@@ -231,18 +231,18 @@ def test_a_recipe_at_its_size():
     assert model.config._attn_implementation == 'sdpa'
 
 
-def tiny_recipe() -> recipe.Recipe:
+def tiny_recipe() -> published_step.Recipe:
     """The recipe's own bags, in a model that a test can train."""
     pytest.importorskip('omegaconf', reason='llm-foundry brings it')
     heads = {'num_attention_heads': 1, 'num_key_value_heads': 1}
     sizes = {'hidden_size': 64, 'num_hidden_layers': 1, 'intermediate_size': 64, 'vocab_size': 300}
-    return recipe.Recipe.published(batch_size=2, length=15, **heads, **sizes)
+    return published_step.Recipe.published(batch_size=2, length=15, **heads, **sizes)
 
 
 @pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_steps_of_a_recipe(compiled: bool, device: torch.device):
     shape = tiny_recipe()
-    rates = list(recipe.rates(device, shape, compiled, seconds=0.0))
+    rates = list(published_step.rates(device, shape, compiled, seconds=0.0))
     assert [rate.step for rate in rates] == ['plain', 'sequence', 'batch', 'recovery']
     assert rates[0].time_ratio == rates[0].memory_ratio == 1
     # Rows of 15 tokens have two bags of 6 each, and a tail that `batch` leaves out.
@@ -280,7 +280,7 @@ def test_all_parts_are_measured_that_the_device_can_do(tmp_path: Path, monkeypat
     app.command()(benchmark.main)
     assert CliRunner().invoke(app, []).exit_code == 0
     assert asked == [part for part in benchmark.Part if part not in benchmark.OF_A_GPU]
-    monkeypatch.setattr(benchmark, 'recipe_rates', lambda on, shape, _: recipe.rates(on, shape, False, 0.0))
+    monkeypatch.setattr(benchmark, 'recipe_rates', lambda on, shape, _: published_step.rates(on, shape, False, 0.0))
     result = CliRunner().invoke(app, ['recipe', '--json', str(tmp_path / 'made.json')])
     assert result.exit_code == 0, result.output
     made = json.loads((tmp_path / 'made.json').read_text(), parse_constant=pytest.fail)

@@ -1,4 +1,4 @@
-"""The pages: short, and every link in them leads somewhere."""
+"""The pages: short sentences, few numbers, and every link leads somewhere."""
 
 import re
 from pathlib import Path
@@ -10,6 +10,39 @@ from tools import draw_method
 
 OTHERS = ('.', 'data', 'runs', 'build', 'dist')  # hidden ones too: pytest's cache has a page
 PAGES = sorted(path for path in REPO.rglob('*.md') if not path.relative_to(REPO).parts[0].startswith(OTHERS))
+
+
+# The words that nine of ten sentences have at most.
+LONGEST = {
+    'README.md': 25,
+    'docs/method_card.md': 25,
+    'docs/compatibility.md': 28,
+    'docs/resuming.md': 28,
+    'CONTRIBUTING.md': 28,
+}
+NUMBERS_IN_100_WORDS = 5
+
+
+def sentences(text: str) -> list[str]:
+    """A page's sentences, outside headings, code blocks, tables and pictures; of a link, its words."""
+    text = re.sub(r'^```.*?^```', '', text, flags=re.M | re.S)
+    text = re.sub(r'^(#|\||!\[).*$', '', text, flags=re.M)
+    text = re.sub(r'\]\([^)]*\)', ']', text)
+    text = re.sub(r'^\s*(- |\d+\. )', '\n', text, flags=re.M)  # an item is a paragraph
+    paragraphs = [re.sub(r'\s+', ' ', paragraph).strip() for paragraph in re.split(r'\n\s*\n', text)]
+    return [
+        sentence for paragraph in paragraphs for sentence in re.split(r'(?<=[.?!])[*)]* (?=\S)', paragraph) if sentence
+    ]
+
+
+def words(sentence: str) -> list[str]:
+    """Its words; signs that stand alone are none."""
+    return [word for word in sentence.split() if re.search(r'\w', word)]
+
+
+def numbers(sentence: str) -> list[str]:
+    """Those in figures, in code and with units too, but not in names such as FSDP2."""
+    return re.findall(r'(?<![\w.,])\d[\d.,]*', sentence)
 
 
 def anchors(path: Path) -> set[str]:
@@ -27,6 +60,23 @@ def test_every_link_leads_somewhere(path: Path):
         target = path.parent / name if name else path
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_sentences_and_their_numbers_are_counted():
+    page = '# 1\n\nOne [two](https://3.org/4) `0.5dur`. Of FSDP2:\n\n- 6,000 + 7?\n\n| 8 |\n\n```\n9.\n```\n'
+    assert sentences(page) == ['One [two] `0.5dur`.', 'Of FSDP2:', '6,000 + 7?']
+    assert [len(words(sentence)) for sentence in sentences(page)] == [3, 2, 2]
+    assert [numbers(sentence) for sentence in sentences(page)] == [['0.5'], [], ['6,000', '7']]
+
+
+@pytest.mark.parametrize('page', LONGEST)
+def test_a_page_reads_at_once(page: str):
+    said = sentences((REPO / page).read_text())
+    long = [sentence for sentence in said if len(words(sentence)) > LONGEST[page]]
+    assert len(long) <= len(said) / 10, long
+    count = sum(len(words(sentence)) for sentence in said)
+    found = [sentence for sentence in said if numbers(sentence)]
+    assert sum(len(numbers(sentence)) for sentence in found) <= count * NUMBERS_IN_100_WORDS / 100, found
 
 
 def test_the_first_page_is_short():

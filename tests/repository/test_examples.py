@@ -202,6 +202,25 @@ def test_hf_trainer_resumes_to_the_bit(hf: Any, tmp_path: Path, step: int):
         assert torch.equal(weights_of(resumed)[name], weight), name
 
 
+def test_the_loop_of_the_readme_trains():
+    transformers = pytest.importorskip('transformers')
+    page = (REPO / 'README.md').read_text()
+    (loop,) = [code for code in re.findall(r'^```python\n(.+?)^```', page, re.M | re.S) if 'F_tst.draw' in code]
+    torch.manual_seed(0)
+    sizes = {'hidden_size': 16, 'intermediate_size': 32, 'num_hidden_layers': 1, 'num_attention_heads': 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
+    before = copy.deepcopy(model.state_dict())
+    names: dict[str, Any] = {
+        'model': model,
+        'optimizer': torch.optim.AdamW(model.parameters()),
+        'loader': [{'input_ids': torch.randint(64, (2, 12))} for _ in range(6 * 3 + 4)],
+        'sizes': [],
+    }
+    exec(loop.replace('6000', '3') + '    sizes.append(batches.bag_size)\n', names)
+    assert names['sizes'] == [6, 6, 6, 1, 1, 1, 1]
+    assert all(not torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
 @pytest.mark.slow
 def test_hf_trainer_on_two_processes_trains_as_on_one(hf: Any, tmp_path: Path):
     torchrun(str(EXAMPLES / 'hf_trainer.py'), str(tmp_path / 'two'), str(STEPS))

@@ -1,5 +1,7 @@
 """yamls/pretrain and launch: the published models, by count and name, and a few real steps of each YAML."""
 
+import json
+import re
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -14,6 +16,9 @@ from llmfoundry.command_utils import train
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import no_init_weights
+from typer.testing import CliRunner
+
+from composer_tst.cli.plan.command import app
 
 pytestmark = pytest.mark.streaming
 
@@ -142,6 +147,32 @@ def test_a_recipe_trains_on_a_cpu_with_its_sizes_overridden(name: str, kind: str
     assert all(torch.isfinite(weight).all() for weight in trainer.state.model.parameters())
     assert (tmp_path / f'{name}-{kind}' / 'checkpoints').is_dir()
     trainer.close()
+
+
+def test_the_five_lines_of_the_readme_fit_runs_of_any_length(
+    tiny_quickstart: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """In a YAML that has another scheduler and no algorithm."""
+    (lines,) = re.findall(r'^```yaml\n(.+?)^```', (REPO / 'README.md').read_text(), re.M | re.S)
+    config: Any = OmegaConf.load(REPO / 'yamls' / 'quickstart' / 'baseline.yaml')
+    config.scheduler = {'name': 'cosine_with_warmup', 't_warmup': '100ba', 'alpha_f': 0.1}
+    config |= yaml.safe_load(lines)
+    sizes = [override for override in tiny_quickstart if not override.startswith('scheduler')]
+    place = [f'variables.folder={tmp_path}', f'save_folder={tmp_path}/checkpoints', 'autoresume=false']
+    trainer = trained(config, [*sizes, *place, 'max_duration=20ba', 'save_interval=20ba'])
+    assert trainer.state.timestamp.sample == 4 * (6 * 6 + 14)
+    assert [path.name for path in (tmp_path / 'checkpoints').glob('bag*')] == ['bag6-to-bag1']
+    shown = ''.join(capfd.readouterr())
+    assert 'Superposition until step 6 of 20' in shown
+    assert 'WARNING: composer_tst' not in shown
+    trainer.close()
+    OmegaConf.save(config, tmp_path / 'run.yaml')
+    for steps in (600, 4_800, 100_000):
+        result = CliRunner().invoke(app, [str(tmp_path / 'run.yaml'), f'max_duration={steps}ba', '--json'])
+        assert result.exit_code == 0, result.output
+        plan = json.loads(result.stdout)
+        assert plan['phases'][0]['steps'] == 0.3 * steps
+        assert plan['remarks'] == []
 
 
 def test_the_launch_template_trains_with_its_sizes_overridden(dataset: Path, tmp_path: Path):

@@ -67,6 +67,8 @@ class Case:
     chunks: int  # steps in a fit, 0 for one fit
     stops: tuple[int, ...]  # steps after which a new Trainer resumes
     fails: bool  # the first Trainer is stopped by an exception in the step after
+    wrapped: tuple[str, str]  # how a callback wraps the loader: not, as it is, or one batch ahead; and at which event
+    late: str  # how a callback changes labels before the loss: not, in place, or anew
 
 
 @st.composite
@@ -102,6 +104,12 @@ def cases(draw: Any) -> Case:
     stops = tuple(sorted(draw(st.sets(st.integers(1, steps), max_size=3))))
     # Of several fits each has its duration, and a share is one of that.
     in_parts = unit == 'ba' and data in ('map-style', 'iterable') and all(kind != 'dur' for _, kind in ends)
+    on_tokens = draw(st.booleans())
+    moments_are_known = all(kind == 'ba' or (kind, unit) == ('dur', 'ba') for _, kind in ends)
+    # Composer shuffles anew only what is a DataLoader.
+    wrappers = (
+        ['no'] if data == 'shuffled' else ['no', 'no', 'as it is'] + ['ahead'] * (moments_are_known and not in_parts)
+    )
     worker = st.sampled_from([0] * 15 + [2]) if data != 'iterable' else st.just(0)
     return Case(
         phases=tuple(zip(sizes, ends, strict=True)),
@@ -117,11 +125,14 @@ def cases(draw: Any) -> Case:
         packed=draw(st.booleans()),
         workers=tuple(draw(st.lists(worker, min_size=len(stops) + 1, max_size=len(stops) + 1))),
         microbatch=draw(st.integers(1, batch_size)),
-        on_tokens=draw(st.booleans()),
+        on_tokens=on_tokens,
         max_duration=max_duration,
         chunks=draw(st.sampled_from([0, 0, 0, 1, 2, 3])) if in_parts else 0,
         stops=stops,
         fails=draw(st.booleans()),
+        wrapped=(draw(st.sampled_from(wrappers)), draw(st.sampled_from(['fit_start', 'epoch_start']))),
+        # Losses are weighed by the labels of the batch, as Composer weighs them: before these are changed.
+        late='no' if on_tokens else draw(st.sampled_from(['no', 'in place', 'anew'])),
     )
 
 
@@ -141,6 +152,12 @@ def row_of(case: Case, index: int) -> dict[str, torch.Tensor]:
         sequences = np.cumsum(generator.random(case.length) < 0.3)
         row['sequence_id'] = np.where(attended, sequences, -1) if case.padded else sequences
     return {key: torch.from_numpy(value.astype(np.int64)) for key, value in row.items()}
+
+
+def without_fifths(ids: torch.Tensor, labels: torch.Tensor, length: int) -> torch.Tensor:
+    """Labels that leave each fifth id out, but for the second of a row: it has always one."""
+    others = torch.arange(ids.shape[-1]) % length != 1
+    return labels.masked_fill((ids % 5 == 0) & others, -100)
 
 
 class Mapped(torch.utils.data.Dataset):
@@ -243,10 +260,6 @@ def epochs_of(case: Case, folder: str) -> Iterator[list[dict[str, torch.Tensor]]
         yield list(loader)[:length]
 
 
-class Refused(Exception):
-    """The run is one that must be refused."""
-
-
 def simulate(case: Case, folder: str, observed_switches: list[int]) -> list[Step]:
     """The steps of a run, and how its model fares, from the contract."""
     model = Model()
@@ -287,6 +300,9 @@ def simulate(case: Case, folder: str, observed_switches: list[int]) -> list[Step
             continue
         rows = rows[:used]
         step, weighed = _step_of(case, rows, s, model)
+        if case.late != 'no':
+            changed = [row | {'labels': without_fifths(row['input_ids'], row['labels'], case.length)} for row in rows]
+            _, weighed = _step_of(case, changed, s, model)
         optimizer.zero_grad()
         loss = torch.stack([weight * part for weight, part in weighed]).sum()
         loss.backward()
@@ -375,6 +391,13 @@ class Records(Callback):
     def before_forward(self, state: Any, logger: Any) -> None:
         self.microbatches.append(len(state.batch['input_ids']))
 
+    def before_loss(self, state: Any, logger: Any) -> None:
+        labels = without_fifths(state.batch['input_ids'], state.batch['labels'], self.case.length)
+        if self.case.late == 'in place':
+            state.batch['labels'].copy_(labels)
+        elif self.case.late == 'anew':
+            state.batch['labels'] = labels
+
     def after_backward(self, state: Any, logger: Any) -> None:
         if self.fails_at == int(state.timestamp.batch):
             raise Failure
@@ -395,7 +418,9 @@ def run(case: Case, folder: str) -> list[Step]:
             log = InMemoryLogger()
             fails = case.fails and index == 0 and stop is not None
             records = Records(case, recorded, stop if fails else None)
-            trainer = _trainer(case, folder, workers, log, [records, StopsAt(stop)], checkpoints, load)
+            trainer = _trainer(
+                case, folder, workers, log, [records, StopsAt(stop), Wraps(*case.wrapped)], checkpoints, load
+            )
             with contextlib.suppress(Failure):
                 _fit(trainer, case)
             trainer.close()
@@ -415,6 +440,40 @@ def run(case: Case, folder: str) -> list[Step]:
         record.data_tokens, record.s_tokens = int(values['data_tokens'][step]), int(values['s_tokens'][step])
         record.loss = values['loss'][step]
     return [recorded[step] for step in sorted(recorded)]
+
+
+class Wrapper:
+    """A loader that is, in all but iteration, another."""
+
+    def __init__(self, inner: Any, ahead: bool):
+        self.inner, self.ahead = inner, ahead
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__['inner'], name)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.inner)
+        held = [next(batches, None)] if self.ahead else []
+        while (batch := next(batches, None)) is not None or held:
+            held.append(batch)
+            if (batch := held.pop(0)) is None:
+                return
+            yield batch
+
+
+class Wraps(Callback):
+    """Wraps the loader, wherever another is set."""
+
+    def __init__(self, how: str, event: str):
+        self.how, self.event = how, event
+
+    def run_event(self, event: Any, state: Any, logger: Any) -> None:
+        if event.value == self.event and self.how != 'no' and not isinstance(state.dataloader, Wrapper):
+            length = -1 if state.dataloader_len is None else int(state.dataloader_len)
+            state.set_dataloader(Wrapper(state.dataloader, self.how == 'ahead'), 'train', length)
 
 
 class StopsAt(Callback):
@@ -472,7 +531,8 @@ def _fit(trainer: Trainer, case: Case) -> None:
 def kind_of(case: Case) -> str:
     """What a case is one of, for the count at the end."""
     how = 'failed and resumed' if case.fails and case.stops else 'resumed' if case.stops else 'in one go'
-    return f'{case.expand}/{case.superpose}, {case.data}, {"in several fits, " if case.chunks else ""}{how}'
+    loader = f'{case.data} {case.wrapped[0]}' if case.wrapped[0] != 'no' else case.data
+    return f'{case.expand}/{case.superpose}, {loader}, {"in several fits, " if case.chunks else ""}{how}'
 
 
 def check(case: Case, kinds: collections.Counter) -> None:
@@ -531,6 +591,9 @@ def _check_refusal(case: Case, folder: str, reason: str) -> None:
     units = {until[1] for _, until in case.phases}
     if 'does not say what a batch holds' in reason:
         assert (case.max_duration[1], units) == ('ep', {'dur', 'tok'}), reason
+        return
+    if 'does not say when an epoch does' in reason:
+        assert case.data == 'iterable' and 'ep' in units, reason  # noqa: PT018
         return
     assert 'has no steps' in reason or 'no recovery phase' in reason or 'increasing times' in reason, reason
     if any(until[1] == 'dur' for _, until in case.phases) and case.max_duration[1] == 'ep':

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from composer_tst.loader import BagLoader, Resumption, merge_batches
+from composer_tst.loader import BagLoader, Resumption
 
 
 def collate(samples: list[int]) -> dict[str, Any]:
@@ -203,51 +203,3 @@ def test_a_loader_of_any_type_will_do():
     batches = [collate([i]) for i in range(4)]
     assert drawn(bag_loader(batches, 2)) == [[0, 1], [2, 3]]
     assert drawn(bag_loader(iter(batches), 2)) == [[0, 1], [2, 3]]
-
-
-def test_tensors_lists_and_plain_values_are_merged():
-    merged = merge_batches([collate([0, 1]), collate([2])])
-    assert merged['input_ids'].shape == (3, 3)
-    assert merged['total_tokens'] == [3, 3, 3]
-    assert merged['flag'] is True
-
-
-def test_a_tensor_without_dimensions_is_one_for_all_rows():
-    batches = [{**collate([i]), 'scale': torch.tensor(2.0)} for i in range(2)]
-    assert merge_batches(batches)['scale'] == 2
-    with pytest.raises(ValueError, match='scale differs'):
-        merge_batches([batches[0], {**batches[1], 'scale': torch.tensor(3.0)}])
-
-
-zero = torch.zeros(1)
-
-
-@pytest.mark.parametrize(
-    ('batches', 'message'),
-    [
-        ([(1, 2), (1, 2)], 'yields tuple'),
-        ([{'ids': 1}, {'ids': 1}], 'needs a mapping with input_ids'),
-        ([{'input_ids': torch.zeros(2, 3)}, {'input_ids': torch.zeros(2, 4)}], 'input_ids comes in shapes'),
-        ([{'input_ids': torch.zeros(2, 3)}, {'input_ids': None}], 'input_ids comes in shapes'),
-        (
-            [{'input_ids': torch.zeros(1)}, {'input_ids': torch.zeros(1), 'mask': torch.zeros(1)}],
-            'another input_ids, mask',
-        ),
-        (
-            [{'input_ids': torch.zeros(1), 'n': [1]}, {'input_ids': torch.zeros(1)}],
-            'one has input_ids, n, another input_ids:',
-        ),
-        ([{'input_ids': zero, 'n': 1}, {'input_ids': zero, 'n': 2}], 'n differs'),
-        *(
-            (
-                [{'input_ids': zero, 'n': value}] * 2,
-                'Superposition cannot fold n: it is a .*: have the collator leave it out',
-            )
-            for value in (None, {'a': zero}, np.zeros(1))
-        ),
-        ([{'input_ids': zero, 'attention_mask': None}] * 2, 'Superposition cannot fold attention_mask'),
-    ],
-)
-def test_batches_that_do_not_fit_together_are_refused(batches: list, message: str):
-    with pytest.raises(ValueError, match=message):
-        merge_batches(batches)

@@ -55,8 +55,6 @@ def test_without_more_data_a_run_reads_what_a_plain_one_does():
         (Course([4], [20], 40, [4], batches_an_epoch=12), 'The run reads its data 8.3 times (a plain run of these'),
         # 160 / 159 is more than once and must not be rounded to it
         (Course([4], [20], 100, [4], batches_an_epoch=159), 'The run reads its data 1.007 times'),
-        (replace(QUICKSTART, decay_begins=899), 'The learning rate decays from step 899, and superposition'),
-        (replace(QUICKSTART, warmup_ends=901), 'The learning rate warms up until step 901, and superposition'),
         (replace(QUICKSTART, total=1799), 'Recovery has 899 of 1,799 steps, less than half'),
     ],
 )  # fmt: skip
@@ -69,8 +67,6 @@ def test_what_may_be_amiss_is_a_warning_with_its_number(changed: Course, warning
     'fine',
     [
         Course([4], [20], 100, [4], batches_an_epoch=160),
-        replace(QUICKSTART, decay_begins=900),
-        replace(QUICKSTART, warmup_ends=900),
         replace(QUICKSTART, total=1800),
     ],
 )

@@ -220,9 +220,9 @@ def test_the_plan_of_a_run_under_way_goes_on_from_where_it_stands():
 
 
 def test_all_that_is_saved_comes_back():
-    before = schedule_of((4, '0.1dur'), (2, '100tok'), began=0)
+    before = schedule_of((4, '3ba'), (2, '100tok'), began=2)
     place(before, '10ba', Data(tokens=10))
-    before.advance(at_batch(1))
+    before.advance(at_batch(3))
     progress = before.progress
     progress.s_tokens, progress.left_out, progress.dropped, progress.drawn, progress.batch_samples = 1, 2, 3, 4, 5
     state = before.progress.state_dict()
@@ -232,11 +232,6 @@ def test_all_that_is_saved_comes_back():
     assert list(itertools.chain(after.ended, after.ends)) == list(
         itertools.chain(before.progress.ended, before.progress.ends)
     )
-    del state['batch_samples']  # which earlier checkpoints do not have
-    assert Progress.from_state_dict(state).state_dict() == {**state, 'batch_samples': None}
-    del state['drawn']
-    with pytest.raises(ValueError, match='The checkpoint is of an earlier composer-tst'):
-        Progress.from_state_dict(state)
 
 
 def test_times_are_the_same_in_value_and_unit():

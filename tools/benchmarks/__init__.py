@@ -1,1 +1,1 @@
-"""What `benchmark.py` measures, and how."""
+"""What `run.py` measures, and how."""

@@ -24,8 +24,8 @@ from tools.benchmarks.loading import loader_cases
 from tools.benchmarks.machine import machine
 from tools.benchmarks.measure import Case, Result, clear, compare, copy_bandwidth
 from tools.benchmarks.operations import embedding_cases, loss_cases
-from tools.benchmarks.recipe import Rate, Recipe
-from tools.benchmarks.recipe import rates as recipe_rates
+from tools.benchmarks.published_step import Rate, Recipe
+from tools.benchmarks.published_step import rates as recipe_rates
 from tools.benchmarks.stepping import compiled_cases, step_cases
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from bisect import bisect_left
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,6 @@ from composer_tst.cli.main import CommandError
 from composer_tst.cli.plan.config import Run
 from composer_tst.cli.plan.cost import PhaseCost
 from composer_tst.cli.plan.stats import Data
-from composer_tst.lr_scheduler import turns
 from composer_tst.messages import Course, warnings_of
 
 
@@ -24,8 +24,23 @@ def remarks(config: DictConfig, run: Run, costs: list[PhaseCost], data: Data | N
         return []
     *ends, total = itertools.accumulate(cost.steps for cost in costs)
     course = Course([phase.bag_size for phase in run.phases], ends, total, run.draws)
-    warmup_ends, decay_begins = _turns(config, run, course, data)
-    return warnings_of(replace(course, warmup_ends=warmup_ends, decay_begins=decay_begins))
+    return [*_of_the_rate(course.superposed_until, *_turns(config, run, course, data)), *warnings_of(course)]
+
+
+def _of_the_rate(end: int, warmup_ends: int | None, decay_begins: int | None) -> list[str]:
+    """What may be amiss with the learning rate of a run that is superposed until step ``end``."""
+    found = []
+    if decay_begins is not None and decay_begins < end:
+        found.append(
+            f'The learning rate decays from step {decay_begins:,}, and superposition lasts until step {end:,}: '
+            'end it earlier, or decay later, so that recovery has steps at the full rate.'
+        )
+    if warmup_ends is not None and warmup_ends > end:
+        found.append(
+            f'The learning rate warms up until step {warmup_ends:,}, and superposition lasts until step {end:,} '
+            'alone: shorten t_warmup, or superpose for longer, else no superposed step has the full rate.'
+        )
+    return found
 
 
 def _turns(config: DictConfig, run: Run, course: Course, data: Data | None) -> tuple[int | None, int | None]:
@@ -58,3 +73,37 @@ def _turns(config: DictConfig, run: Run, course: Course, data: Data | None) -> t
         if data is None:
             return None, None  # it may need the length of an epoch, which only training knows
         raise CommandError(f'scheduler: {error}') from error
+
+
+# Steps at which a schedule is asked; between the two nearest to a turn, it is sought.
+POINTS = 500
+
+
+def turns(rate: Callable[[int], float], total: int) -> tuple[int | None, int | None]:
+    """The first and the last step at the highest learning rate, whatever the schedule.
+
+    Args:
+        rate: The multiplier of the learning rate at a step.
+        total: The steps of the run.
+
+    Returns:
+        tuple: None for a rate that is highest from the beginning, or to the end.
+    """
+    if total < 1:
+        return None, None
+    steps = sorted({(total - 1) * point // POINTS for point in range(POINTS + 1)})
+    rates = [rate(step) for step in steps]
+    top = max(rates) * (1 - 1e-9)
+    if top <= 0:
+        return None, None
+    high = [index for index, each in enumerate(rates) if each >= top]
+    warm, late = steps[high[0]], steps[high[-1]]
+    if high[0]:
+        between = range(steps[high[0] - 1], warm + 1)
+        warm = between[bisect_left(between, True, key=lambda step: rate(step) >= top)]
+        if rate(warm) > rates[high[0]]:  # the peak lies between two of the steps
+            late, top = warm, rate(warm) * (1 - 1e-9)
+    if following := [step for step in steps if step > late]:
+        between = range(late, following[0] + 1)
+        late = between[bisect_left(between, True, key=lambda step: rate(step) < top) - 1]
+    return warm or None, late if late < total - 1 else None

@@ -1,0 +1,430 @@
+"""A model's first call on ids that stand for bags, watched.
+
+The ids say nothing about tokens. A model that computes with them would train on nonsense. So its first call is made
+once more before it (:class:`FirstCall`): without a gradient, uncompiled and without a trace, while :class:`_Watch`
+follows the ids and refuses what reads or changes them.
+"""
+
+import collections
+import contextlib
+import copy
+import functools
+import random
+import sys
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
+
+from composer_tst.ops.lookup import stands_for_bags
+
+
+def version_of(ids: Tensor) -> int | None:
+    """How often a tensor was changed in place; tensors of inference mode do not say."""
+    return None if ids.is_inference() else ids._version
+
+
+# Models whose first call was watched, in training and in evaluation mode.
+_WATCHED: dict[bool, weakref.WeakSet[nn.Module]] = {True: weakref.WeakSet(), False: weakref.WeakSet()}
+_CALL = '_compiled_call_impl'
+
+
+def is_watched(model: nn.Module) -> bool:
+    """Whether a call of the model was watched, in the mode that it is in: training or evaluation."""
+    return model in _WATCHED[model.training]
+
+
+def watch_again(model: nn.Module) -> None:
+    """Watch the model's next call."""
+    for watched in _WATCHED.values():
+        watched.discard(model)
+
+
+class CallStandIn:
+    """Stands where ``nn.Module.compile`` puts the compiled call, and is called in place of a model.
+
+    What stands there is never compiled itself, and copies of the model leave it out.
+
+    Args:
+        model: The model that it stands in for, from now on.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.put_on()
+
+    def put_on(self) -> None:
+        """Stand in for the model's call, or what stands in for it now."""
+        self._had = vars(self.model).get(_CALL)
+        vars(self.model)[_CALL] = self
+
+    def take_off(self) -> None:
+        """Leave the model's call as it was."""
+        if vars(self.model).get(_CALL) is self:
+            del vars(self.model)[_CALL]
+            if self._had is not None:
+                vars(self.model)[_CALL] = self._had
+
+    def call_on(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model as ever."""
+        return (self._had or self.model._call_impl)(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of the model is called as ever: Composer's models copy what torch's leave out."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def take_stand_ins_off(model: nn.Module) -> None:
+    """Leave a model's call as it was, wherever a pass has ended."""
+    while isinstance(stand_in := vars(model).get(_CALL), CallStandIn):
+        stand_in.take_off()
+
+
+class FirstCall(CallStandIn):
+    """What a model's next call on ids that stand for bags goes through: a watched call before it.
+
+    Args:
+        model: The model.
+        given: The ids that it is given.
+        tables: The embeddings that look bags up, the input embedding first; none if ids are plain.
+
+    Attributes:
+        came: Whether there was such a call.
+        labels: Labels that the model is given to hand on, and must not read.
+    """
+
+    def __init__(self, model: nn.Module, given: Tensor, tables: list[nn.Embedding]):
+        super().__init__(model)
+        self._given, self._tables = given, tables
+        self._version = version_of(given)
+        self.came = False
+        self.labels: list[Tensor] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model, the first time twice."""
+        if torch.compiler.is_compiling():  # a function around the model: leaving the block refuses it
+            return self.model._call_impl(*args, **kwargs)
+        self.take_off()
+        try:
+            again, copies = _copy_call(args, kwargs)
+            ids = [value for value in copies.values() if isinstance(value, Tensor) and stands_for_bags(value)]
+            ours = bool(ids) or id(self._given) in copies  # else it is a call beside the pass, on plain ids
+            self.came |= ours
+            if ours and version_of(self._given) == self._version:  # else leaving the block refuses it
+                labels = [*self.labels, *(copies[id(label)] for label in self.labels if id(label) in copies)]
+                watch = _Watch(self.model, self._tables, [self._given, *ids] if self._tables else [], labels)
+                with torch.no_grad(), torch.compiler.set_stance('force_eager'), leaving_no_trace(self.model), watch:
+                    self.model(*again[0], **again[1])
+                watch.check()
+                _WATCHED[self.model.training].add(self.model)
+            return self.model(*args, **kwargs)
+        finally:
+            if not (self.came and is_watched(self.model)):
+                self.put_on()
+
+
+def _copy_call(args: Any, kwargs: Any) -> tuple[Any, dict[int, Any]]:
+    """A call's arguments again, as a forward may change them, and the copies by the ids of what they are copies of."""
+    leaves = (value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
+    copies: dict[int, Any] = {id(value): value.detach().clone() for value in leaves}
+    try:  # batches of a class of one's own, too
+        again = copy.deepcopy((args, kwargs), copies)
+    except Exception:  # a lock, say
+        again = tree_map(lambda value: copies.get(id(value), value), (args, kwargs))
+    return again, copies
+
+
+@contextlib.contextmanager
+def leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Put back what a pass may change: random numbers, buffers, frozen weights, and what modules keep of their own.
+
+    That is numbers, tensors and generators, also in lists, tuples, sets and dicts. No weight that autocast has cast is
+    kept.
+    """
+    numpy: Any = sys.modules.get('numpy')
+    states = random.getstate(), numpy and numpy.random.get_state()
+    kept = _Kept()
+    # FSDP1 keeps views of its weights among the attributes of modules.
+    wraps = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    for module in model.modules():
+        kept.note(module._buffers)
+        if wraps or type(module).__module__.startswith('torch.distributed'):  # DDP notes whether a call has a gradient
+            kept.note_numbers(module)
+        else:
+            kept.note_own(module)
+    devices = {p.device.index for p in model.parameters() if p.is_cuda}
+    if torch.cuda.is_initialized():
+        devices.add(torch.cuda.current_device())
+    with torch.random.fork_rng(devices), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # the call that counts warns
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()  # casts without a gradient
+            random.setstate(states[0])
+            if numpy:
+                numpy.random.set_state(states[1])
+            kept.put_back()
+
+
+class _Kept:
+    """Values as they were, to be put back in place."""
+
+    def __init__(self):
+        self._undo: list[Callable[[], Any]] = []
+        self._seen: set[int] = set()
+
+    def note_numbers(self, module: nn.Module) -> None:
+        """Note a module's numbers, and nothing that it sets up in its first call."""
+        numbers = {name: value for name, value in vars(module).items() if isinstance(value, (int, float))}
+        self._undo.append(lambda: vars(module).update(numbers))
+
+    def note_own(self, module: nn.Module) -> None:
+        """Note a module's frozen weights, and all attributes that ``nn.Module`` does not give it."""
+        for parameter in module._parameters.values():
+            if parameter is not None and not parameter.requires_grad:
+                self.note(parameter)
+        own = {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
+        for value in own.values():
+            self.note(value)
+
+        def put_back() -> None:
+            for name in vars(module).keys() - own.keys() - _OF_MODULES:
+                del vars(module)[name]
+            vars(module).update(own)
+
+        self._undo.append(put_back)
+
+    def note(self, value: Any) -> None:
+        """Note a value that may be changed in place, and all that it holds."""
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, torch.Generator):
+            self._undo.append(functools.partial(value.set_state, value.get_state()))
+        elif isinstance(value, Tensor):
+            self._undo.append(functools.partial(_put_tensor_back, value, value.detach().clone()))
+        elif type(value) in (dict, list, set, tuple, collections.deque):
+            for each in value.values() if isinstance(value, dict) else value:
+                self.note(each)
+            if not isinstance(value, tuple):
+                self._undo.append(functools.partial(_fill_again, value, copy.copy(value)))
+
+    def put_back(self) -> None:
+        """Have all values as they were."""
+        for undo in self._undo:
+            undo()
+
+
+def _put_tensor_back(tensor: Tensor, before: Tensor) -> None:
+    if not torch.equal(tensor, before.to(tensor)):
+        with torch.no_grad():
+            tensor.copy_(before)
+
+
+def _fill_again(holder: Any, before: Any) -> None:
+    holder.clear()
+    (holder.update if isinstance(holder, (dict, set)) else holder.extend)(before)
+
+
+# What each module has; whether it trains is its own.
+_OF_MODULES = vars(nn.Module()).keys() - {'training'} | {_CALL}
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Operators that move values of their first argument, and read none.
+_MOVES = _names("""
+    view _unsafe_view reshape _reshape_alias alias detach clone contiguous _to_copy copy_ pin_memory lift_fresh
+    lift_fresh_copy t transpose permute expand squeeze unsqueeze slice select narrow split split_with_sizes chunk unbind
+    unfold as_strided roll repeat flip index index_select masked_select gather cat stack constant_pad_nd
+""")
+# Those that make no more than a copy, as moving to a device does: labels are for the loss, whole.
+_COPIES = _names('alias detach clone _to_copy lift_fresh')
+# Operators that ask for shapes.
+_SHAPES = _names("""
+    empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros new_ones new_full
+    new_empty_strided is_same_size sym_size sym_numel sym_stride is_pinned record_stream
+""")
+# Methods of a tensor that hand its values to other than torch's operators: numpy, a loop in Python, a Triton kernel.
+_LEAVES = _names('tolist numpy __array__ __dlpack__ data_ptr')
+# transformers: one warns of padding without a mask; one counts positions, where no bag is padding.
+_HARMLESS = ('warn_if_padding_and_no_attention_mask', 'create_position_ids_from_input_ids')
+
+
+class _Watch(TorchDispatchMode):
+    """Follow ids, and refuse what reads them by value or writes to them, but for lookups in a :class:`BagLookup`.
+
+    A result that shares their storage, or is a copy, holds ids too. Labels, which a model may be given to hand on, are
+    followed in the same way.
+
+    Args:
+        model: Whose pass it is.
+        tables: The embeddings that look bags up, the input embedding first; none if ids are plain.
+        ids: Tensors of ids that stand for bags.
+        labels: Tensors of labels.
+    """
+
+    def __init__(self, model: nn.Module, tables: list[nn.Embedding], ids: list[Tensor], labels: list[Tensor]):
+        super().__init__()
+        self._model, self._tables = model, tables
+        self._held: dict[int, tuple[StorageWeakRef, str]] = {}
+        self._looked_up = False
+        self._methods = _WatchMethods(self)
+        for tensor in ids:
+            self._hold(tensor, 'ids')
+        for tensor in labels:
+            self._hold(tensor, 'labels')
+
+    def __enter__(self) -> Any:
+        for operator in torch._ops._higher_order_ops.values():
+            if _Watch not in operator.python_key_table:  # flex_attention and its kind: a mode must say what to do
+                operator.py_impl(_Watch)(_of_functions(operator))
+        self._methods.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._methods.__exit__(*error)
+
+    def check(self) -> None:
+        """Refuse a pass in which no ids were looked up in the input embedding."""
+        if self._tables and not self._looked_up:
+            raise ValueError(
+                f'{type(self._model).__name__} looks no ids of the batch up in its input embedding, so that it '
+                'would not read bags: have its forward call that module on the ids, or on a view of them.'
+            )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Run an operator, or refuse it."""
+        kwargs = kwargs or {}
+        name = func._schema.name.partition('::')[2]
+        what = self.what(args, kwargs)
+        if what is None or name in _SHAPES:
+            return func(*args, **kwargs)
+        if func.namespace == 'composer_tst':
+            self._looked_up |= any(frame.f_locals.get('self') is self._tables[0] for frame in _frames())
+            return func(*args, **kwargs)
+        if any(frame.f_code.co_name in _HARMLESS for frame in _frames()):
+            return func(*args, **kwargs)
+        writes = func._schema.is_mutable and self.what(args[0]) is not None
+        moved = 1 if name == 'copy_' else 0
+        may = _MOVES if what == 'ids' else _COPIES
+        if writes or name not in may or self.what(args[moved + 1 :], kwargs) is not None:
+            self.refuse(name, what, writes)
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                if leaf.dtype not in (torch.int64, torch.int32):
+                    self.refuse(f'{name} to {leaf.dtype}', what)
+                self._hold(leaf, what)
+        return result
+
+    def _hold(self, tensor: Tensor, what: str) -> None:
+        for part in _parts(tensor):
+            storage = part.untyped_storage()
+            self._held[storage._cdata] = StorageWeakRef(storage), what
+
+    def what(self, *values: Any) -> str | None:
+        """Whether there are ids or labels among values."""
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor):
+                for part in _parts(value):
+                    reference, what = self._held.get(part.untyped_storage()._cdata, (None, None))
+                    if reference is not None and not reference.expired():
+                        return what
+        return None
+
+    def refuse(self, operator: str, what: str, writes: bool = False) -> None:
+        """Raise a ValueError that names the module, the operator and the line."""
+        names = {id(module): name for name, module in self._model.named_modules()}
+        owner, line = type(self._model).__name__, ''
+        here = __file__.rpartition('/')[0]
+        frames = [frame for frame in _frames() if not frame.f_code.co_filename.startswith(here)]
+        for frame in frames:
+            if id(frame.f_locals.get('self')) in names:
+                module = frame.f_locals['self']
+                name = names[id(module)]
+                kind = vars(module).get('plain_class', type(module)).__name__
+                owner = f'{name} ({kind})' if name else kind
+                break
+        for frame in frames:
+            if '/torch/' not in frame.f_code.co_filename:
+                line = f', {frame.f_code.co_filename.rpartition("/")[2]}:{frame.f_lineno}'
+                break
+        if what == 'labels':
+            raise ValueError(
+                f'{owner} reads the labels by {operator}{line} in its forward, and a bag has several: have the forward '
+                'return logits, and the loss read labels.'
+            )
+        done = 'changes the ids of a superposed batch' if writes else 'reads the ids of a superposed batch by value'
+        raise ValueError(
+            f'{owner} {done} by {operator}{line}. Each stands for a bag: check, change or derive tokens where batches '
+            'are made, and have the model only look them up in an nn.Embedding as long as its input embedding.'
+        )
+
+
+class _WatchMethods(TorchFunctionMode):
+    """Refuse what hands the values of ids to other than torch's operators, and let hooks wait for a gradient."""
+
+    def __init__(self, watch: _Watch):
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Call a method, or refuse it."""
+        name = getattr(func, '__name__', '')
+        if name in _LEAVES and (what := self._watch.what(args)):
+            self._watch.refuse(name, what)
+        if name in ('retain_grad', 'register_hook') and not args[0].requires_grad:  # a watched call has no gradient
+            return RemovableHandle(collections.OrderedDict())
+        return func(*args, **(kwargs or {}))
+
+
+def _of_functions(operator: Any) -> Callable[..., Any]:
+    """What a watch does with an operator that takes functions: it runs unwatched if they have no ids."""
+
+    def rule(watch: _Watch, *args: Any, **kwargs: Any) -> Any:
+        captured = [_captured(value) for value in tree_leaves((args, kwargs))]
+        if what := watch.what(args, kwargs, captured):
+            watch.refuse(operator.name(), what)
+        return operator(*args, **kwargs)
+
+    return rule
+
+
+def _captured(function: Any) -> list[Any]:
+    """The values that a function has of the functions around it, and those that they have."""
+    cells = getattr(function, '__closure__', None) or ()
+    values = [cell.cell_contents for cell in cells]
+    return values + [_captured(value) for value in values]
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors with a storage that a tensor is made of: of a DTensor, the local one."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return [part for name in names for part in _parts(getattr(tensor, name))]
+    return [tensor] if tensor.layout == torch.strided else []
+
+
+def _frames() -> Iterator[types.FrameType]:
+    """The frames that have called, from the innermost."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
