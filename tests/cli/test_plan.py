@@ -343,6 +343,11 @@ def test_a_verdict_names_the_nearest_run_and_how_far_it_is():
     assert '1/3.8 of its parameters' in judged(70e6, 40, 4_800).distance
 
 
+def test_finetuning_is_not_judged_by_pre_training():
+    verdict = planned(PRETRAIN / '270m_tst.yaml', 'train_loader.name=finetuning')['verdict']
+    assert (verdict['verdict'], verdict['advice']) == (UNKNOWN, 'Finetune plainly.')
+
+
 def test_settings_that_are_not_published_have_no_verdict():
     assert judged(267e6, 157, 20_000, replace(BAGS, expand='none')).verdict == UNKNOWN
     assert judged(267e6, 157, 20_000, replace(BAGS, expand='batch')).verdict == UNKNOWN

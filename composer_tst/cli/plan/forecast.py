@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from composer.core import Time, TimeUnit
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from composer_tst.cli.plan.config import Run, equal_steps
 from composer_tst.cli.plan.cost import cost_phases
@@ -20,7 +20,7 @@ from composer_tst.cli.plan.measured import same_bags
 from composer_tst.cli.plan.model import Model
 from composer_tst.cli.plan.remarks import remarks
 from composer_tst.cli.plan.stats import Data
-from composer_tst.cli.plan.verdict import advice, judge
+from composer_tst.cli.plan.verdict import advice, judge, of_finetuning
 from composer_tst.settings import Phase
 
 SWEEP_BAGS = (2, 3, 4, 6, 8, 12, 16)
@@ -70,7 +70,10 @@ def make_plan(config: DictConfig, run: Run, model: Model, data: Data | None, spe
         run = replace(run, phases=(Phase(6, Time(0.3, TimeUnit.DURATION)),))
         bag, share, shares = 6, 0.3, [0.3]
     measured = same_bags(run, shares)
-    plan['verdict'] = asdict(judge(run, model, equivalent, steps, share, bag, measured))
+    verdict = judge(run, model, equivalent, steps, share, bag, measured)
+    if OmegaConf.select(config, 'train_loader.name') == 'finetuning':
+        verdict = of_finetuning(verdict)
+    plan['verdict'] = asdict(verdict)
     if superposed:
         expected = expect(run, model, equivalent, steps, share, bag, measured)
         plan['expected'] = expected and asdict(expected)

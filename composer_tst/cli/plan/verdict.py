@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from composer_tst.cli.plan.config import Run
 from composer_tst.cli.plan.expected import Known, distance, from_measured, published
@@ -55,6 +55,12 @@ def judge(
     return Verdict(
         verdict, why, _row(row, row not in [*grids, *rows]), _distance(row, model, *budget), advice(model, *budget)
     )
+
+
+def of_finetuning(verdict: Verdict) -> Verdict:
+    """The verdict on a run that only looks like one of pre-training."""
+    why = 'Superposition is for pre-training; finetuning with it was not measured.'
+    return replace(verdict, verdict=UNKNOWN, why=why, advice='Finetune plainly.')
 
 
 def is_published(model: Model, tokens_per_parameter: float, steps: int) -> bool:
