@@ -335,7 +335,7 @@ def test_a_verdict_is_that_of_readme(
 
 def test_a_verdict_names_the_nearest_run_and_how_far_it_is():
     found = judged(570e6, 157, 40_000)
-    assert found.nearest == 'better 0.075: published, 600M parameters, 70 tokens per parameter, 20,000 steps'
+    assert found.nearest == 'better 0.075 nats: published, 600M parameters, 70 tokens per parameter, 20,000 steps'
     assert found.distance == (
         'this run has about as many parameters, 2.2 times its tokens per parameter, 2 times its steps'
     )
@@ -369,7 +369,7 @@ def test_a_verdict_of_few_steps_is_by_the_nearest_budgets_on_either_side(monkeyp
     assert (few.verdict, few.why) == (
         WORSE, 'In the runs measured nearest, of 350 steps, these bags ended worse.'
     )  # fmt: skip
-    assert few.nearest.startswith('worse 0.050 ± 0.020: measured, a Llama of 400k parameters on prose, 1 tokens')
+    assert few.nearest.startswith('worse 0.050 ± 0.020 nats: measured, a Llama of 400k parameters on prose, 1 tokens')
     assert judged(400_000, 5, 1_800).why == (
         'In the runs measured nearest, of 1,800 steps, a gain of these bags was not sure.'
     )

@@ -131,7 +131,9 @@ def _row(row: Known, others: bool) -> str:
     spread = f' ± {row.deviation:.3f}' if row.deviation else ''
     who = f'{row.who}, {si(row.parameters)} parameters' if row.who == 'published' else f'{row.who}, {row.source}'
     tokens = f'{row.tokens / row.parameters:.3g} tokens per parameter'
-    return f'{change(row.change)}{spread}: {who}{" with other bags" if others else ""}, {tokens}, {row.steps:,} steps'
+    return (
+        f'{change(row.change)}{spread} nats: {who}{" with other bags" if others else ""}, {tokens}, {row.steps:,} steps'
+    )
 
 
 def _distance(row: Known, model: Model, tokens_per_parameter: float, steps: int) -> str:
