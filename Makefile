@@ -91,8 +91,11 @@ benchmark: export OMP_NUM_THREADS := $(shell nproc)
 benchmark-data: install ## measure: what preparing data costs, on an idle machine
 	$(PYTHON) -m tools.benchmarks.data_preparation speed $(if $(DATATROVE),--datatrove $(DATATROVE))
 
-wheel: install ## start: dist/*.whl; REPOSITORY=https://... makes the links of its page absolute
-	$(PYTHON) -m build
+# In an environment of its own, of three small packages.
+wheel: ## start: dist/*.whl; REPOSITORY=https://... makes the links of its page absolute
+	$(PYTHON3) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet 'build>=1,<2'
+	$(VENV)-wheel/bin/python -m build
 
 test: install ## check: the test suite (DEVICE=cpu)
 	$(PYTHON) -m pytest -n 2 --dist loadgroup --device $(DEVICE)

@@ -1,4 +1,4 @@
-"""The page of a package index, whose links must be absolute: ``REPOSITORY`` is the address that README's begin with."""
+"""What a package index shows: ``REPOSITORY`` is the address that links into the repository begin with."""
 
 import os
 import re
@@ -18,7 +18,24 @@ def page(text: str, repository: str | None) -> str:
     return re.sub(r'(?<!!)(\[[^]]*\]\()(?!\w+:|#)', rf'\g<1>{repository}/blob/main/', text)
 
 
+def urls(repository: str | None) -> dict[str, str]:
+    """What the method and its surroundings are read about, and where this package is, if that is given."""
+    own = {
+        'Source': repository,
+        'Issues': f'{repository}/issues',
+        'Changelog': f'{repository}/blob/main/CHANGELOG.md',
+    }
+    return {
+        'Paper': 'https://arxiv.org/abs/2605.06546',
+        'Patch-level training': 'https://arxiv.org/abs/2407.12665',
+        'Composer': 'https://github.com/mosaicml/composer',
+        'llm-foundry': 'https://github.com/mosaicml/llm-foundry',
+        **(own if repository else {}),
+    }
+
+
 setup(
     long_description=page(README, os.environ.get('REPOSITORY')),
     long_description_content_type='text/markdown',
+    project_urls=urls(os.environ.get('REPOSITORY')),
 )

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
+import json
+import re
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 # Module that holds the command as `app`, and what it does.
 COMMANDS = {
-    'plan': ('composer_tst.cli.plan.command', 'steps, data, time and expected gain of a run before it is run'),
+    'plan': ('composer_tst.cli.plan.command', 'whether a run is likely to gain, and its steps, data and time'),
     'prepare-data': ('composer_tst.cli.prepare_data.command', 'raw text, local or on S3, to tokenised MDS shards'),
     'compare': ('composer_tst.cli.compare.command', 'runs beside a baseline, as a table and a picture'),
     'recipe': ('composer_tst.cli.recipe', 'the configs of the published models'),
 }
-# What the extra `tools` installs and a training run does without.
-NEEDED = ('matplotlib', 'tqdm', 'typer')
 
 
 class CommandError(Exception):
@@ -28,7 +29,7 @@ def usage() -> str:
     """What there is, in lines."""
     width = max(map(len, COMMANDS))
     lines = [f'  {name.ljust(width)}  {about}' for name, (_, about) in COMMANDS.items()]
-    return '\n'.join(['composer-tst COMMAND ...; --help after a command tells more', '', *lines])
+    return '\n'.join(['composer-tst COMMAND ...; -h after a command tells more', '', *lines])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,8 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         int: 2 if there is no such command or it cannot run here, 0 after help. A command ends the process itself.
     """
-    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ['--help']
-    if name in ('--help', '-h'):
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ['help']
+    if name == 'help' and rest:
+        name, rest = rest[0], ['--help']
+    if name in ('help', '--help', '-h'):
         print(usage())
         return 0
     if name == '--version':
@@ -52,15 +55,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         meant = f' (did you mean {nearest[0]}?)' if nearest else ''
         print(f'error: {name} is no command{meant}: give one of {", ".join(COMMANDS)}', file=sys.stderr)
         return 2
-    missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
-    if missing:
-        print(
-            f"error: composer-tst {name} needs {', '.join(missing)}: pip install 'composer-tst[tools]'", file=sys.stderr
-        )
-        return 2
     module, _ = COMMANDS[name]
-    importlib.import_module(module).app(args=rest, prog_name=f'composer-tst {name}')
+    try:
+        app = importlib.import_module(module).app
+        app(args=rest, prog_name=f'composer-tst {name}', help_option_names=['-h', '--help'])
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith('composer_tst'):
+            raise
+        package = error.name.partition('.')[0]
+        print(f'error: composer-tst {name} needs {package}: pip install {_brings(package)}', file=sys.stderr)
+        return 2
     return 0
+
+
+def _brings(package: str) -> str:
+    """What to install for a package that is missing: this one, from where it was installed, with the right extra."""
+    try:
+        installed = distribution('composer-tst')
+    except PackageNotFoundError:
+        return package
+    extra, wanted = '', package
+    for requirement in installed.requires or ():
+        found = re.match(rf'({package}\b[^;]*).*extra == "(tools|spark)"', requirement)
+        if found:
+            wanted, extra = f"'{found[1].strip()}'", f'[{found[2]}]'
+            break
+    origin = json.loads(installed.read_text('direct_url.json') or '{}').get('url', '')
+    path = unquote(urlparse(origin).path)
+    # The package is on no index: if neither checkout nor wheel is there any more, what is missing is.
+    return f"'{path}{extra}'" if path and Path(path).exists() else wanted
 
 
 if __name__ == '__main__':  # spark-submit composer_tst/cli/main.py prepare-data ...

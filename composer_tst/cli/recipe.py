@@ -1,4 +1,4 @@
-"""``composer-tst recipe``: the configs of the published models, which run from any folder."""
+"""``composer-tst recipe``: the configs of the published models, which run on any machine."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Annotated
 import typer
 
 from composer_tst.cli.main import CommandError
+from composer_tst.cli.new_file import check_new, write_new
 
 # What the configs call the folder that they and the architectures' config.json lie in, from the repository's root.
-_IN_REPOSITORY = re.compile(r'(model_config: )yamls/pretrain/')
+_IN_REPOSITORY = re.compile(r'(model_config: )yamls/pretrain/(\w+)')
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -40,8 +41,8 @@ def _parameters(name: str) -> float:
     return float(number) * {'M': 1e6, 'B': 1e9}[unit]
 
 
-def recipe(name: str) -> str:
-    """A config that finds its architecture from any folder.
+def recipe(name: str, beside: Path) -> tuple[str, str]:
+    """A config, and the folder of its architecture in ``beside``, by which it names it.
 
     Raises:
         CommandError: If there is none of that name.
@@ -51,7 +52,9 @@ def recipe(name: str) -> str:
         nearest = difflib.get_close_matches(name, names(), 1)
         meant = f' (did you mean {nearest[0]}?)' if nearest else ''
         raise CommandError(f'there is no recipe {name!r}{meant}: give one of {", ".join(names())}')
-    return _IN_REPOSITORY.sub(rf'\g<1>{folder()}/', (folder() / f'{name}.yaml').read_text())
+    text = (folder() / f'{name}.yaml').read_text()
+    architecture = _IN_REPOSITORY.search(text)[2]  # pyright: ignore[reportOptionalSubscript]
+    return _IN_REPOSITORY.sub(lambda found: f'{found[1]}{beside / found[2]}', text), architecture
 
 
 @app.command()
@@ -59,7 +62,7 @@ def main(
     name: Annotated[str | None, typer.Argument(metavar='NAME', help='One of those listed without it.')] = None,
     output: Annotated[Path | None, typer.Option(metavar='FILE', help='Instead of printing it.')] = None,
 ) -> None:
-    """List the configs of the published models, or print one that runs from any folder."""
+    """List the configs of the published models, or write one, with the config.json of its architecture beside it."""
     try:
         if name is None:
             if output:
@@ -67,19 +70,24 @@ def main(
             width = max(map(len, names()))
             typer.echo('\n'.join(f'{each.ljust(width)}  {about(each)}' for each in names()))
             return
-        text = recipe(name)
+        text, architecture = recipe(name, output.parent if output else Path())
+        shape = f'{architecture}/config.json'
         if output is None:
             typer.echo(text, nl=False)
-        elif output.exists():
-            raise CommandError(f'--output {output}: it exists: remove it or name another')
-        else:
-            output.write_text(text)
-    except (CommandError, OSError) as error:
+            typer.echo(f'It needs {shape} beside it: --output FILE writes both.', err=True)
+            return
+        check_new('--output', output)
+        content = (folder() / shape).read_text()
+        beside = output.parent / shape
+        if not (beside.is_file() and beside.read_text() == content):  # which another recipe has written
+            write_new('--output', beside, content)
+        write_new('--output', output, text)
+    except CommandError as error:
         typer.echo(f'error: {error}', err=True)
         raise typer.Exit(1) from None
     typer.echo(
-        'Set variables.data, variables.tokenizer and variables.save to your own, then: '
-        f'composer -n 8 -c llmfoundry train {output or "FILE"}',
+        f'{output} and {beside} are written. Set variables.data, variables.tokenizer and variables.save to your own, '
+        f'then, in this folder: composer -n 8 -c llmfoundry train {output}',
         err=True,
     )
 

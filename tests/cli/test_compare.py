@@ -1,10 +1,13 @@
 """`composer-tst compare` on event files whose curves, and so whose answers, are known."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from composer.loggers.logger import format_log_data_value
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from typer.testing import CliRunner
@@ -29,6 +32,8 @@ def write(
     name: str = 'run',
     shorter: int = 1,
     attended: int = 10,
+    rate: float | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> Path:
     """One event file, placed as Composer does; 10 tokens a step, ``phases`` the bag size from each step on.
 
@@ -42,6 +47,8 @@ def write(
             if step in steps:
                 writer.add_scalar('time/token', tokens, step)
                 writer.add_scalar('loss/train/total', train, step)
+                if rate is not None:
+                    writer.add_scalar('lr-AdamW/group0', rate * min(step, 10), step)
             tokens += attended * bag
             positions += 10 // (shorter if bag > 1 else 1)
             if phases and step in steps:
@@ -52,6 +59,9 @@ def write(
         for step, loss in validation.items():
             writer.add_scalar(f'metrics/{label}/LanguageCrossEntropy', loss, step)
         writer.add_scalar('metrics/train/LanguageCrossEntropy', 1.0, steps.stop)
+        if settings is not None:
+            text = {key: format_log_data_value(item) for key, item in settings.items()}
+            writer.add_hparams(text, {'hparams/loss/train/total': 1.0}, run_name=name)
     return folder
 
 
@@ -130,11 +140,16 @@ def test_command_prints_the_table_and_draws_a_small_picture(tmp_path, command):
     path = tmp_path / 'new' / 'comparison.png'
     code, out, _ = command(baseline, wins, loses, '--output', path)
     assert code == 0
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
-    assert rows['baseline'] == ['3.0000', '-', '100', '1,000', '-']
-    assert rows['wins'] == ['2.7500', '-0.2500', '100', '1,900', 'not', 'reached']
-    assert rows['loses'] == ['3.5000', '+0.5000', '100', '1,300', '0.75x']
+    _, *rows = [re.split('  +', line) for line in out.splitlines()[:4]]
+    assert rows == [
+        ['baseline', '3.0000', '-', '100', '1,000', '-'],
+        ['wins', '2.7500', 'better 0.2500', '100', '1,900', 'better than the baseline ever was'],
+        ['loses', '3.5000', 'worse 0.5000', '100', '1,300', '0.75x'],
+    ]
     assert '(!)' not in out
+    # Without a picture the same is said.
+    code, short, _ = command(baseline, wins, loses)
+    assert (code, out) == (0, f'{short}\ncurves: {path}\n')
     content = path.read_bytes()
     assert content.startswith(b'\x89PNG\r\n\x1a\n')
     assert 10_000 < len(content) < 300_000
@@ -210,13 +225,80 @@ def test_a_file_that_is_cut_short_is_named(tmp_path: Path, command: Command):
         read_run(run)
 
 
+def test_a_pair_is_said_to_be_one_seed(tmp_path: Path, command: Command):
+    folders = [
+        write(tmp_path / name, BASELINE, phases=phases) for name, phases in (('a', None), ('b', TST), ('c', TST))
+    ]
+    assert 'One pair of runs is one seed: a small difference may be chance.' in command(*folders[:2])[1]
+    assert 'one seed' not in command(*folders)[1]
+
+
+LOADER: dict[str, Any] = {'name': 'text', 'dataset': {'local': 'a', 'split': 'train'}, 'num_workers': 8}
+SETTINGS: dict[str, Any] = {
+    'train_loader': LOADER,
+    'eval_loader': LOADER | {'dataset': {'local': 'a', 'split': 'val'}},
+    'optimizer': {'lr': 0.002},
+    'seed': 17,
+}
+TOLD = {'rate': 0.002, 'settings': SETTINGS}
+UNLOGGED = {'settings': SETTINGS}
+
+
+def of(name: str, loader: str, **dataset: str) -> dict[str, Any]:
+    """What a run tells if its loader reads something else."""
+    return TOLD | {'settings': SETTINGS | {loader: LOADER | {'num_workers': 1, 'dataset': {'local': name, **dataset}}}}
+
+
+@pytest.mark.parametrize(
+    ('baseline', 'run', 'known', 'sentence'),
+    [
+        ({}, {}, 'the same: batch; not known: data, learning rate, eval set', ''),
+        (TOLD, {}, 'the same: batch; not known: data, learning rate, eval set', ''),
+        (TOLD, TOLD, 'the same: data, batch, learning rate, eval set', ''),
+        # How many workers read the rows does not matter, nor where a cache is.
+        (of('a', 'train_loader', remote='s3://a'), of('b', 'train_loader', remote='s3://a'), 'the same: data, ', ''),
+        (TOLD, of('b', 'train_loader'), '; other: data', 'run and baseline were trained on other data, by train_load'),
+        (TOLD, of('b', 'eval_loader'), '; other: eval set', 'run and baseline were evaluated on other data, by eval_'),
+        (
+            TOLD, TOLD | {'settings': SETTINGS | {'eval_subset_num_batches': 5}}, '; other: eval set',
+            'run and baseline were evaluated on other data',
+        ),
+        ({}, {'label': 'c4'}, 'other: eval set', 'run was evaluated on c4 and baseline on eval: losses on different'),
+        (TOLD, {'rate': 0.001}, 'other: learning rate; not', 'other learning rates, first at step 1, 0.001 and 0.002'),
+        # The settings of a rate that was not logged have four digits: they tell another one, but not the same.
+        (UNLOGGED, UNLOGGED, 'the same: data, batch, eval set; not known: learning rate', ''),
+        (
+            UNLOGGED, {'settings': SETTINGS | {'optimizer': {'lr': 0.001}}}, '; other: learning rate',
+            'run and baseline had other learning rates, by optimizer, scheduler and max_duration',
+        ),
+        ({}, {'shorter': 4}, 'other: batch', 'positions a step and baseline on 10: equal steps are not equal compute'),
+    ],
+)  # fmt: skip
+def test_circumstances_are_the_same_only_if_both_runs_tell(
+    tmp_path: Path, command: Command, baseline: dict, run: dict, known: str, sentence: str
+):
+    first = write(tmp_path / 'baseline', BASELINE, **baseline)
+    second = write(tmp_path / 'run', BASELINE, **{'phases': TST, **run})
+    code, out, _ = command(first, second)
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if line.startswith('run beside baseline: ')]
+    assert known in line
+    assert ('lr_monitor in callbacks' in out) == ('not known' in line)
+    marked = [line for line in out.splitlines() if line.startswith('(!) ')]
+    assert len(marked) == bool(sentence)
+    assert all(sentence in line for line in marked)
+
+
 def test_the_title_says_whether_it_helped_and_by_how_much(tmp_path: Path):
     baseline = read_run(write(tmp_path / 'baseline', BASELINE))
     wins = read_run(write(tmp_path / 'wins', {50: 6.0, 100: 2.75}, phases=TST))
     loses = read_run(write(tmp_path / 'loses', {50: 6.0, 100: 3.5}, phases=TST))
-    assert picture.title([baseline, wins]) == 'wins ends 0.250 nats per token below baseline'
-    assert picture.title([baseline, loses]) == 'loses ends 0.500 nats per token above baseline'
-    assert picture.title([baseline, loses, wins]) == 'Of 2 runs wins ends lowest, 0.250 nats per token below baseline'
+    assert picture.title([baseline, wins]) == 'wins ends 0.250 nats per token better than baseline'
+    assert picture.title([baseline, loses]) == 'loses ends 0.500 nats per token worse than baseline'
+    assert (
+        picture.title([baseline, loses, wins])
+        == 'Of 2 runs wins ends lowest, 0.250 nats per token better than baseline'
+    )
 
 
 def test_runs_stay_distinct_past_eight():
@@ -226,7 +308,7 @@ def test_runs_stay_distinct_past_eight():
 
 def test_the_train_axis_shows_the_jump_at_the_switch(tmp_path: Path):
     run = read_run(write(tmp_path / 'run', BASELINE, phases=TST))
-    jump = Series(run.train.steps, np.where(run.train.steps < 30, 3.0, np.where(run.train.steps < 33, 5.0, 3.0)))
+    jump = Series(run.train.steps, np.where(run.train.steps < 30, 3.0, np.where(run.train.steps < 40, 5.0, 3.0)))
     jumped = Run(**{**vars(run), 'train': jump})
     _, high = picture._train_limits([read_run(write(tmp_path / 'baseline', BASELINE)), jumped])
     assert high > 5.0
@@ -247,6 +329,11 @@ def test_curves_are_cut_at_a_switch_and_the_superposed_part_is_dashed(tmp_path):
     assert np.asarray(recovery.get_xdata()).tolist() == list(range(30, 100))
     assert superposed.is_dashed()
     assert not recovery.is_dashed()
+
+
+@pytest.mark.parametrize(('steps', 'width'), [(5, 1), (40, 4), (100, 10), (600, 10), (3000, 30)])
+def test_short_runs_are_smoothed_too(tmp_path: Path, steps: int, width: int):
+    assert picture._width(read_run(write(tmp_path, {steps: 3.0}, steps=range(steps)))) == width
 
 
 def test_smoothing_averages_around_each_point():

@@ -1,8 +1,11 @@
 """`composer-tst plan` against sums written out by hand."""
 
 import json
+import os
 import re
-from dataclasses import asdict, replace
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,10 @@ from composer_tst.cli.plan.command import app
 from composer_tst.cli.plan.config import Run
 from composer_tst.cli.plan.expected import expect
 from composer_tst.cli.plan.forecast import SWEEP_BAGS, SWEEP_SHARES
-from composer_tst.cli.plan.measured import Measured, same_bags, warning
+from composer_tst.cli.plan.measured import Measured, same_bags
 from composer_tst.cli.plan.model import Model
-from composer_tst.cli.plan.tables import measured_lines
+from composer_tst.cli.plan.units import span, times
+from composer_tst.cli.plan.verdict import GAINS, UNKNOWN, WORSE, Verdict, judge
 from composer_tst.settings import Phase
 
 QUICKSTART = REPO / 'yamls' / 'quickstart'
@@ -93,15 +97,28 @@ def test_a_share_of_tokens_is_explained():
 def test_small_runs_are_in_megabytes_and_minutes():
     shown = run(QUICKSTART / 'baseline.yaml').stdout
     assert re.search(r'^shards +12.3 MB$', shown, re.M)  # 3000 * 16 * 64 tokens of 4 bytes
+    assert re.search(r'^time +less than a second on 8 H100', shown, re.M)
     seconds = 3000 * flops(16 * 64, 64) / (8 * 989e12 * 0.4)
-    assert re.search(rf'^time +{seconds:.2g} seconds on 8 H100', shown, re.M)
     hour = run(QUICKSTART / 'baseline.yaml', '--gpus', 1, '--mfu', seconds * 8 * 0.4 / 600).stdout
     assert re.search(r'^time +10.0 minutes on', hour, re.M)
 
 
-def test_a_yaml_without_superposition_is_told_what_to_add():
-    assert 'no superposition: add algorithms.token_superposition' in run(QUICKSTART / 'baseline.yaml').stdout
-    assert 'no superposition' not in run(QUICKSTART / 'tst.yaml').stdout
+@pytest.mark.parametrize(
+    ('hours', 'says'),
+    [
+        *((6.6e-5 / 3600, 'less than a second'), (1 / 3600, 'about a second'), (40 / 3600, '40 seconds')),
+        *((1.5, '90.0 minutes'), (30, '30.0 hours'), (100, '4.2 days')),
+    ],
+)
+def test_times_are_those_that_people_read(hours: float, says: str):
+    assert span(hours) == says
+
+
+def test_a_yaml_without_superposition_has_a_verdict_on_the_published_recipe():
+    shown = run(QUICKSTART / 'baseline.yaml').stdout
+    recipe = '{token_superposition: {bag_size: 6, duration: 0.3dur}}'
+    assert f'verdict             No superposition here; with {recipe}: ' in shown
+    assert 'No superposition' not in run(QUICKSTART / 'tst.yaml').stdout
 
 
 def test_what_needs_a_gpus_libraries_is_planned_without_and_written_back(tmp_path: Path):
@@ -289,42 +306,100 @@ def test_what_was_measured_is_that_of_the_same_bags_at_every_budget(monkeypatch:
     assert same_bags(two, [0.2, 0.3]) == []
 
 
-def test_a_run_of_few_steps_is_warned_where_nothing_was_gained(monkeypatch: pytest.MonkeyPatch):
+BAGS = replace(BATCH, phases=(Phase(6, Time.from_timestring('0.3dur')),))
+
+
+def judged(parameters: float, tokens_per_parameter: float, steps: int, run: Run = BAGS, bag: float = 6) -> Verdict:
+    model = replace(MODEL, parameters=int(parameters))
+    return judge(run, model, tokens_per_parameter * parameters, steps, 0.3, bag, same_bags(run, [0.3]))
+
+
+@pytest.mark.parametrize(
+    ('parameters', 'tokens_per_parameter', 'steps', 'verdict', 'advice'),
+    [
+        (267e6, 157, 20_000, GAINS, 'Use algorithms: {token_superposition: {bag_size: 6, duration: 0.3dur}}.'),
+        (1e9, 200, 100_000, GAINS, 'Use algorithms: '),
+        (125e6, 5, 600, WORSE, 'In fewer than 2,000 steps train plainly.'),
+        (125e6, 40, 4_800, UNKNOWN, 'Try algorithms: '),
+        (125e6, 1, 20_000, UNKNOWN, 'Try algorithms: '),
+        (70e9, 20, 100_000, UNKNOWN, 'Try algorithms: '),
+    ],
+)
+def test_a_verdict_is_that_of_readme(
+    parameters: float, tokens_per_parameter: float, steps: int, verdict: str, advice: str
+):
+    found = judged(parameters, tokens_per_parameter, steps)
+    assert found.verdict == verdict
+    assert found.advice.startswith(advice)
+
+
+def test_a_verdict_names_the_nearest_run_and_how_far_it_is():
+    found = judged(570e6, 157, 40_000)
+    assert found.nearest == 'better 0.075 nats: published, 600M parameters, 70 tokens per parameter, 20,000 steps'
+    assert found.distance == (
+        'this run has about as many parameters, 2.2 times its tokens per parameter, 2 times its steps'
+    )
+    assert times(0.001, 'steps') == '1/1,000 of its steps'
+    assert '1/3.8 of its parameters' in judged(70e6, 40, 4_800).distance
+
+
+def test_finetuning_is_not_judged_by_pre_training():
+    verdict = planned(PRETRAIN / '270m_tst.yaml', 'train_loader.name=finetuning')['verdict']
+    assert (verdict['verdict'], verdict['advice']) == (UNKNOWN, 'Finetune plainly.')
+
+
+def test_settings_that_are_not_published_have_no_verdict():
+    assert judged(267e6, 157, 20_000, replace(BAGS, expand='none')).verdict == UNKNOWN
+    assert judged(267e6, 157, 20_000, replace(BAGS, expand='batch')).verdict == UNKNOWN
+    assert judged(267e6, 157, 20_000, bag=40).verdict == UNKNOWN
+    many = replace(BAGS, phases=(Phase(6, Time.from_timestring('0.9dur')),))
+    model = replace(MODEL, parameters=600_000_000)
+    assert judge(many, model, 42e9, 20_000, 0.9, 6, []).verdict == WORSE
+
+
+def test_a_verdict_of_few_steps_is_by_the_nearest_budgets_on_either_side(monkeypatch: pytest.MonkeyPatch):
     worse, unsure, better = (
-        Measured(change, 0.02, 3, 'prose', 10, budget, steps)
+        Measured(change, 0.02, 3, 'prose', 400_000, budget, steps)
         for change, budget, steps in ((0.05, 1, 350), (-0.03, 5, 1_800), (-0.05, 20, 7_100))
     )
-    found = [worse, unsure, better]
-    monkeypatch.setattr('composer_tst.cli.plan.measured.read_measured', lambda: [([], [], '', each) for each in found])
-    assert warning(found, 2, 500) == (
-        'At the nearest measured budget, 1 tokens per parameter in 350 steps, it ended worse, though a small MPT '
-        'gained in 2,000 (docs/evidence_mpt.md): compare with a plain run first.'
+    every = [([6], [0.3], 'sequence', each) for each in (worse, unsure, better)]
+    for module in ('measured', 'verdict'):
+        monkeypatch.setattr(f'composer_tst.cli.plan.{module}.read_measured', lambda: every)
+    few = judged(400_000, 1, 400)
+    assert (few.verdict, few.why) == (
+        WORSE, 'In the runs measured nearest, of 350 steps, these bags ended worse.'
+    )  # fmt: skip
+    assert few.nearest.startswith('worse 0.050 ± 0.020 nats: measured, a Llama of 400k parameters on prose, 1 tokens')
+    assert judged(400_000, 5, 1_800).why == (
+        'In the runs measured nearest, of 1,800 steps, a gain of these bags was not sure.'
     )
-    assert '5 tokens per parameter in 1,800 steps, no gain of it was sure' in warning(found, 5, 2_000)
-    assert '5 tokens per parameter in 1,800 steps, no gain of it was sure' in warning(found, 2.5, 7_101)
-    assert warning(found, 20, 7_000) == warning(found, 20, 12_000) == ''
+    assert judged(400_000, 20, 7_000).verdict == GAINS
     # Between budgets that differ, the one of fewer steps tells too, though the other is nearer.
-    assert warning(found, 20, 4_000).startswith('At the nearest measured budget of fewer steps, 5 tokens per parameter')
-    # Bags that were run at other budgets alone, or nowhere, are judged by what was run at this one.
-    assert 'in 350 steps, all that was tried ended worse,' in warning([better], 1, 300)
-    assert 'in 350 steps, all that was tried ended worse,' in warning([], 1, 300)
-    assert warning([], 20, 7_000) == ''
-    # As many steps are published, of as many tokens.
-    assert warning([worse], 14, 20_000) == ''
-    assert 'no gain' in warning([worse], 1, 20_000)
+    assert 'of 1,800 and 7,100 steps, a gain of these' in judged(400_000, 20, 4_000).why
+    # What gained in a run that is far from this one is no promise.
+    assert judged(400_000_000, 20, 7_000).why.endswith('these bags gained, but they are far from this one.')
+    assert judged(400_000, 20, 12_000).verdict == UNKNOWN
+    # Bags that were run nowhere are judged by what was.
+    other = judge(replace(BAGS, expand='batch'), replace(MODEL, parameters=400_000), 400_000, 300, 0.3, 40, [])
+    assert (other.verdict, other.why) == (
+        WORSE, 'In the runs measured nearest, of 350 steps, what was tried ended worse.'
+    )  # fmt: skip
+    assert 'on prose with other bags, 1 tokens per parameter' in other.nearest
 
 
-def test_what_was_measured_comes_with_its_budgets():
-    plan = {
-        'measured': [asdict(Measured(-0.0123, 0.02, 3, 'prose', 362_816, 5.08, 1_800))],
-        'parameters': 3e9,
-        'measured_warning': 'A warning.',
-    }
-    assert measured_lines(plan) == [
-        'measured            in nats, on a Llama of 363k parameters (docs/evidence.md), where this run has 3B:',
-        '                    -0.012 ± 0.020 at 5.1 tokens per parameter, 1,800 steps of prose, 3 seeds',
-        '                    A warning.',
-    ]
+def test_all_that_is_known_is_shown_if_asked_for():
+    lines = run(QUICKSTART / 'baseline.yaml', '--bag-size', 6, '--duration', '0.3dur', '--verbose').stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith('measured '))
+    assert lines[at] == (
+        'measured            in nats, on a Llama of 363k parameters (docs/evidence.md), where this run has 918k:'
+    )
+    assert re.fullmatch(r' +worse 0\.\d{3} ± 0\.\d{3} at .* tokens per parameter, 350 steps of .*', lines[at + 1])
+    assert any(line.startswith('equivalent tokens ') for line in lines)
+    assert any('FLOPs per step' in line for line in lines)
+    short = run(QUICKSTART / 'baseline.yaml', '--bag-size', 6, '--duration', '0.3dur').stdout
+    assert len(short.splitlines()) < len(lines)
+    assert not re.search('FLOPs|equivalent|^measured', short, re.M)
+    assert [line.split()[0] for line in short.splitlines()[-4:]] == ['verdict', 'nearest', 'this', 'advice']
 
 
 def test_a_sweep_of_a_small_run_has_what_was_measured_there():
@@ -334,8 +409,7 @@ def test_a_sweep_of_a_small_run_has_what_was_measured_there():
     assert {point['expected']['steps'] for point in points if point['expected']} == {1_800}
     shown = run(QUICKSTART / 'baseline.yaml', '--sweep').stdout
     assert 'By a Llama of 363k parameters on Python source.' in shown
-    assert all(point['measured_warning'] in shown for point in points)
-    assert 'At the nearest measured budget, ' in points[0]['measured_warning']
+    assert shown.splitlines()[-1] == points[0]['advice']
 
 
 def test_the_sweep_has_every_point():
@@ -362,7 +436,7 @@ def test_the_sweep_has_every_point():
 
 
 def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path):
-    path = tmp_path / 'new.yaml'
+    path = tmp_path / 'folder' / 'new.yaml'
     result = run(
         QUICKSTART / 'baseline.yaml', f'max_duration={1000 * 16 * 64}tok', 'scheduler.name=constant_with_warmup',
         '--bag-size', 6, '--duration', '0.3dur', '--write', path,
@@ -371,15 +445,15 @@ def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path
     made: Any = OmegaConf.load(path)
     assert made.algorithms.token_superposition == {'bag_size': 6, 'duration': '0.3dur'}
     assert made.max_duration == '1000ba'
-    assert made.scheduler == {'name': 'warmup_stable_decay', 't_warmup': '100ba', 't_decay': '0.1dur', 'alpha_f': 0.0}
+    assert made.scheduler == {'name': 'warmup_stable_decay', 't_warmup': '0.05dur', 't_decay': '0.1dur', 'alpha_f': 0.0}
     assert OmegaConf.to_container(made)['train_loader']['dataset']['local'] == '${variables.data}'  # pyright: ignore
     assert [phase['steps'] for phase in planned(path)['phases']] == [300, 700]
     # What is printed is what is written.
     assert re.findall(r'^(?:superposed|plain) +\d+ +(\d+)', result.stdout, re.M) == ['300', '700']
     for said in (
         'max_duration is 1000ba and was 1024000tok: the steps of a plain run of that length',
-        'scheduler is {name: warmup_stable_decay, t_warmup: 100ba, t_decay: 0.1dur, alpha_f: 0.0} and was constant',
-        'scheduler.t_warmup is 100ba and was 100ba',
+        'scheduler is {name: warmup_stable_decay, t_warmup: 0.05dur, t_decay: 0.1dur, alpha_f: 0.0} and was constant',
+        'scheduler.t_warmup is 0.05dur and was 100ba',
         'The baseline needs the same scheduler',
         'algorithms.token_superposition is {bag_size: 6, duration: 0.3dur}',
     ):
@@ -400,6 +474,9 @@ def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path
         (['max_duration=infba'], "max_duration is 'infba': give a Composer Time in ba"),
         (['max_duration=2.5ba'], "max_duration is '2.5ba': give a Composer Time in ba"),
         (['max_duration=2ep'], 'needs --stats'),
+        (['max_duration=4800'], 'max_duration is 4800 without a unit, which Composer takes for epochs: give 4800ba'),
+        (['bag_size'], 'bag_size is no override and no option: give overrides as KEY=VALUE'),
+        (['max_durration=20ba'], 'max_durration is no key of llm-foundry (did you mean max_duration?): remove it'),
         (['scheduler.t_warmup=2800ba'], 't_warmup=2800ba and t_decay=0.1dur overlap in max_duration=3000ba'),
         (['scheduler=cosine'], "scheduler is 'cosine': give its settings by name"),
         (['scheduler.alpha_f=2'], 'alpha_f=2 must be a number from 0 to 1'),
@@ -414,8 +491,19 @@ def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path
         (['max_seq_len=${nothing}'], 'nothing'),
         (['--bag-size', '1', '--duration', '0.3dur'], 'bag_size is 1: give an integer of at least 2'),
         (['--bag-size', '4'], 'bag_size is 4 but there is no duration'),
-        (['algorithms.token_superposition=4'], 'algorithms.token_superposition is 4: give its settings by name'),
-        (['algorithms=[token_superposition]', '--bag-size', '4'], 'algorithms is ['),
+        (
+            ['algorithms.token_superposition=4'],
+            'algorithms.token_superposition is 4: give settings by name, as algorithms: {token_s',
+        ),
+        (
+            ['algorithms=[token_superposition]', '--bag-size', '4'],
+            "algorithms is ['token_superposition']: give settings",
+        ),
+        (['algorithms=[{token_superposition: {bag_size: 4}}]'], 'give settings by name, as algorithms: {token_superp'),
+        (
+            ['algorithms=token_superposition'],
+            "algorithms is 'token_superposition': give settings by name, as algorithms",
+        ),
         (['algorithms.token_superposition.phases=3'], 'algorithms.token_superposition: '),
         (
             ['algorithms.token_superposition.weighting=powerlaw', '--bag-size', '4', '--duration', '0.3dur'],
@@ -459,7 +547,8 @@ def test_what_is_wrong_gets_one_sentence_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     result = run(QUICKSTART / 'baseline.yaml', *arguments)
     assert result.exit_code == 1, result.output
-    (line,) = result.stderr.splitlines()
+    *waits, line = result.stderr.splitlines()
+    assert waits in ([], ['reading the model with Composer and llm-foundry, some ten seconds ...'])
     assert line.startswith('error: ')
     assert message in line
     assert not list(tmp_path.iterdir())
@@ -471,10 +560,87 @@ def test_stats_of_something_else_get_one_sentence(tmp_path: Path):
     assert 'it is not what prepare-data writes' in run(QUICKSTART / 'tst.yaml', '--stats', path, '--sweep').stderr
 
 
-def test_a_file_that_is_not_there_gets_one_sentence():
-    result = run('nowhere.yaml')
+AT_ONCE = """
+import runpy, sys, time
+start = time.process_time()
+sys.argv[0] = 'composer-tst'
+try:
+    runpy.run_module('composer_tst', run_name='__main__')
+finally:
+    print(time.process_time() - start, *({'torch', 'composer', 'transformers', 'llmfoundry'} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ('text', 'arguments', 'message'),
+    [
+        (None, ['nowhere.yaml'], 'cannot read nowhere.yaml: No such file or directory'),
+        (None, ['270m_tst'], '270m_tst is the name of a recipe, not a file: composer-tst recipe 270m_tst --output'),
+        (None, ['.'], '. is a folder: give the YAML in it'),
+        ('- a\n- b\n', ['a.yaml'], 'a.yaml is a list, not a config of llm-foundry with keys'),
+        ('seed: 1\nmodel: {}\nseed: 2\n', ['a.yaml'], 'a.yaml has seed twice, again in line 3: keep one of them'),
+        ('a: [', ['a.yaml'], 'a.yaml is no YAML that OmegaConf reads: '),
+        ('seed: 1\n', ['a.yaml', 'b.yaml'], 'b.yaml is no override and no option: give overrides as KEY=VALUE'),
+        ('max_seq_len: 8\nglobal_train_batch_size: 1\nmax_duration: 4800\n', ['a.yaml'], '4800 without a unit'),
+        (None, ['a.yaml', '--gpu', 'abacus'], '--gpu abacus: give one of'),
+        (None, ['a.yaml', '--write', '.'], '--write .: it exists'),
+    ],
+)
+def test_what_a_glance_tells_is_told_before_anything_heavy_is_imported(
+    text: str | None, arguments: list[str], message: str, tmp_path: Path
+):
+    if text is not None:
+        (tmp_path / 'a.yaml').write_text(text)
+    result = subprocess.run(
+        [sys.executable, '-c', AT_ONCE, 'plan', *arguments],
+        cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(REPO)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith('error: ')
+    assert message in line
+    seconds, *heavy = result.stdout.split()
+    assert float(seconds) < 2
+    assert heavy == []
+
+
+def test_rows_of_another_length_than_the_shards_are_refused(tmp_path: Path):
+    (tmp_path / 'stats.json').write_text(json.dumps({'seq_len': 32, 'vocab_size': 2048}))
+    for key in ('local', 'streams.x.remote'):
+        result = run(QUICKSTART / 'tst.yaml', f'train_loader.dataset.{key}={tmp_path}')
+        assert result.exit_code == 1
+        assert result.stderr == (
+            f'error: max_seq_len is 64, and the rows in {tmp_path} have 32 tokens: set max_seq_len: 32, or prepare the '
+            'data with --seq-len 64\n'
+        )
+
+
+def test_ids_beyond_the_vocabulary_are_refused_with_tokenizer_and_model(tmp_path: Path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {str(number): number for number in range(300)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token='0'))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    sizes = ['hidden_size=16', 'num_hidden_layers=1', 'intermediate_size=16', 'head_dim=8']
+    arguments = [
+        *(f'variables.tokenizer={tmp_path}', f'variables.model_config={PRETRAIN / "llama"}'),
+        *(f'model.config_overrides.{size}' for size in sizes),
+    ]
+    assert run(PRETRAIN / '270m_tst.yaml', *arguments, 'variables.vocab_size=300').exit_code == 0
+    result = run(PRETRAIN / '270m_tst.yaml', *arguments, 'variables.vocab_size=256')
     assert result.exit_code == 1
-    assert result.stderr.startswith('error: cannot read nowhere.yaml: No such file or directory')
+    assert result.stderr.splitlines()[-1] == (
+        f'error: tokenizer.name {tmp_path} has 300 ids, and the model (LlamaForCausalLM, tokenizer {tmp_path}) embeds '
+        '256: give the model a vocab_size of at least 300, or the tokenizer that made the data'
+    )
+    # Shards of another tokenizer, which an MPT is not enlarged for.
+    (tmp_path / 'stats.json').write_text(json.dumps({'seq_len': 64, 'vocab_size': 5000}))
+    data = f'train_loader.dataset.local={tmp_path}'
+    assert run(QUICKSTART / 'tst.yaml', data).exit_code == 0  # its tokenizer is not here, and may be as large
+    result = run(QUICKSTART / 'tst.yaml', data, f'tokenizer.name={tmp_path}')
+    assert result.exit_code == 1
+    assert f'the data in {tmp_path} has 5,000 ids, and the model (MPTForCausalLM, tok' in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -509,7 +675,8 @@ def test_a_warmup_that_is_filled_in_ends_while_superposed(tmp_path: Path):
     result = run(QUICKSTART / 'baseline.yaml', *options, '--write', tmp_path / 'new.yaml')
     assert result.exit_code == 0, result.output
     written: Any = OmegaConf.load(tmp_path / 'new.yaml')
-    assert written.scheduler.t_warmup == '150ba'  # of 3,000 steps 0.05, not a tenth
+    assert written.scheduler.t_warmup == '0.05dur'
+    assert 'warms up' not in result.stdout
 
 
 def test_a_sweep_says_where_no_step_is_superposed():

@@ -12,6 +12,8 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util.tensor_util import make_ndarray
 
 from composer_tst.cli.main import CommandError
@@ -32,8 +34,8 @@ class Series:
     values: NDArray[np.float64]
 
 
-def read_scalars(folder: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, Series], list[str]]:
-    """Every wanted scalar of the one run under ``folder``, merged over its event files.
+def read_scalars(folder: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, Series], dict[str, str], list[str]]:
+    """Every wanted scalar of the one run under ``folder``, merged over its event files, and its hyperparameters.
 
     Composer starts a new file at every flush and every resumption. Files are read in the order they were begun; from
     its first step of a scalar on, a file replaces what earlier ones hold of that scalar. So the steps that a resumed
@@ -41,7 +43,8 @@ def read_scalars(folder: Path, wanted: Callable[[str], bool]) -> tuple[dict[str,
     was begun anew in the same folder, and replaces them all.
 
     Returns:
-        tuple: The scalars by tag; and a sentence for each file that ends in the middle of a record.
+        tuple: The scalars by tag; the hyperparameters as they were logged last; and a sentence for each file that
+            ends in the middle of a record.
 
     Raises:
         CommandError: If the folder is missing, holds no event file, or holds several runs.
@@ -52,8 +55,11 @@ def read_scalars(folder: Path, wanted: Callable[[str], bool]) -> tuple[dict[str,
     if not paths:
         raise CommandError(f'{folder} holds no TensorBoard event file; add a tensorboard logger to that run.')
     files, cut = [], []
+    logged: tuple[float, dict[str, str]] = (0.0, {})
     for path in paths:
-        begun, scalars, whole = _read_file(path, wanted)
+        begun, scalars, settings, whole = _read_file(path, wanted)
+        if settings and begun >= logged[0]:
+            logged = begun, settings
         if not whole:
             cut.append(
                 f'{path} ends in the middle of a record: copy it again, or take it that its run was killed there.'
@@ -81,7 +87,7 @@ def read_scalars(folder: Path, wanted: Callable[[str], bool]) -> tuple[dict[str,
                 np.concatenate([earlier.steps[kept], later.steps]),
                 np.concatenate([earlier.values[kept], later.values]),
             )
-    return merged, cut
+    return merged, logged[1], cut
 
 
 def _first_step(scalars: dict[str, dict[int, float]]) -> int:
@@ -93,13 +99,18 @@ def _series(by_step: dict[int, float]) -> Series:
     return Series(np.array(steps, np.int64), np.array([by_step[step] for step in steps], np.float64))
 
 
-def _read_file(path: Path, wanted: Callable[[str], bool]) -> tuple[float, dict[str, dict[int, float]], bool]:
-    """When a file was begun, its wanted scalars by tag and step (the last where one was logged twice), if it is whole.
+def _read_file(
+    path: Path, wanted: Callable[[str], bool]
+) -> tuple[float, dict[str, dict[int, float]], dict[str, str], bool]:
+    """When a file was begun, its wanted scalars by tag and step, its hyperparameters, and if it is whole.
+
+    Of a scalar that was logged twice at a step the last counts.
 
     TensorBoard's own reader stops in silence at a record that is cut short, so the records are read here.
     """
     begun = 0.0
     scalars: dict[str, dict[int, float]] = {}
+    settings: dict[str, str] = {}
     whole = True
     for index, record in enumerate(_records(path.read_bytes())):
         if record is None:
@@ -116,7 +127,12 @@ def _read_file(path: Path, wanted: Callable[[str], bool]) -> tuple[float, dict[s
                 is_tensor = value.HasField('tensor')
                 number = float(make_ndarray(value.tensor)) if is_tensor else value.simple_value
                 scalars.setdefault(value.tag, {})[event.step] = number
-    return begun, scalars, whole
+            elif value.tag == SESSION_START_INFO_TAG:
+                logged: Any = HParamsPluginData()
+                logged.ParseFromString(value.metadata.plugin_data.content)
+                known = logged.session_start_info.hparams
+                settings = {name: each.string_value for name, each in known.items() if each.string_value}
+    return begun, scalars, settings, whole
 
 
 def _records(content: bytes) -> Iterator[bytes | None]:

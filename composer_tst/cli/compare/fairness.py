@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +23,6 @@ def remarks(baseline: Run, run: Run) -> list[str]:
             f'{run.name} was last evaluated at step {run.final_step:,} and {baseline.name} at {baseline.final_step:,}: '
             'the difference is not one at equal steps.'
         )
-    if run.measured != baseline.measured:
-        found.append(
-            f'{run.name} was evaluated on {_label(run)} and {baseline.name} on {_label(baseline)}: losses on different '
-            'data are no comparison.'
-        )
     for each in (baseline, run):
         if each.trained_steps > each.final_step:
             found.append(
@@ -36,14 +33,84 @@ def remarks(baseline: Run, run: Run) -> list[str]:
         found.append(f'{run.name} was last evaluated while superposed: it has had no recovery.')
     if not run.superposed:
         found.append(f'{run.name} has no bags: it is a plain run, and says nothing of superposition.')
+    return found + [why for is_same, why in _circumstances(baseline, run).values() if is_same is False]
+
+
+def what_is_known(baseline: Run, run: Run) -> str:
+    """Which circumstances of two runs are the same by their event files, and which are not known."""
+    parts: dict[str, list[str]] = {'the same': [], 'other': [], 'not known': []}
+    for name, (is_same, _) in _circumstances(baseline, run).items():
+        parts['not known' if is_same is None else 'the same' if is_same else 'other'].append(name)
+    said = '; '.join(f'{how}: {", ".join(names)}' for how, names in parts.items() if names)
+    return f'{run.name} beside {baseline.name}: {said}'
+
+
+def _circumstances(baseline: Run, run: Run) -> dict[str, tuple[bool | None, str]]:
+    """Whether data, batch, learning rate and eval set are the same, None if not known; and what to say if not."""
+    two = f'{run.name} and {baseline.name}'
+    data = _same_setting(baseline, run, 'train_loader')
+    rate, where = _same_rate(baseline, run)
+    if run.measured != baseline.measured:
+        evaluated, on = False, f'{run.name} was evaluated on {_label(run)} and {baseline.name} on {_label(baseline)}'
+    else:
+        parts = [each.settings.get('eval_subset_num_batches') for each in (baseline, run)]
+        evaluated = _same_setting(baseline, run, 'eval_loader')
+        evaluated = evaluated and parts[0] == parts[1]
+        on = f'{two} were evaluated on other data, by eval_loader and eval_subset_num_batches'
     pace, plain = _positions_a_step(run), _positions_a_step(baseline)
     padding = 1.0 if baseline.superposed or not run.superposed else _padding(run)
-    if padding is not None and abs(pace - (plain := plain * padding)) > SAME * plain:
-        found.append(
+    plain *= padding or 1.0
+    batch = None if padding is None else abs(pace - plain) <= SAME * plain
+    return {
+        'data': (data, f'{two} were trained on other data, by train_loader: the method is not all that differs.'),
+        'batch': (
+            batch,
             f'{run.name} works on {pace:,.0f} positions a step and {baseline.name} on {plain:,.0f}: equal steps are '
-            'not equal compute.'
-        )
-    return found
+            'not equal compute.',
+        ),
+        'learning rate': (rate, f'{two} had other learning rates{where}: the method is not all that differs.'),
+        'eval set': (evaluated, f'{on}: losses on different data are no comparison.'),
+    }
+
+
+def _same_setting(baseline: Run, run: Run, name: str) -> bool | None:
+    """Whether a hyperparameter is the same; None if either run did not log it."""
+    if name not in baseline.settings or name not in run.settings:
+        return None
+    return _without_caches(baseline.settings[name]) == _without_caches(run.settings[name])
+
+
+def _without_caches(text: str) -> Any:
+    """A setting as Composer writes it, without what says how rows are read and not which."""
+    try:
+        found = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+    return _dataset(found['dataset']) if isinstance(found, dict) and isinstance(found.get('dataset'), dict) else found
+
+
+def _dataset(found: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: item for key, item in found.items() if key not in ('cache_limit', 'download_retry')}
+    if kept.get('remote'):
+        kept.pop('local', None)  # a cache
+    if isinstance(kept.get('streams'), dict):
+        kept['streams'] = {name: _dataset(stream) for name, stream in kept['streams'].items()}
+    return kept
+
+
+def _same_rate(baseline: Run, run: Run) -> tuple[bool | None, str]:
+    """Whether the learning rates of the steps that both logged are the same, None if not known; and where they part."""
+    steps, mine, theirs = np.intersect1d(run.rate.steps, baseline.rate.steps, return_indices=True)
+    if not len(steps):
+        # Settings are logged with four digits after the point: where these are the same, rates need not be.
+        settings = [_same_setting(baseline, run, name) for name in ('optimizer', 'scheduler', 'max_duration')]
+        return (False, ', by optimizer, scheduler and max_duration') if False in settings else (None, '')
+    rates = run.rate.values[mine], baseline.rate.values[theirs]
+    other = np.flatnonzero(~np.isclose(*rates, rtol=1e-4, atol=0))
+    if not len(other):
+        return True, ''
+    first = other[0]
+    return False, f', first at step {steps[first]:,}, {rates[0][first]:.3g} and {rates[1][first]:.3g}'
 
 
 def remarks_on_all(runs: Sequence[Run]) -> list[str]:

@@ -20,6 +20,7 @@ from composer_tst.cli.compare.events import Series
 from composer_tst.cli.compare.fairness import MARK, is_marked, remarks_on_all
 from composer_tst.cli.compare.runs import Run
 from composer_tst.cli.compare.speedup import iso_loss_speedup
+from composer_tst.cli.compare.table import ONE_SEED, change
 
 BASELINE_COLOR = '#3c3c3c'
 # Told apart by colour-blind readers; each kind of dash and marker has all of them once.
@@ -28,6 +29,7 @@ DASHES = ('-', (0, (6, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = ('o', 's', '^', 'D')
 QUIET = '#6b6b6b'
 REMARKS_SHOWN = 4
+AT_EQUAL_DATA = 'At equal data a plain run has taken more steps:\na step on bags reads more.'
 STYLE: dict = {
     'axes.axisbelow': True,
     'font.size': 10,
@@ -90,7 +92,8 @@ def title(runs: Sequence[Run]) -> str:
     baseline, *others = runs
     best = min(others, key=lambda run: run.final_loss)
     difference = best.final_loss - baseline.final_loss
-    against = f'{abs(difference):.3f} nats per token {"below" if difference < 0 else "above"} {_plain(baseline.name)}'
+    than = 'better' if difference < 0 else 'worse'
+    against = f'{abs(difference):.3f} nats per token {than} than {_plain(baseline.name)}'
     of_several = f'Of {len(others)} runs ' if len(others) > 1 else ''
     marked = f' {MARK}' if any(is_marked(runs, run) for run in runs) else ''
     return f'{of_several}{_plain(best.name)} ends {"lowest, " if of_several else ""}{against}{marked}'
@@ -106,7 +109,7 @@ def _draw_legend(figure: Figure, runs: Sequence[Run]) -> None:
         look = look_of(index)
         label = f'{_plain(run.name)} ends at {run.final_loss:.3f}'
         if index:
-            label += f' ({run.final_loss - runs[0].final_loss:+.3f}'
+            label += f' ({change(runs[0], run, 3)}'
             ratio = iso_loss_speedup(runs[0].validation, run.validation)
             label += ')' if ratio is None else f'; iso-loss {ratio:.2f}x)'
         label += f' {MARK}' if is_marked(runs, run) else ''
@@ -188,8 +191,8 @@ def smooth(series: Series, width: int) -> Series:
 
 
 def _width(run: Run) -> int:
-    """Points that the train loss is averaged over: a hundredth of the whole run."""
-    return max(1, len(run.train.steps) // 100)
+    """Points that the train loss is averaged over: a hundredth of the whole run, or of a short one ten."""
+    return max(1, len(run.train.steps) // 100, min(10, len(run.train.steps) // 10))
 
 
 def _smooth(run: Run, part: NDArray) -> Series:
@@ -234,9 +237,11 @@ def _label(axes: NDArray, runs: Sequence[Run]) -> None:
                 f'cut at {high:.2g}; losses reach {top:.2g}', xy=(1, 1), xycoords='axes fraction', ha='right', va='top',
                 color=QUIET, fontsize=8,
             )  # fmt: skip
-    for column, (heading, label) in enumerate((('At equal compute', 'steps'), ('At equal data', 'data tokens'))):
+    seed = ONE_SEED.replace(': ', ':\n') if len(runs) == 2 else ''
+    columns = ('At equal compute', 'steps', seed), ('At equal data', 'data tokens', AT_EQUAL_DATA)
+    for column, (heading, label, note) in enumerate(columns):
         axes[0, column].set_title(heading, loc='left', fontweight='bold', fontsize=11)
-        axes[2, column].set_xlabel(label)
+        axes[2, column].set_xlabel(f'{label}\n{note}', linespacing=1.3)
         axes[2, column].set_xlim(left=0)
         axes[2, column].xaxis.set_major_formatter(EngFormatter(sep=''))
         axes[2, column].xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))

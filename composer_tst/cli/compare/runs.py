@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ DATA_TOKENS = 'superposition/data_tokens'
 S_TOKENS = 'superposition/s_tokens'
 TIME_TOKEN = 'time/token'
 EVAL_LOSS = 'metrics/eval/LanguageCrossEntropy'
+LEARNING_RATE = re.compile(r'lr-.+/group0')
 ANY_EVAL_LOSS = re.compile(r'metrics/(?!train/).+/LanguageCrossEntropy')
 
 
@@ -34,6 +35,8 @@ class Run:
         tokens: Cumulative data tokens.
         positions: Cumulative model positions, s-tokens; the data tokens for a run without superposition.
         bag_size: Bag size; empty for a run without superposition.
+        rate: Learning rate; empty if it was not logged.
+        settings: Hyperparameters by name, as text; empty if none were logged.
         cut: A sentence for each event file that ends in the middle of a record.
     """
 
@@ -44,6 +47,8 @@ class Run:
     tokens: Series
     positions: Series
     bag_size: Series
+    rate: Series
+    settings: Mapping[str, str]
     cut: tuple[str, ...] = ()
 
     @property
@@ -100,7 +105,7 @@ class Run:
 
 def _is_wanted(tag: str) -> bool:
     known = (TRAIN_LOSS, BAG_SIZE, DATA_TOKENS, S_TOKENS, TIME_TOKEN)
-    return tag in known or ANY_EVAL_LOSS.fullmatch(tag) is not None
+    return tag in known or any(pattern.fullmatch(tag) for pattern in (ANY_EVAL_LOSS, LEARNING_RATE))
 
 
 def read_run(folder: Path) -> Run:
@@ -114,7 +119,7 @@ def read_run(folder: Path) -> Run:
             tokens were not logged, if several validation losses were and none is labelled ``eval``, or if the last
             validation loss is not finite.
     """
-    scalars, cut = read_scalars(folder, _is_wanted)
+    scalars, settings, cut = read_scalars(folder, _is_wanted)
     eval_tags = [EVAL_LOSS] if EVAL_LOSS in scalars else sorted(filter(ANY_EVAL_LOSS.fullmatch, scalars))
     if len(eval_tags) > 1:
         raise CommandError(
@@ -134,7 +139,8 @@ def read_run(folder: Path) -> Run:
     validation = scalars[eval_tags[0]]
     if not np.isfinite(validation.values[-1]):
         raise CommandError(f'{folder} diverged: its last validation loss is {validation.values[-1]}.')
-    bag_size = scalars.get(BAG_SIZE, Series(np.empty(0, np.int64), np.empty(0)))
+    nothing = Series(np.empty(0, np.int64), np.empty(0))
+    bag_size = scalars.get(BAG_SIZE, nothing)
     return Run(
         name=folder.resolve().name,
         measured=eval_tags[0],
@@ -144,5 +150,7 @@ def read_run(folder: Path) -> Run:
         positions=scalars.get(S_TOKENS, scalars[tokens_tag]),
         # Composer logs a step's loss under the steps before it, and what is known at its end under one more.
         bag_size=Series(bag_size.steps - 1, bag_size.values),
+        rate=next((scalars[tag] for tag in sorted(scalars) if LEARNING_RATE.fullmatch(tag)), nothing),
+        settings=settings,
         cut=tuple(cut),
     )

@@ -5,8 +5,8 @@ final validation loss, over the TST run's steps. The baseline's steps are those 
 validation curve, linear between evaluations, is at or below that loss. A run's steps are those of its last
 evaluation, and its final validation loss is the one measured there.
 
-**Not reached.** Where the TST run ends below everything the baseline measured, the baseline would have had to train
-for longer than it did, by an amount its curve does not tell: no ratio is stated.
+**Better than the baseline ever was.** If the TST run ends below everything the baseline measured, the baseline would
+have had to train for longer than it did, by an amount its curve does not tell: no ratio is stated.
 
 **What the number does not say.** A baseline with a schedule lowers its learning rate only at its own end, while the
 TST run's final loss comes after its decay. Before its end the baseline's curve lies above what a shorter baseline,
@@ -48,7 +48,7 @@ def iso_loss_speedup(baseline: Series, run: Series) -> float | None:
         run: The TST run's validation loss, likewise.
 
     Returns:
-        float | None: Above 1 where the run needs fewer steps than the baseline; None where it was not reached.
+        float | None: Above 1 if the run needs fewer steps than the baseline; None if the baseline never came as low.
     """
     crossing = first_crossing(baseline, float(run.values[-1]))
     return None if crossing is None else float(crossing / run.steps[-1])

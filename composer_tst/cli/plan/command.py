@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from composer_tst.cli.main import CommandError
+from composer_tst.cli.new_file import check_new, write_new
 
 # Dense bf16 peaks in FLOP/s, by their makers.
 GPUS = {'a100': 312e12, 'h100': 989e12, 'h200': 989e12, 'b200': 2250e12}
@@ -25,40 +30,51 @@ def main(
     mfu: Annotated[float, typer.Option(help='The share of their peak that training reaches.')] = 0.4,
     as_json: Annotated[bool, typer.Option('--json', help='As JSON.')] = False,
     sweeping: Annotated[bool, typer.Option('--sweep', help='Bag sizes and shares of steps instead.')] = False,
-    out: Annotated[str | None, typer.Option('--write', metavar='NEW.yaml', help='The YAML to run, filled in.')] = None,
+    verbose: Annotated[bool, typer.Option('--verbose', help='FLOPs, and all that is known of these bags.')] = False,
+    out: Annotated[Path | None, typer.Option('--write', metavar='NEW.yaml', help='The YAML to run, filled in.')] = None,
 ) -> None:
-    """Say what a run will take and what it may bring."""
-    from composer_tst.cli.main import CommandError
-    from composer_tst.cli.plan.config import change_settings, load, read_run, train_split
-    from composer_tst.cli.plan.filling import fill_in, write
-    from composer_tst.cli.plan.forecast import make_plan, sweep
-    from composer_tst.cli.plan.model import build
+    """Say what a run will take, and whether superposition is likely to gain in it."""
+    from omegaconf import OmegaConf
+
+    from composer_tst.cli.plan.keys import change_settings, check, load, train_split
     from composer_tst.cli.plan.stats import read_data
-    from composer_tst.cli.plan.tables import sweep_table, table
 
     try:
         if gpu not in GPUS:
             raise CommandError(f'--gpu {gpu}: give one of {", ".join(GPUS)}')
         if not 0 < mfu <= 1:
             raise CommandError(f'--mfu {mfu}: give a share above 0 and up to 1')
+        if out:
+            check_new('--write', out)
         config = load(yaml, overrides or [])
         change_settings(config, bag_size, duration)
+        check(config)
+        data = read_data(stats, train_split(config), config.max_seq_len) if stats else None
+
+        typer.echo('reading the model with Composer and llm-foundry, some ten seconds ...', err=True)
+        with warnings.catch_warnings():  # which are of no use to who only plans
+            warnings.simplefilter('ignore')
+            from composer_tst.cli.plan.config import read_run
+            from composer_tst.cli.plan.filling import fill_in
+            from composer_tst.cli.plan.forecast import make_plan, sweep
+            from composer_tst.cli.plan.model import build
+            from composer_tst.cli.plan.tables import sweep_table, table
+
         run = read_run(config)
         changes: list[str] = []
         if out:
             config, changes = fill_in(config, run)
             run = read_run(config)  # what is printed is what is written
-        split = train_split(config)
-        data = read_data(stats, split, run.length) if stats else None
         model = build(config)
         if sweeping:
             points = sweep(run, model, data)
             print(json.dumps(points, indent=2) if as_json else sweep_table(points))
         else:
             plan = make_plan(config, run, model, data, gpus * GPUS[gpu] * mfu)
-            print(json.dumps(plan, indent=2) if as_json else table(plan, f'{gpus} {gpu.upper()} at MFU {mfu:g}'))
+            on = f'{gpus} {gpu.upper()} at MFU {mfu:g}'
+            print(json.dumps(plan, indent=2) if as_json else table(plan, on, verbose))
         if out:
-            write(config, out)
+            write_new('--write', out, OmegaConf.to_yaml(config))
             typer.echo('\n'.join(['', f'{out} is written; in it', *(f'  {change}' for change in changes)]), err=as_json)
     except CommandError as error:
         typer.echo(f'error: {error}', err=True)

@@ -28,8 +28,8 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class _Known:
-    """A change of the final loss, and the run that it is of."""
+class Known:
+    """A change of the final loss, and the run that it is of, published or measured."""
 
     who: str
     source: str
@@ -40,6 +40,7 @@ class _Known:
     low: float
     high: float
     range: str
+    deviation: float = 0.0  # over seeds; 0 if there was one
 
 
 def expect(
@@ -59,14 +60,13 @@ def expect(
         measured: What the same bags changed in runs that were measured.
     """
 
-    def distance(known: _Known) -> float:
-        pairs = ((model.parameters, known.parameters), (tokens, known.tokens), (steps, known.steps))
-        return math.hypot(*(math.log(a / b) for a, b in pairs))
+    def far(known: Known) -> float:
+        return distance(known, model, tokens, steps)
 
-    if not (known := [*_published(run, share, bag), *map(_measured, measured)]):
+    if not (known := [*published(run, share, bag), *map(from_measured, measured)]):
         return None
-    nearest = min(known, key=distance)
-    if any(distance(_measured(each)) < distance(nearest) for *_, each in read_measured()):
+    nearest = min(known, key=far)
+    if any(far(from_measured(each)) < far(nearest) for *_, each in read_measured()):
         return None
     why = []
     if _differ(model.parameters, nearest.parameters):
@@ -82,7 +82,14 @@ def expect(
     return Expected(nearest.change, *span, nearest.source, *there, '; '.join(why))
 
 
-def _published(run: Run, share: float, bag: float) -> list[_Known]:
+def distance(known: Known, model: Model, tokens: float, steps: int) -> float:
+    """How far a run is from one that is known, over size, tokens and steps, in factors of e."""
+    pairs = ((model.parameters, known.parameters), (tokens, known.tokens), (steps, known.steps))
+    return math.hypot(*(math.log(a / b) for a, b in pairs))
+
+
+def published(run: Run, share: float, bag: float) -> list[Known]:
+    """What the grids and pairs say of these bags, at each published scale; empty if nothing."""
     if run.expand == 'none':
         return []  # which reads less than a plain run of equal cost would: nothing like the published runs
     weighting = 'power_law' if run.weighting == 'power_law' else 'uniform'
@@ -98,7 +105,7 @@ def _published(run: Run, share: float, bag: float) -> list[_Known]:
     ]
     changes = [change for change, *_ in read]
     return [
-        _Known(
+        Known(
             *('published', source, change, parameters, tokens, steps),
             *(min(changes), max(changes), 'over published scales'),
         )
@@ -106,8 +113,9 @@ def _published(run: Run, share: float, bag: float) -> list[_Known]:
     ]
 
 
-def _measured(found: Measured) -> _Known:
-    return _Known(
+def from_measured(found: Measured) -> Known:
+    """What was measured, as a run that is known."""
+    return Known(
         who='measured',
         source=f'a Llama of {si(found.parameters)} parameters on {found.text}',
         change=found.change,
@@ -117,6 +125,7 @@ def _measured(found: Measured) -> _Known:
         low=found.change - found.deviation,
         high=found.change + found.deviation,
         range=f'a standard deviation over {found.seeds} seeds',
+        deviation=found.deviation,
     )
 
 

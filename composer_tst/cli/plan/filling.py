@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.plan.config import Run, equal_steps
-from composer_tst.cli.plan.cost import steps_of
 
-PUBLISHED_WARMUP = 2000
+# That of README's five lines.
+SCHEDULER = {'name': 'warmup_stable_decay', 't_warmup': '0.05dur', 't_decay': '0.1dur', 'alpha_f': 0.0}
 
 
 def fill_in(config: DictConfig, run: Run) -> tuple[DictConfig, list[str]]:
@@ -34,15 +32,10 @@ def fill_in(config: DictConfig, run: Run) -> tuple[DictConfig, list[str]]:
         )
     scheduler = OmegaConf.select(config, 'scheduler.name')
     if scheduler != 'warmup_stable_decay':
-        plan = steps_of(replace(run, max_duration=steps))
-        # Before recovery, where that is known, the rate should have warmed up.
-        warmup = min(PUBLISHED_WARMUP, int(steps.value) // 10, *(plan.ends[-1:] if plan else ()))
         was = OmegaConf.select(config, 'scheduler.t_warmup')
-        config.scheduler = {
-            'name': 'warmup_stable_decay', 't_warmup': f'{warmup}ba', 't_decay': '0.1dur', 'alpha_f': 0.0
-        }  # fmt: skip
+        config.scheduler = dict(SCHEDULER)
         changes.append(f'scheduler is {_inline(config.scheduler)} and was {scheduler}')
-        changes.append(f'scheduler.t_warmup is {warmup}ba and was {was}')
+        changes.append(f'scheduler.t_warmup is {SCHEDULER["t_warmup"]} and was {was}')
         changes.append('The baseline needs the same scheduler, or the two runs differ in more than the method.')
     decay = str(OmegaConf.select(config, 'scheduler.t_decay', default='0.1dur'))
     if not decay.endswith(('dur', 'ba', 'ep')):
@@ -54,13 +47,3 @@ def fill_in(config: DictConfig, run: Run) -> tuple[DictConfig, list[str]]:
 
 def _inline(settings: Any) -> str:
     return '{' + ', '.join(f'{key}: {item}' for key, item in settings.items()) + '}'
-
-
-def write(config: DictConfig, path: str) -> None:
-    """Write a YAML where there is none."""
-    if Path(path).exists():
-        raise CommandError(f'--write {path}: it exists: remove it or name another')
-    try:
-        Path(path).write_text(OmegaConf.to_yaml(config))
-    except OSError as error:
-        raise CommandError(f'--write {path}: {error.strerror}') from error

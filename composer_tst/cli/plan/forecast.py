@@ -11,15 +11,16 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from composer.core import Time, TimeUnit
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from composer_tst.cli.plan.config import Run, equal_steps
 from composer_tst.cli.plan.cost import cost_phases
 from composer_tst.cli.plan.expected import expect
-from composer_tst.cli.plan.measured import same_bags, warning
+from composer_tst.cli.plan.measured import same_bags
 from composer_tst.cli.plan.model import Model
 from composer_tst.cli.plan.remarks import remarks
 from composer_tst.cli.plan.stats import Data
+from composer_tst.cli.plan.verdict import advice, judge, of_finetuning
 from composer_tst.settings import Phase
 
 SWEEP_BAGS = (2, 3, 4, 6, 8, 12, 16)
@@ -60,17 +61,23 @@ def make_plan(config: DictConfig, run: Run, model: Model, data: Data | None, spe
         'share_of_tokens': _share_of_tokens(run),
         'expected': None,
         'measured': [],
-        'measured_warning': '',
         'remarks': remarks(config, run, costs, data),
     }
     if superposed:
         bag = sum(cost.steps * cost.bag_size for cost in superposed) / sum(cost.steps for cost in superposed)
         shares = [end / steps for end in itertools.accumulate(cost.steps for cost in superposed)]
-        measured = same_bags(run, shares)
+    else:  # what there is to gain with the published recipe
+        run = replace(run, phases=(Phase(6, Time(0.3, TimeUnit.DURATION)),))
+        bag, share, shares = 6, 0.3, [0.3]
+    measured = same_bags(run, shares)
+    verdict = judge(run, model, equivalent, steps, share, bag, measured)
+    if OmegaConf.select(config, 'train_loader.name') == 'finetuning':
+        verdict = of_finetuning(verdict)
+    plan['verdict'] = asdict(verdict)
+    if superposed:
         expected = expect(run, model, equivalent, steps, share, bag, measured)
         plan['expected'] = expected and asdict(expected)
         plan['measured'] = [asdict(each) for each in measured]
-        plan['measured_warning'] = warning(measured, plan['tokens_per_parameter'], steps)
     return plan
 
 
@@ -106,7 +113,7 @@ def sweep(run: Run, model: Model, data: Data | None) -> list[dict[str, Any]]:
                     'data_tokens': tokens,
                     'passes_over_data': tokens / data.tokens if data else None,
                     'expected': expected and asdict(expected),
-                    'measured_warning': warning([], positions / model.parameters, steps),
+                    'advice': advice(model, positions / model.parameters, steps),
                 }
             )
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -12,7 +11,6 @@ from composer_tst.cli.plan.config import Run
 
 # Shares of steps are rounded to whole steps: nearer than this they are the same.
 SAME_SHARE = 0.01
-PUBLISHED_STEPS, PUBLISHED_TOKENS = 20_000, 14  # the fewest of published runs, the latter per parameter
 SAME_SCALE = 1.5  # within this factor of a known size, budget or number of steps, that tells alone
 
 
@@ -64,41 +62,3 @@ def same_bags(run: Run, shares: Sequence[float]) -> list[Measured]:
         and all(abs(a - b) < SAME_SHARE for a, b in zip(ends, shares, strict=True))
     ]
     return sorted(same, key=lambda each: (each.steps, each.tokens_per_parameter, each.text))
-
-
-def warning(found: Sequence[Measured], tokens_per_parameter: float, steps: int) -> str:
-    """Why a run of few steps may gain nothing, by the nearest budgets that were measured; else empty.
-
-    Args:
-        found: What was measured of the same bags; where they were not run at that budget, all others stand for them.
-        tokens_per_parameter: Of the plain run of equal cost.
-        steps: Of the run.
-    """
-    if steps >= PUBLISHED_STEPS and tokens_per_parameter * SAME_SCALE > PUBLISHED_TOKENS:
-        return ''
-
-    def distance(each: Measured) -> float:
-        tokens = math.log(each.tokens_per_parameter / tokens_per_parameter)
-        return math.hypot(tokens, math.log(each.steps / steps))
-
-    every = sorted((each for *_, each in read_measured()), key=distance)
-    budgets = [every[0]]
-    if not steps / SAME_SCALE < every[0].steps < steps * SAME_SCALE:
-        # Between budgets of fewer and of more steps, both tell.
-        sides = ([each for each in every if (each.steps < steps) == fewer] for fewer in (True, False))
-        budgets = sorted((side[0] for side in sides if side), key=distance)
-    for budget in budgets:
-        near = [each for each in every if distance(each) == distance(budget)]
-        same = [each for each in found if each in near]
-        if any(each.change < -2 * each.deviation for each in same or near):
-            continue
-        worse = all(each.change > 2 * each.deviation for each in same or near)
-        who = 'it' if same else 'all that was tried'
-        found_there = f'{who} ended worse' if worse else f'no gain of {who} was sure'
-        side = '' if budget == every[0] else f' of {"fewer" if budget.steps < steps else "more"} steps'
-        return (
-            f'At the nearest measured budget{side}, {budget.tokens_per_parameter:.2g} tokens per parameter in '
-            f'{budget.steps:,} steps, {found_there}, though a small MPT gained in 2,000 (docs/evidence_mpt.md): '
-            'compare with a plain run first.'
-        )
-    return ''

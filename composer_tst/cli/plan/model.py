@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.plan.config import value
+from composer_tst.cli.plan.keys import shards, value
 
 # What llm-foundry's MPT takes beside its architecture. The loss it takes by default is installed with a GPU alone.
 NO_ARCHITECTURE = ('name', 'loss_fn', 'use_train_metrics', 'additional_train_metrics')
@@ -51,7 +52,31 @@ def build(config: DictConfig) -> Model:
     except Exception as error:
         # What a config is refused for takes many forms, some over several lines.
         raise CommandError(f'model: {name} refuses these settings: {" ".join(str(error).split())[:300]}') from error
+    # Training enlarges the embedding of an MPT to what the tokenizer needs.
+    _check_vocabulary(config, model, name == 'mpt_causal_lm' or bool(settings.get('allow_embedding_resizing')))
     return _count(model)
+
+
+def _check_vocabulary(config: DictConfig, model: Any, enlarged: bool) -> None:
+    """Refuse ids that the embedding has no row for: of a tokenizer or of shards, if they are on this machine."""
+    from transformers import AutoTokenizer
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    named = OmegaConf.select(config, 'tokenizer.name')
+    try:
+        ids = len(AutoTokenizer.from_pretrained(named, local_files_only=True))
+    except Exception:
+        ids = None  # it is elsewhere, or not one of Hugging Face
+    if enlarged:
+        rows = math.inf if ids is None else max(rows, ids)
+    sources = [(f'tokenizer.name {named}', ids or 0)]
+    sources += [(f'the data in {folder}', stats['vocab_size']) for folder, stats in shards(config)]
+    for source, known in sources:
+        if known > rows:
+            raise CommandError(
+                f'{source} has {known:,} ids, and the model ({type(model).__name__}, tokenizer {named}) embeds '
+                f'{rows:,}: give the model a vocab_size of at least {known}, or the tokenizer that made the data'
+            )
 
 
 @contextmanager
@@ -81,7 +106,7 @@ def _hugging_face(settings: dict[str, Any]) -> Any:
     except OSError as error:
         raise CommandError(
             f'model.pretrained_model_name_or_path is {named!r}, which is no folder with a config.json, and the hub '
-            'does not answer for it: give such a folder'
+            'does not answer for it: give such a folder, as composer-tst recipe NAME --output FILE writes beside FILE'
         ) from error
     set_config_overrides(hf, settings.get('config_overrides') or {})
     with torch.device('meta'), no_init_weights():

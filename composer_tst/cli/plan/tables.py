@@ -4,28 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+from composer_tst.cli.plan.keys import RECIPE
 from composer_tst.cli.plan.units import si, size, span
+from composer_tst.cli.plan.verdict import change
 
-ADD_IT = 'add algorithms.token_superposition with bag_size and duration, or give --bag-size 6 --duration 0.3dur'
 
-
-def table(plan: dict[str, Any], gpu: str) -> str:
-    """The plan in lines for people."""
+def table(plan: dict[str, Any], gpu: str, verbose: bool) -> str:
+    """The plan in lines for people, the verdict last; all there is to say if verbose."""
     active = '' if plan['active_parameters'] == plan['parameters'] else f', {si(plan["active_parameters"])} active'
     lines = [
         f'parameters          {si(plan["parameters"])}{active}',
         '',
-        'phase        bag      steps   data tokens   FLOPs per step',
+        'phase        bag      steps   data tokens' + ('   FLOPs per step' if verbose else ''),
     ]
     for cost in plan['phases']:
         name = 'superposed' if cost['bag_size'] > 1 else 'plain'
-        lines.append(
-            f'{name:<10} {cost["bag_size"]:>5} {cost["steps"]:>10,} {si(cost["data_tokens"]):>13}'
-            f' {cost["flops_per_step"]:>16.3g}'
-        )
+        line = f'{name:<10} {cost["bag_size"]:>5} {cost["steps"]:>10,} {si(cost["data_tokens"]):>13}'
+        lines.append(line + (f' {cost["flops_per_step"]:>16.3g}' if verbose else ''))
+    line = f'{"all":<16} {plan["steps"]:>10,} {si(plan["data_tokens"]):>13}'
     share = plan['superposed_share_of_steps']
     lines += [
-        f'{"all":<16} {plan["steps"]:>10,} {si(plan["data_tokens"]):>13} {plan["flops"]:>16.3g} in all',
+        line + (f' {plan["flops"]:>16.3g} in all' if verbose else ''),
         '',
         f'superposed steps    {share:.1%} of all',
     ]
@@ -34,38 +33,49 @@ def table(plan: dict[str, Any], gpu: str) -> str:
             f'                    {plan["share_of_tokens"]} is a share of the data, of which a superposed step reads',
             '                    more: for that share of the steps give max_duration in ba.',
         ]
-    lines += [
-        f'equivalent tokens   {si(plan["equivalent_tokens"])}: what plain training reads at this cost, '
-        f'{plan["tokens_per_parameter"]:.3g} per parameter',
-        f'shards              {size(plan["shard_bytes"])}',
-    ]
+    lines.append(f'shards              {size(plan["shard_bytes"])}')
     passes = plan['passes_over_data']
     if passes is not None:
         repeats = 'no row is read twice' if passes <= 1 else 'data repeats: prepare more, or lower bag_size or duration'
         lines.append(f'passes over data    {passes:.2f}, {repeats}')
     lines.append(f'time                {span(plan["hours"])} on {gpu}')
+    if verbose:
+        lines += all_that_is_known(plan)
+    if plan['remarks']:
+        lines += ['', *plan['remarks']]
+    return '\n'.join([*lines, '', *verdict_lines(plan)])
+
+
+def verdict_lines(plan: dict[str, Any]) -> list[str]:
+    """Whether the run is likely to gain, by which run that is known, and what to do."""
+    found = plan['verdict']
+    plain = '' if plan['superposed_share_of_steps'] else f'No superposition here; with {RECIPE}: '
+    return [
+        f'verdict             {plain}{found["verdict"]}. {found["why"]}',
+        f'nearest run         {found["nearest"]}',
+        f'                    {found["distance"]}',
+        f'advice              {found["advice"]}',
+    ]
+
+
+def all_that_is_known(plan: dict[str, Any]) -> list[str]:
+    """What plain training reads at this cost, and each change of the final loss that is known of these bags."""
+    lines = [
+        f'equivalent tokens   {si(plan["equivalent_tokens"])}: what plain training reads at this cost, '
+        f'{plan["tokens_per_parameter"]:.3g} per parameter'
+    ]
     expected = plan['expected']
     if expected:
         lines.append(
-            f'expected loss       {expected["change"]:+.3f} nats against plain training at this cost, by '
+            f'expected loss       {change(expected["change"])} nats against plain training at this cost, by '
             f'{expected["source"]}, {expected["tokens_per_parameter"]:.3g} tokens per parameter in '
             f'{expected["steps"]:,} steps ({span_of(expected)})'
         )
         if expected['extrapolation']:
             lines.append(f'                    This is an extrapolation: {expected["extrapolation"]}.')
-    elif share:
+    elif plan['superposed_share_of_steps']:
         lines.append('expected loss       not stated: nothing is known of these settings near this size and budget')
-    else:
-        lines += ['', f'This YAML has no superposition: {ADD_IT}.']
-    lines += measured_lines(plan)
-    if plan['remarks']:
-        lines += ['', *plan['remarks']]
-    return '\n'.join(lines)
-
-
-def measured_lines(plan: dict[str, Any]) -> list[str]:
-    """What the same bags changed in small runs of several budgets, and a warning where that is no gain."""
-    found, lines = plan['measured'], []
+    found = plan['measured']
     if found:
         lines.append(
             f'measured            in nats, on a Llama of {si(found[0]["parameters"])} parameters (docs/evidence.md), '
@@ -73,12 +83,9 @@ def measured_lines(plan: dict[str, Any]) -> list[str]:
         )
     for of in found:
         lines.append(
-            f'{of["change"]:>+26.3f} ± {of["deviation"]:.3f} at {of["tokens_per_parameter"]:.2g} tokens per parameter, '
-            f'{of["steps"]:,} steps of {of["text"]}, {of["seeds"]} seeds'
+            f'{change(of["change"]):>32} ± {of["deviation"]:.3f} at {of["tokens_per_parameter"]:.2g} tokens per '
+            f'parameter, {of["steps"]:,} steps of {of["text"]}, {of["seeds"]} seeds'
         )
-    if plan['measured_warning']:
-        name = '' if found else 'measured'
-        lines.append(f'{name:<20}{plan["measured_warning"]}')
     return lines
 
 
@@ -86,11 +93,11 @@ def span_of(expected: dict[str, Any]) -> str:
     """How much the expected loss differs over what it was read of."""
     if expected['low'] == expected['high']:
         return 'the only published grid of these settings'
-    return f'{expected["low"]:+.3f} to {expected["high"]:+.3f}, {expected["range"]}'
+    return f'{change(expected["low"])} to {change(expected["high"])}, {expected["range"]}'
 
 
 def sweep_table(points: list[dict[str, Any]]) -> str:
-    """The sweep as a grid: change of the final loss, and data tokens; and what the nearest measured runs warn of."""
+    """The sweep as a grid: change of the final loss, and data tokens; and what to do."""
     shares = dict.fromkeys(point['share'] for point in points)
     known = [point for point in points if point['expected']]
     best = min((point['expected']['change'] for point in known), default=None)
@@ -98,20 +105,18 @@ def sweep_table(points: list[dict[str, Any]]) -> str:
     # What is true of all of them is said once.
     marks = {why: '*' * index for index, why in enumerate(sorted(filter(None, whys)), 1)} if len(whys) > 1 else {}
     repeats = False
-    lines = ['bag size' + ''.join(f'r = {share}'.rjust(18) for share in shares)]
+    lines = ['bag size' + ''.join(f'r = {share}'.rjust(22) for share in shares)]
     for bag in dict.fromkeys(point['bag_size'] for point in points):
         cells = []
         for point in (point for point in points if point['bag_size'] == bag):
             expected = point['expected']
-            change = (
-                f'{expected["change"]:+.3f}' if expected else 'not stated' if point['superposed_steps'] else 'no step'
-            )
+            cell = 'not stated' if point['superposed_steps'] else 'no step'
             if expected:
-                change = ('>' if expected['change'] == best else '') + change
-                change += marks.get(expected['extrapolation'], '')
+                cell = ('>' if expected['change'] == best else '') + change(expected['change'])
+                cell += marks.get(expected['extrapolation'], '')
             again = (point['passes_over_data'] or 0) > 1
             repeats = repeats or again
-            cells.append(f'{change} {si(point["data_tokens"])}{"!" if again else ""}'.rjust(18))
+            cells.append(f'{cell} {si(point["data_tokens"])}{"!" if again else ""}'.rjust(22))
         lines.append(f's = {bag}'.ljust(8) + ''.join(cells))
     lines += [
         '',
@@ -126,5 +131,5 @@ def sweep_table(points: list[dict[str, Any]]) -> str:
     if len(whys) == 1 and whys[0]:
         lines.append(f'All of it is an extrapolation: {whys[0]}.')
     lines += [f'{mark} This is an extrapolation: {why}.' for why, mark in marks.items()]
-    lines += filter(None, dict.fromkeys(point['measured_warning'] for point in points))
+    lines.append(points[0]['advice'])
     return '\n'.join(lines)

@@ -19,6 +19,17 @@ def size(number: float) -> str:
 
 def span(hours: float) -> str:
     """Hours as people say them."""
-    if hours >= 1:
-        return f'{hours:,.1f} hours'
-    return f'{60 * hours:.1f} minutes' if hours >= 1 / 60 else f'{3600 * hours:.2g} seconds'
+    for length, unit in ((24, 'days'), (1, 'hours'), (1 / 60, 'minutes')):
+        if hours >= 2 * length or (unit == 'minutes' and hours >= length):
+            return f'{hours / length:,.1f} {unit}'
+    seconds = 3600 * hours
+    return f'{seconds:.0f} seconds' if seconds >= 1.5 else 'about a second' if seconds >= 0.5 else 'less than a second'
+
+
+def times(ratio: float, what: str) -> str:
+    """How many more or fewer of something there are here than there."""
+    if 0.9 < ratio < 1.1:
+        return f'about as many {what}'
+    number = max(ratio, 1 / ratio)
+    shown = f'{number:,.0f}' if number >= 10 else f'{number:.2g}'
+    return f'{shown} times its {what}' if ratio > 1 else f'1/{shown} of its {what}'

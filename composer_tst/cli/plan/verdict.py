@@ -1,0 +1,150 @@
+"""Whether a run is likely to gain: what the nearest runs that are known, published or measured, say of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from composer_tst.cli.plan.config import Run
+from composer_tst.cli.plan.expected import Known, distance, from_measured, published
+from composer_tst.cli.plan.keys import RECIPE
+from composer_tst.cli.plan.measured import SAME_SCALE, Measured, read_measured
+from composer_tst.cli.plan.model import Model
+from composer_tst.cli.plan.published import GRIDS, PAIRS
+from composer_tst.cli.plan.units import si, times
+
+GAINS, UNKNOWN, WORSE = 'likely gains', 'not known', 'likely worse than plain training'
+PUBLISHED_STEPS, PUBLISHED_TOKENS = 20_000, 14  # the fewest of published runs, the latter per parameter
+FEW_STEPS = 2_000  # with fewer, nothing gained here
+FAR = 3.0  # times the largest or the smallest that is known
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to expect, why, and the nearest run that is known, with how far it is."""
+
+    verdict: str
+    why: str
+    nearest: str
+    distance: str
+    advice: str
+
+
+def judge(
+    run: Run, model: Model, tokens: float, steps: int, share: float, bag: float, measured: Sequence[Measured]
+) -> Verdict:
+    """Judge a run by what is known; the arguments are those of ``expect``."""
+    budget = tokens / model.parameters, steps
+    grids, rows = published(run, share, bag), [from_measured(each) for each in measured]
+    others = [from_measured(each) for *_, each in read_measured()]
+
+    def nearest(known: Sequence[Known]) -> Known:
+        return min(known, key=lambda each: distance(each, model, tokens, steps))
+
+    if is_published(model, *budget):
+        if not grids or (run.superpose, run.expand) != ('both', 'sequence'):
+            verdict, why, row = UNKNOWN, 'These settings are not published.', nearest([*grids, *rows, *others])
+        else:
+            row = nearest(grids)
+            verdict = GAINS if row.change < 0 else WORSE
+            why = 'Runs of this size, on as many tokens in as many steps, are published.'
+    else:
+        verdict, why, near = _by_budgets(measured, model, *budget)
+        row = nearest([*grids, *rows, *others] if verdict == UNKNOWN else [from_measured(each) for each in near])
+    return Verdict(
+        verdict, why, _row(row, row not in [*grids, *rows]), _distance(row, model, *budget), advice(model, *budget)
+    )
+
+
+def of_finetuning(verdict: Verdict) -> Verdict:
+    """The verdict on a run that only looks like one of pre-training."""
+    why = 'Superposition is for pre-training; finetuning with it was not measured.'
+    return replace(verdict, verdict=UNKNOWN, why=why, advice='Finetune plainly.')
+
+
+def is_published(model: Model, tokens_per_parameter: float, steps: int) -> bool:
+    """Whether published runs are about as large as this one, or enclose it."""
+    sizes = [parameters for _, parameters, *_ in (*GRIDS, *PAIRS)]
+    longest = max(steps for *_, steps, _ in GRIDS)
+    return (
+        PUBLISHED_STEPS <= steps <= FAR * longest
+        and tokens_per_parameter * SAME_SCALE > PUBLISHED_TOKENS
+        and min(sizes) / FAR <= model.parameters <= max(sizes) * FAR
+    )
+
+
+def advice(model: Model, tokens_per_parameter: float, steps: int) -> str:
+    """What README recommends for a run of that length."""
+    if steps < FEW_STEPS:
+        return f'In fewer than {FEW_STEPS:,} steps train plainly.'
+    if is_published(model, tokens_per_parameter, steps):
+        return f'Use algorithms: {RECIPE}.'
+    return f'Try algorithms: {RECIPE} beside a plain run of as many steps.'
+
+
+def _by_budgets(
+    found: Sequence[Measured], model: Model, tokens_per_parameter: float, steps: int
+) -> tuple[str, str, list[Measured]]:
+    """A verdict by the nearest budgets that were measured, why, and what was measured there.
+
+    Args:
+        found: What was measured of the same bags; where they were not run at a budget, all others stand for them.
+        model: The run's model.
+        tokens_per_parameter: Of the plain run of equal cost.
+        steps: Of the run.
+    """
+
+    def far(each: Measured) -> float:
+        tokens = math.log(each.tokens_per_parameter / tokens_per_parameter)
+        return math.hypot(tokens, math.log(each.steps / steps))
+
+    every = sorted((each for *_, each in read_measured()), key=far)
+    budgets = [every[0]]
+    if not _same(steps, every[0].steps):
+        # Between budgets of fewer and of more steps, both tell.
+        sides = ([each for each in every if (each.steps < steps) == fewer] for fewer in (True, False))
+        budgets = sorted((side[0] for side in sides if side), key=far)
+    near = []
+    for budget in budgets:
+        there = [each for each in every if far(each) == far(budget)]
+        near += [each for each in found if each in there] or there
+    who = 'these bags' if all(each in found for each in near) else 'what was tried'
+    nearest = ' and '.join(f'{count:,}' for count in sorted({budget.steps for budget in budgets}))
+    there = f'In the runs measured nearest, of {nearest} steps'
+    if all(each.change > 2 * each.deviation for each in near):
+        fewer = steps <= SAME_SCALE * max(budget.steps for budget in budgets)
+        return WORSE if fewer else UNKNOWN, f'{there}, {who} ended worse.', near
+    if any(each.change >= -2 * each.deviation for each in near):
+        return UNKNOWN, f'{there}, a gain of {who} was not sure.', near
+    close = _same(steps, every[0].steps) and _same(tokens_per_parameter, every[0].tokens_per_parameter)
+    close = close and 1 / FAR < model.parameters / every[0].parameters < FAR
+    far_off = '' if close else ', but they are far from this one'
+    return GAINS if close else UNKNOWN, f'{there}, {who} gained{far_off}.', near
+
+
+def _same(here: float, there: float) -> bool:
+    return 1 / SAME_SCALE < here / there < SAME_SCALE
+
+
+def _row(row: Known, others: bool) -> str:
+    spread = f' ± {row.deviation:.3f}' if row.deviation else ''
+    who = f'{row.who}, {si(row.parameters)} parameters' if row.who == 'published' else f'{row.who}, {row.source}'
+    tokens = f'{row.tokens / row.parameters:.3g} tokens per parameter'
+    return (
+        f'{change(row.change)}{spread} nats: {who}{" with other bags" if others else ""}, {tokens}, {row.steps:,} steps'
+    )
+
+
+def _distance(row: Known, model: Model, tokens_per_parameter: float, steps: int) -> str:
+    ratios = {
+        'parameters': model.parameters / row.parameters,
+        'tokens per parameter': tokens_per_parameter / (row.tokens / row.parameters),
+        'steps': steps / row.steps,
+    }
+    return f'this run has {", ".join(times(ratio, what) for what, ratio in ratios.items())}'
+
+
+def change(nats: float) -> str:
+    """A change of the final loss in words."""
+    return 'level' if abs(nats) < 0.0005 else f'{"better" if nats < 0 else "worse"} {abs(nats):.3f}'
