@@ -298,7 +298,7 @@ def test_a_run_of_few_steps_is_warned_where_nothing_was_gained(monkeypatch: pyte
     monkeypatch.setattr('composer_tst.cli.plan.measured.read_measured', lambda: [([], [], '', each) for each in found])
     assert warning(found, 2, 500) == (
         'At the nearest measured budget, 1 tokens per parameter in 350 steps, it ended worse, though a small MPT '
-        'gained in 2,000 (docs/evidence_mpt.md): compare with a plain run first.'
+        'gained in 2,000 (docs/evidence.md): compare with a plain run first.'
     )
     assert '5 tokens per parameter in 1,800 steps, no gain of it was sure' in warning(found, 5, 2_000)
     assert '5 tokens per parameter in 1,800 steps, no gain of it was sure' in warning(found, 2.5, 7_101)
