@@ -91,7 +91,7 @@ def test_page_and_summary_say_what_the_record_says(record: Record, tmp_path: Pat
     page = tmp_path / 'evidence.md'
     page.write_text((REPO / run.PAGE).read_text())
     tables.write_tables(page, record)
-    assert page.read_text() == (REPO / run.PAGE).read_text(), 'run python -m tools.experiments.run'
+    assert page.read_text() == (REPO / run.PAGE).read_text(), 'make evidence SCALE=mpt writes it anew'
     assert set(re.findall(r'<!-- table: (\w+) -->', page.read_text())) == tables.TABLES.keys()
     summary.write_summary(tmp_path / 'evidence.csv', record)
     assert (tmp_path / 'evidence.csv').read_text() == (REPO / summary.SUMMARY).read_text()

@@ -13,7 +13,7 @@ from tools.experiments.scales import PROSE, PYTHON, Scale
 from tools.experiments.settings import PHASES_BATCH, PUBLISHED, Setting
 from tools.experiments.tables import LLAMAS, changes
 
-COLORS = {1: '#bdbdbd', 5: '#56b4e9', 20: '#0072b2', 40: '#e69f00', 80: '#d55e00'}  # tokens per parameter
+COLORS = {1: '#8c8c8c', 5: '#56b4e9', 20: '#0072b2', 40: '#e69f00', 80: '#d55e00'}  # tokens per parameter
 MARKERS = {1_024: 'o', 4_096: 's', 16_384: 'D'}  # tokens per step
 SETTINGS = {PUBLISHED: 'published recipe', PHASES_BATCH: 'phases 8, 4, 2, batch'}  # filled, hollow
 QUIET = '#6b6b6b'
@@ -23,7 +23,7 @@ ELSEWHERE = (
     ('', 20_000, 0.076),
     ('270M', 100_000, 0.044),
     ('3B', 20_000, 0.132),
-    ('345M, by others', 20_000, 0.038),
+    ('345M, reproduced', 20_000, 0.038),
 )
 LOWEST = -0.26  # below, a point is at the edge, with its number beside
 
@@ -40,11 +40,11 @@ def draw(path: Path, record: Record) -> None:
                     _point(axes, scale, setting, 1.05 ** (2 * number - 1), found)
         for name, steps, gain in ELSEWHERE:
             axes.plot(steps, gain, 'x', color=QUIET, ms=6)
-            side: dict[str, Any] = {'xytext': (0, -13), 'ha': 'center'} if 'others' in name else {'xytext': (6, -3)}
+            side: dict[str, Any] = {'xytext': (0, -13), 'ha': 'center'} if 'reproduced' in name else {'xytext': (6, -3)}
             axes.annotate(name, (steps, gain), **side, textcoords='offset points', color=QUIET, fontsize=8)
         axes.axhline(0, color='#3c3c3c', lw=1)
         axes.set_xscale('log')
-        axes.set_xlim(200, 500_000)
+        axes.set_xlim(120, 500_000)
         axes.xaxis.set_major_formatter('{x:,.0f}')
         axes.set_ylim(LOWEST - 0.02, 0.17)
         axes.set_title(text, fontsize=10)
@@ -65,7 +65,7 @@ def draw(path: Path, record: Record) -> None:
             Line2D([], [], marker='o', mfc='white' if number else QUIET, label=name, **grey)
             for number, name in enumerate(SETTINGS.values())
         ),
-        Line2D([], [], marker='x', label='by others, published recipe', **grey),
+        Line2D([], [], marker='x', label='published recipe, by others', **grey),
     ]
     figure.legend(handles=handles, loc='outside lower center', ncols=4, frameon=False, fontsize=8)
     figure.savefig(path)

@@ -26,6 +26,7 @@ from tools.experiments.record import SEEDS, Record
 from tools.experiments.scales import MPT_64, MPT_256, PYTHON_20, PYTHON_20_LARGE, SCALES, Scale
 from tools.experiments.settings import (
     BASELINE,
+    LIMITED,
     LONGER,
     PHASES,
     PHASES_BATCH,
@@ -256,36 +257,19 @@ def _grid(record: Record, scale: Scale, sizes: Sequence[int], shares: Sequence[f
     return table(['r', *(f's = {size}' for size in sizes), 'mean'], rows)
 
 
-def cheaper(record: Record) -> str:
-    """What reads no more data, and costs less."""
-    rows = [
-        [setting.name, loss(record, PYTHON_20, setting, SEEDS), shown(changes(record, PYTHON_20, setting, SEEDS)), cost]
-        for setting, cost in ((S4, '1'), (PUBLISHED, '1'), (NONE[0], '0.775'), (NONE[1], '0.75'))
-    ]
-    return table(['setting', 'ends at', 'over plain in the same steps', 'operations of a plain run'], rows)
-
-
-def tried_once(record: Record) -> str:
-    """What was tried at 20 tokens per parameter at one seed, over plain and over the recipe."""
-    first = SEEDS[:1]
-    rows = [
-        [setting.name, shown(changes(record, PYTHON_20, setting, first)).removesuffix(' (1)')]
-        for setting in (PUBLISHED, one_size(6, 0.05), RAMP, PHASES, PHASES_BATCH, one_size(8, 0.3), *weighted(8))
-    ]
-    return table(['setting', 'over plain in the same steps'], rows)
-
-
-def limited_data(record: Record) -> str:
-    """On a text that superposed runs read again and again."""
-    plain = limited(BASELINE)
-    rows = [
-        [
-            *(setting.name, loss(record, PYTHON_20, limited(setting), SEEDS)),
-            shown(_over(record, PYTHON_20, limited(setting), plain) if setting != BASELINE else ()),
-        ]
-        for setting in (BASELINE, S4, PUBLISHED)
-    ]
-    return table(['setting', 'ends at', 'over plain on the same text'], rows)
+def others(record: Record) -> str:
+    """What else was tried at 20 tokens per parameter, over plain training on the same text."""
+    tried = (one_size(6, 0.05), RAMP, PHASES, one_size(8, 0.3), *weighted(8))
+    rows = []
+    for setting in (*NONE, limited(S4), limited(PUBLISHED), *tried):
+        plain = limited(BASELINE) if LIMITED in setting.name else BASELINE
+        rows.append(
+            [
+                *(setting.name, loss(record, PYTHON_20, setting, SEEDS), loss(record, PYTHON_20, plain, SEEDS)),
+                shown(_over(record, PYTHON_20, setting, plain)),
+            ]
+        )
+    return table(['setting', 'ends at', 'plain ends at', 'over plain in the same steps'], rows)
 
 
 def mpt(record: Record) -> str:
@@ -345,7 +329,7 @@ def scales(record: Record) -> str:
 TABLES: dict[str, Callable[[Record], str]] = {
     each.__name__: each
     for each in (
-        *(over_best_plain, same_steps, rates, again, size_of_steps, batch, grid, cheaper, tried_once, limited_data),
+        *(over_best_plain, same_steps, rates, again, size_of_steps, batch, grid, others),
         *(mpt, mpt_grid, equal_loss, scales),
     )
 }
