@@ -90,18 +90,17 @@ def best_plain(record: Record, scale: Scale) -> Scale:
     """The scale of the same text and tokens at which plain training ends lowest, whatever the size of a step."""
 
     def plain(each: Scale) -> float:
-        losses = record.losses(each, BASELINE, record.rate(each, BASELINE), SEEDS)
-        return statistics.fmean(losses.values()) if len(losses) == len(SEEDS) else math.inf
+        return statistics.fmean(record.losses(each, BASELINE, record.rate(each, BASELINE), SEEDS).values())
 
     alike = [each for each in SCALES.values() if (each.text, each.seq_len) == (scale.text, scale.seq_len)]
     alike = [each for each in alike if _budget(each) == _budget(scale)]
-    return min((each for each in alike if record.tried(each, BASELINE)), key=plain, default=scale)
+    return min((each for each in alike if _run(record, each)), key=plain, default=scale)
 
 
 def beside_best(record: Record, scale: Scale, setting: Setting) -> list[float]:
     """Final losses minus those of plain training in steps of the best size, as many tokens, seed by seed."""
     best = best_plain(record, scale)
-    if not record.tried(scale, setting) or not record.tried(best, BASELINE):
+    if not record.tried(scale, setting) or not _run(record, best):
         return []
     plain = record.losses(best, BASELINE, record.rate(best, BASELINE), ALL_SEEDS)
     found = record.losses(scale, setting, record.rate(scale, setting), seeds_of(scale, setting))
@@ -128,7 +127,10 @@ def _of(scale: Scale) -> list[str]:
 
 
 def _run(record: Record, scale: Scale) -> bool:
-    return bool(record.tried(scale, BASELINE))
+    """Whether plain training has been run at every seed, and so at its best rate."""
+    if not record.tried(scale, BASELINE):
+        return False
+    return len(record.losses(scale, BASELINE, record.rate(scale, BASELINE), SEEDS)) == len(SEEDS)
 
 
 def over_best_plain(record: Record) -> str:
@@ -137,6 +139,7 @@ def over_best_plain(record: Record) -> str:
     for (text, budget), of in itertools.groupby(LLAMAS, key=lambda scale: (scale.text, _budget(scale))):
         scales = [scale for scale in of if _run(record, scale)]
         if not scales:
+            rows.append([text, budget, *['not run yet'] * 5])
             continue
         best = best_plain(record, scales[0])
         cells = [(scale, setting) for scale in scales for setting in ASKED_EVERYWHERE if record.tried(scale, setting)]
