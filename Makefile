@@ -72,8 +72,9 @@ data/prose/stats.json: | data/corpus/prose.jsonl
 	$(VENV)/bin/composer-tst prepare-data data/corpus/prose.jsonl --output $(@D) --seq-len 128 --train-tokenizer 2048 --skip-bad \
 		--split train=0.98,val=0.02
 
-# What the record lacks, and the data for it. Kill it at any time: it goes on where it was.
-evidence: install ## train what docs/evidence.md reports and lacks (SCALE=python-40-4096 for one scale), days
+# What the record lacks, and the data for it: on two threads some twenty hours for 40 and 80 tokens per parameter. Kill
+# it at any time: it goes on where it was.
+evidence: install ## train what docs/evidence.md reports and lacks (SCALE=python-40-4096 for one scale)
 	$(PYTHON) -m tools.experiments.run $(addprefix --scale ,$(SCALE))
 
 # What superposition costs, on every core: leave the machine idle for its twelve minutes.

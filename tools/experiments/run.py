@@ -26,24 +26,35 @@ PAGE, PICTURE = Path('docs/evidence.md'), Path('docs/evidence.png')
 def main(
     scale: Annotated[str, typer.Option(help=f'One scale alone: {", ".join(SCALES)}.')] = '',
     workers: Annotated[int, typer.Option(help='Runs that train at the same time.', min=1, max=2)] = 2,
-    runs: Annotated[Path, typer.Option(help='The record.')] = RUNS,
-    folder: Annotated[Path, typer.Option(help='Where runs keep checkpoints and logs.')] = Path('runs/evidence'),
 ) -> None:
     """Rerun the evidence."""
     if scale and scale not in SCALES:
         raise typer.BadParameter(f'{scale} is no scale: choose {", ".join(SCALES)}.', param_hint='--scale')
+    train(scale, workers, RUNS, Path('runs/evidence'))
+
+
+def train(scale: str, workers: int, runs: Path, folder: Path) -> None:
+    """Train what a record lacks, of one scale or of all, and write anew what is made of it after each run.
+
+    Args:
+        scale: The scale's name, or empty.
+        workers: Runs that train at the same time.
+        runs: The record.
+        folder: Where runs keep checkpoints and logs.
+    """
     record = read(runs)
+    write(record)
     pool = Pool(folder, workers)
     try:
         while jobs := missing(record, scale):
             _prepare(jobs[0])
             for row in pool.train(jobs):
                 record = add(runs, row)
+                write(record)
                 told = f'{row.scale}, {row.setting}, seed {row.seed}, rate {row.rate:g}'
                 typer.echo(f'{told}: {row.final_loss:.3f} in {row.seconds:.0f} s of training')
     finally:
         pool.close()
-    write(record)
 
 
 def write(record: Record, root: Path = Path()) -> None:

@@ -20,6 +20,7 @@ from tools.experiments.questions import (
     MPT_SHARES,
     NONE,
     RAMP,
+    SETTINGS,
     SIDES,
 )
 from tools.experiments.record import SEEDS, Record
@@ -42,7 +43,6 @@ from tools.experiments.settings import (
 )
 
 LLAMAS = tuple(scale for scale in SCALES.values() if scale not in (MPT_64, MPT_256))
-ASKED_EVERYWHERE = (PUBLISHED, S4, PHASES_BATCH, SMALL_BAGS)
 
 
 def seeds_of(scale: Scale, setting: Setting) -> Sequence[int]:
@@ -97,13 +97,13 @@ def best_plain(record: Record, scale: Scale) -> Scale:
     return min((each for each in alike if _run(record, each)), key=plain, default=scale)
 
 
-def beside_best(record: Record, scale: Scale, setting: Setting) -> list[float]:
+def beside_best(record: Record, scale: Scale, setting: Setting, seeds: Sequence[int] = ()) -> list[float]:
     """Final losses minus those of plain training in steps of the best size, as many tokens, seed by seed."""
     best = best_plain(record, scale)
     if not record.tried(scale, setting) or not _run(record, best):
         return []
     plain = record.losses(best, BASELINE, record.rate(best, BASELINE), ALL_SEEDS)
-    found = record.losses(scale, setting, record.rate(scale, setting), seeds_of(scale, setting))
+    found = record.losses(scale, setting, record.rate(scale, setting), seeds or seeds_of(scale, setting))
     return [found[seed] - plain[seed] for seed in found.keys() & plain.keys()]
 
 
@@ -139,19 +139,23 @@ def over_best_plain(record: Record) -> str:
     for (text, budget), of in itertools.groupby(LLAMAS, key=lambda scale: (scale.text, _budget(scale))):
         scales = [scale for scale in of if _run(record, scale)]
         if not scales:
-            rows.append([text, budget, *['not run yet'] * 5])
+            rows.append([text, budget, 'not run yet', *[''] * 5])
             continue
         best = best_plain(record, scales[0])
-        cells = [(scale, setting) for scale in scales for setting in ASKED_EVERYWHERE if record.tried(scale, setting)]
-        found = {cell: beside_best(record, *cell) for cell in cells}
-        found = {cell: each for cell, each in found.items() if len(each) >= len(SEEDS)}
-        plain = f'{best.steps:,} of {best.tokens_per_step:,}'
-        lowest = min(found, key=lambda cell: statistics.fmean(found[cell]), default=None)
-        told = ['not run yet', ''] if lowest is None else [_cell(*lowest), shown(found[lowest])]
+        cells = [(scale, setting) for scale in scales for setting in SETTINGS]
+        found = {cell: each for cell in cells if len(each := beside_best(record, *cell)) >= len(SEEDS)}
+        told = ['not run yet', '', '']
+        if found:
+            lowest = min(found, key=lambda cell: statistics.fmean(found[cell]))
+            # Where it was run again at seeds that did not choose it, these judge.
+            fresh = beside_best(record, *lowest, FRESH)
+            judged = fresh if len(fresh) == len(FRESH) else found[lowest]
+            told = [_cell(*lowest), shown(judged), 'no' if judged is fresh else 'yes']
         sizes = ', '.join(f'{scale.tokens_per_step:,}' for scale in scales)
+        plain = f'{best.steps:,} of {best.tokens_per_step:,}'
         rows.append([text, budget, sizes, plain, loss(record, best, BASELINE, ALL_SEEDS), *told])
     columns = ['text', 'tokens per parameter', 'tokens per step, tried', 'best plain run, steps', 'ends at']
-    return table([*columns, 'lowest superposed run', 'over that plain run'], rows)
+    return table([*columns, 'lowest superposed run', 'over that plain run', 'chosen by these seeds'], rows)
 
 
 def _cell(scale: Scale, setting: Setting) -> str:
@@ -162,12 +166,12 @@ def same_steps(record: Record) -> str:
     """At each scale every setting that was asked at all of them, over the baseline in the same steps."""
     rows = [
         [*_of(scale), loss(record, scale, BASELINE, ALL_SEEDS)]
-        + [shown(changes(record, scale, setting)) for setting in ASKED_EVERYWHERE]
+        + [shown(changes(record, scale, setting)) for setting in SETTINGS]
         for scale in LLAMAS
         if _run(record, scale)
     ]
     columns = ['text', 'tokens per parameter', 'steps', 'tokens per step', 'plain ends at']
-    return table([*columns, *(setting.name for setting in ASKED_EVERYWHERE)], rows)
+    return table([*columns, *(setting.name for setting in SETTINGS)], rows)
 
 
 def rates(record: Record) -> str:
@@ -176,13 +180,13 @@ def rates(record: Record) -> str:
         [*_of(scale)]
         + [
             f'{record.rate(scale, setting):g}' if record.tried(scale, setting) else ''
-            for setting in (BASELINE, *ASKED_EVERYWHERE)
+            for setting in (BASELINE, *SETTINGS)
         ]
         for scale in LLAMAS
         if _run(record, scale)
     ]
     columns = ['text', 'tokens per parameter', 'steps', 'tokens per step']
-    return table([*columns, 'plain', *(setting.name for setting in ASKED_EVERYWHERE)], rows)
+    return table([*columns, 'plain', *(setting.name for setting in SETTINGS)], rows)
 
 
 def again(record: Record) -> str:
