@@ -1,1 +1,1 @@
-"""What `evidence.py` is made of."""
+"""What `make evidence` trains and writes."""

@@ -16,7 +16,11 @@ SAME_SCALE = 1.5  # within this factor of a known size, budget or number of step
 
 @dataclass(frozen=True)
 class Measured:
-    """A change of the final loss in nats against the baselines of the same seeds, and what was trained."""
+    """A change of the final loss in nats against the baselines of the same seeds, and what was trained.
+
+    ``change_from_best`` is from the best plain run of as many tokens, whatever the size of its steps. It is None if
+    fewer than three seeds tell.
+    """
 
     change: float
     deviation: float
@@ -25,11 +29,17 @@ class Measured:
     parameters: int
     tokens_per_parameter: float
     steps: int
+    tokens_per_step: int = 0
+    change_from_best: float | None = None
+    deviation_from_best: float | None = None
 
 
 def read_measured() -> list[tuple[list[int], list[float], str, Measured]]:
-    """Bag sizes, shares of the steps at which they end, `expand`, and what was measured; by setting and budget."""
-    with (resources.files('composer_tst') / 'cli' / 'plan' / 'losses' / 'small_llama.csv').open() as file:
+    """Bag sizes, shares of the steps at which they end, `expand`, and what was measured; by setting and budget.
+
+    Of the Llama alone, and of settings that cost as much as a plain run and are no more than these.
+    """
+    with (resources.files('composer_tst') / 'cli' / 'plan' / 'losses' / 'evidence.csv').open() as file:
         return [
             (
                 [int(bag) for bag in line['bag_sizes'].split()],
@@ -38,9 +48,15 @@ def read_measured() -> list[tuple[list[int], list[float], str, Measured]]:
                 Measured(
                     *(float(line['change']), float(line['deviation']), int(line['seeds']), line['text']),
                     *(int(line['parameters']), float(line['tokens_per_parameter']), int(line['steps'])),
+                    int(line['tokens_per_step']),
+                    *(
+                        float(line[name]) if line[name] else None
+                        for name in ('change_from_best', 'deviation_from_best')
+                    ),
                 ),
             )
             for line in csv.DictReader(file)
+            if line['bag_sizes'] and not line['scale'].startswith('mpt')
         ]
 
 

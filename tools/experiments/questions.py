@@ -1,0 +1,176 @@
+"""What the evidence asks, in order: which runs are wanted, given those there are."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tools.experiments.record import SEEDS, Job, Record
+from tools.experiments.scales import (
+    MPT_64,
+    MPT_256,
+    PROSE_5,
+    PROSE_20,
+    PYTHON_1,
+    PYTHON_5,
+    PYTHON_20,
+    PYTHON_20_LARGE,
+    PYTHON_40,
+    PYTHON_40_LARGER,
+    PYTHON_80,
+    PYTHON_80_LARGER,
+    Scale,
+)
+from tools.experiments.settings import (
+    BASELINE,
+    LONGER,
+    PHASES,
+    PHASES_05,
+    PHASES_16,
+    PHASES_BATCH,
+    PHASES_BATCHES,
+    PUBLISHED,
+    PUBLISHED_BATCH,
+    S4,
+    S4_BATCH,
+    SMALL_BAGS,
+    Setting,
+    beyond,
+    by_batch,
+    limited,
+    one_size,
+    phases,
+    superposed,
+    weighted,
+)
+
+ALL_SEEDS = (17, 18, 19, 20, 21, 22)
+FRESH = (20, 21, 22)  # at 80 tokens per parameter, of what was chosen by the others
+RECIPES = (S4, PUBLISHED, S4_BATCH, PUBLISHED_BATCH, PHASES_BATCH)
+TUNED = (S4, PUBLISHED, PHASES_BATCH)
+SETTINGS = (PUBLISHED, S4, PHASES_BATCH, SMALL_BAGS)  # at 40 and 80
+GRID_BAGS, GRID_SHARES = (2, 4, 6, 8), (0.1, 0.2, 0.3, 0.4)
+GRID = tuple(one_size(bag_size, share) for share in GRID_SHARES for bag_size in GRID_BAGS)
+MPT_BAGS, MPT_SHARES = (2, 3, 4, 6, 8), (0.1, 0.2, 0.3, 0.4, 0.5)
+MPT_GRID = tuple(one_size(bag_size, share) for share in MPT_SHARES for bag_size in MPT_BAGS)
+# What the grid at 20 tokens per parameter chose at the first seed, and the seeds that had no say in it.
+CHOSEN, CHOSEN_SEEDS = (one_size(4, 0.2), SMALL_BAGS), (18, 19, 20)
+# And a map of the MPT.
+MPT_CHOSEN = dict.fromkeys((S4_BATCH, PHASES_BATCH, *PHASES_BATCHES), (18, 19, 20, 21, 22))
+MPT_CHOSEN |= dict.fromkeys((PHASES_16, PHASES_05), (20, 21, 22))
+NONE = (one_size(4, 0.3, expand='none'), one_size(6, 0.3, expand='none'))
+RAMP = phases((6, 0.25), (4, 0.275), (2, 0.3))
+SIDES = (
+    superposed('s = 4, r = 0.3, input only', bag_size=4, duration='0.3dur', superpose='input'),
+    superposed('s = 4, r = 0.3, output only', bag_size=4, duration='0.3dur', superpose='output', expand='none'),
+)
+# In the operations of `sequence` at s = 4 and r = 0.3: of a token's forward pass, 4.33M operations (2 layers of width
+# 256 and a head of 2,048), attention takes 0.13M over 64 positions and 0.03M over 16.
+BATCH_SAVES = 1.007
+BATCH_LONGER = Setting(f'{S4_BATCH.name}, {BATCH_SAVES:g} times the steps', S4_BATCH.algorithm, length=BATCH_SAVES)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Settings at a scale and some seeds, beside its baseline.
+
+    Each at the learning rate that is best for the baseline; with ``tuned`` at that which is best for itself.
+    """
+
+    scale: Scale
+    settings: Sequence[Setting]
+    seeds: Sequence[int] = SEEDS
+    tuned: bool = False
+
+    def jobs(self, record: Record) -> list[Job]:
+        """All its runs that are known to be wanted, by seed: a rate is known once it has been tuned."""
+        asked = tuning(record, self.scale, BASELINE)
+        if not all(job.key in record.rows for job in asked):
+            return asked
+        plain = record.tuned(self.scale, BASELINE)
+        asked += [Job(self.scale, BASELINE, seed, plain) for seed in self.seeds]
+        for setting in self.settings:
+            tries = tuning(record, self.scale, setting) if self.tuned else []
+            asked += tries
+            if all(job.key in record.rows for job in tries):
+                rate = record.tuned(self.scale, setting) if self.tuned else plain
+                asked += [Job(self.scale, setting, seed, rate) for seed in self.seeds]
+        return sorted(asked, key=lambda job: job.seed)
+
+    def lacks(self, record: Record) -> list[Job]:
+        """Those that have no row, each once."""
+        return list({job.key: job for job in self.jobs(record) if job.key not in record.rows}.values())
+
+
+def tuning(record: Record, scale: Scale, setting: Setting) -> list[Job]:
+    """Learning rates at the first seed, until the best of them has been tried between half and twice of it.
+
+    A baseline's begin with those of its scale, another setting's with that of the baseline and its neighbors. A scale
+    with a single rate is not tuned.
+    """
+    if setting == BASELINE:
+        rates = set(scale.rates)
+    else:
+        plain = record.tuned(scale, BASELINE)
+        rates = {plain / 2, plain, plain * 2}
+    tried = record.tried(scale, setting)
+    if rates <= tried.keys() and len(scale.rates) > 1:
+        best = record.tuned(scale, setting)
+        rates |= {best / 2, best * 2}
+    return [Job(scale, setting, SEEDS[0], rate) for rate in sorted(rates)]
+
+
+def asked(record: Record) -> Iterator[Ask]:
+    """Every question, in order; those at what others choose once these are answered."""
+    for scale in (PYTHON_1, PYTHON_5, PYTHON_20_LARGE, PROSE_5):
+        yield Ask(scale, (*RECIPES, SMALL_BAGS))
+        yield Ask(scale, TUNED, tuned=True)
+    yield Ask(PROSE_20, (*RECIPES, SMALL_BAGS))
+    yield Ask(PYTHON_20, RECIPES, (*SEEDS, 20))
+    yield Ask(PYTHON_20, TUNED, tuned=True)
+    others = (one_size(6, 0.05), RAMP, PHASES, *weighted(8))
+    yield Ask(PYTHON_20, (*GRID, *others), SEEDS[:1])
+    yield Ask(PYTHON_20, (*NONE, limited(BASELINE), limited(S4), limited(PUBLISHED)))
+    yield Ask(PYTHON_20, CHOSEN, CHOSEN_SEEDS)
+    yield from _mpt()
+    yield Ask(PYTHON_40, SETTINGS, tuned=True)
+    plain = [Ask(scale, (), tuned=True) for scale in (PYTHON_40_LARGER, PYTHON_80_LARGER, PYTHON_80)]
+    yield from plain
+    if any(ask.lacks(record) for ask in plain):
+        return  # which size of a step is best is not known yet
+    largest, other = by_size(record)
+    headline = Ask(largest, SETTINGS, tuned=True)
+    yield headline
+    if headline.lacks(record):
+        return  # nor which setting
+    yield Ask(largest, tuple(dict.fromkeys((winner(record, largest), PUBLISHED))), FRESH, tuned=True)
+    yield Ask(other, (PUBLISHED,), tuned=True)
+
+
+def _mpt() -> Iterator[Ask]:
+    recipes = (S4, PUBLISHED, PHASES, PHASES_BATCH)
+    yield Ask(MPT_64, (*LONGER, *recipes, *MPT_GRID, *SIDES, *weighted(4), one_size(12, 0.3), *weighted(12)))
+    yield Ask(MPT_64, (BATCH_LONGER,))
+    yield Ask(MPT_64, (*beyond(), *by_batch()), SEEDS[:1])
+    yield Ask(MPT_64, (S4, S4_BATCH, PHASES, PHASES_BATCH, *PHASES_BATCHES), ALL_SEEDS)
+    yield Ask(MPT_64, (PHASES_16, PHASES_05), FRESH)
+    yield Ask(MPT_256, (LONGER[0], *recipes))
+
+
+def by_size(record: Record) -> list[Scale]:
+    """The sizes of a step at 80 tokens per parameter, the one at which plain training ends lowest first."""
+
+    def plain(scale: Scale) -> float:
+        return statistics.fmean(record.losses(scale, BASELINE, record.tuned(scale, BASELINE), SEEDS).values())
+
+    return sorted((PYTHON_80, PYTHON_80_LARGER), key=plain)
+
+
+def winner(record: Record, scale: Scale) -> Setting:
+    """The setting that ends lowest."""
+    return min(SETTINGS, key=lambda setting: statistics.fmean(record.changes(scale, setting, SEEDS).values()))
+
+
+def missing(record: Record, scale: str = '') -> list[Job]:
+    """What the first question that is not answered lacks, of one scale alone or of all; empty if there is nothing."""
+    lacking = (ask.lacks(record) for ask in asked(record) if scale in ('', ask.scale.name))
+    return next(filter(None, lacking), [])

@@ -1,0 +1,48 @@
+"""The summary of the record that the package brings: a row a cell, which is a setting at a scale."""
+
+import csv
+import math
+import statistics
+from pathlib import Path
+
+from tools.experiments.questions import asked
+from tools.experiments.record import SEEDS, Record
+from tools.experiments.scales import SCALES
+from tools.experiments.settings import BASELINE, LIMITED, bags
+from tools.experiments.tables import beside_best, changes, seeds_of
+
+SUMMARY = Path('composer_tst/cli/plan/losses/evidence.csv')
+COLUMNS = (
+    *('scale', 'text', 'parameters', 'tokens_per_parameter', 'steps', 'tokens_per_step', 'setting'),
+    *('bag_sizes', 'ends', 'expand', 'rate', 'seeds', 'final_loss', 'change', 'deviation'),
+    *('change_from_best', 'deviation_from_best'),
+)
+
+
+def write_summary(path: Path, record: Record) -> None:
+    """Every cell that was run at three seeds or more: its loss, and the change from plain training.
+
+    In steps of its own size, and from the best plain run of the same model on as many tokens, whatever the size of a
+    step. Runs on limited data are left out: they have a baseline of their own.
+    """
+    settings = {setting.name: setting for ask in asked(record) for setting in (BASELINE, *ask.settings)}
+    with path.open('w', newline='') as file:
+        lines = csv.writer(file, lineterminator='\n')
+        lines.writerow(COLUMNS)
+        for scale in SCALES.values():
+            names = dict.fromkeys(row.setting for row in record.rows.values() if row.scale == scale.name)
+            for setting in (settings[name] for name in sorted(names) if name in settings and LIMITED not in name):
+                if not record.tried(scale, setting):
+                    continue
+                rate = record.rate(scale, setting)
+                losses = record.losses(scale, setting, rate, seeds_of(scale, setting)).values()
+                if len(losses) < len(SEEDS) or not all(map(math.isfinite, losses)):
+                    continue
+                change = [changes(record, scale, setting), beside_best(record, scale, setting)]
+                told = [scale.name, scale.text, scale.parameters, f'{scale.tokens_per_parameter:.2f}', scale.steps]
+                told += [scale.tokens_per_step, setting.name, *(bags(setting) or ('', '', '')), f'{rate:g}']
+                told += [len(losses), f'{statistics.fmean(losses):.4f}']
+                for each in change:
+                    enough = len(each) >= len(SEEDS)
+                    told += [f'{statistics.fmean(each):.4f}', f'{statistics.stdev(each):.4f}'] if enough else ['', '']
+                lines.writerow(told)

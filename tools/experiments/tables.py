@@ -1,0 +1,348 @@
+"""The tables of docs/evidence.md, each between two markers of its own; what they say is told in the page."""
+
+import itertools
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from tools.experiments.questions import (
+    ALL_SEEDS,
+    BATCH_LONGER,
+    CHOSEN,
+    CHOSEN_SEEDS,
+    FRESH,
+    GRID_BAGS,
+    GRID_SHARES,
+    MPT_BAGS,
+    MPT_CHOSEN,
+    MPT_SHARES,
+    NONE,
+    RAMP,
+    SETTINGS,
+    SIDES,
+)
+from tools.experiments.record import SEEDS, Record
+from tools.experiments.scales import MPT_64, MPT_256, PYTHON_20, PYTHON_20_LARGE, SCALES, Scale
+from tools.experiments.settings import (
+    BASELINE,
+    LIMITED,
+    LONGER,
+    PHASES,
+    PHASES_BATCH,
+    PUBLISHED,
+    PUBLISHED_BATCH,
+    S4,
+    S4_BATCH,
+    SMALL_BAGS,
+    Setting,
+    limited,
+    one_size,
+    weighted,
+)
+
+LLAMAS = tuple(scale for scale in SCALES.values() if scale not in (MPT_64, MPT_256))
+
+
+def seeds_of(scale: Scale, setting: Setting) -> Sequence[int]:
+    """The seeds a setting is judged at: of one that runs at some of them chose, the others."""
+    if scale == PYTHON_20 and setting in CHOSEN:
+        return CHOSEN_SEEDS
+    return MPT_CHOSEN.get(setting, ALL_SEEDS) if scale == MPT_64 else ALL_SEEDS
+
+
+def sure(changes: Sequence[float]) -> bool:
+    """Whether a change is of three seeds or more, and by more than two of its standard deviations."""
+    return len(changes) >= len(SEEDS) and abs(statistics.fmean(changes)) > 2 * statistics.stdev(changes)
+
+
+def shown(changes: Iterable[float]) -> str:
+    """A change of the loss as all pages show it; the number of seeds in brackets where that is not three."""
+    changes = list(changes)
+    if not changes:
+        return ''
+    if not all(map(math.isfinite, changes)):
+        return 'diverged'
+    mean = statistics.fmean(changes)
+    text = f'{"better" if mean < 0 else "worse"} {abs(mean):.3f}'
+    if len(changes) > 1:
+        text += f' ± {statistics.stdev(changes):.3f}'
+    if len(changes) >= len(SEEDS) and not sure(changes):
+        text = f'level ({text})'
+    elif sure(changes) and mean < 0:
+        text = f'**{text}**'
+    return text if len(changes) == len(SEEDS) else f'{text} ({len(changes)})'
+
+
+def loss(record: Record, scale: Scale, setting: Setting, seeds: Sequence[int]) -> str:
+    """Mean and deviation of the final loss; empty if there is none."""
+    if not record.tried(scale, setting):
+        return ''
+    losses = list(record.losses(scale, setting, record.rate(scale, setting), seeds).values())
+    if not all(map(math.isfinite, losses)):
+        return 'diverged'
+    deviation = f' ± {statistics.stdev(losses):.3f}' if len(losses) > 1 else ''
+    return f'{statistics.fmean(losses):.3f}{deviation}'
+
+
+def best_plain(record: Record, scale: Scale) -> Scale:
+    """The scale of the same text and tokens at which plain training ends lowest, whatever the size of a step."""
+
+    def plain(each: Scale) -> float:
+        return statistics.fmean(record.losses(each, BASELINE, record.rate(each, BASELINE), SEEDS).values())
+
+    alike = [each for each in SCALES.values() if (each.text, each.seq_len) == (scale.text, scale.seq_len)]
+    alike = [each for each in alike if _budget(each) == _budget(scale)]
+    return min((each for each in alike if _run(record, each)), key=plain, default=scale)
+
+
+def beside_best(record: Record, scale: Scale, setting: Setting, seeds: Sequence[int] = ()) -> list[float]:
+    """Final losses minus those of plain training in steps of the best size, as many tokens, seed by seed."""
+    best = best_plain(record, scale)
+    if not record.tried(scale, setting) or not _run(record, best):
+        return []
+    plain = record.losses(best, BASELINE, record.rate(best, BASELINE), ALL_SEEDS)
+    found = record.losses(scale, setting, record.rate(scale, setting), seeds or seeds_of(scale, setting))
+    return [found[seed] - plain[seed] for seed in found.keys() & plain.keys()]
+
+
+def changes(record: Record, scale: Scale, setting: Setting, seeds: Sequence[int] = ()) -> list[float]:
+    """Final losses minus the baseline's, at the seeds a setting is judged at."""
+    return list(record.changes(scale, setting, seeds or seeds_of(scale, setting)).values())
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [columns, ['---'] * len(columns), *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def _budget(scale: Scale) -> str:
+    return f'{scale.tokens_per_parameter:.2g}'
+
+
+def _of(scale: Scale) -> list[str]:
+    return [scale.text, _budget(scale), f'{scale.steps:,}', f'{scale.tokens_per_step:,}']
+
+
+def _run(record: Record, scale: Scale) -> bool:
+    """Whether plain training has been run at every seed, and so at its best rate."""
+    if not record.tried(scale, BASELINE):
+        return False
+    return len(record.losses(scale, BASELINE, record.rate(scale, BASELINE), SEEDS)) == len(SEEDS)
+
+
+def over_best_plain(record: Record) -> str:
+    """At each budget the best plain run and the lowest superposed one, in steps of whatever size."""
+    rows = []
+    for (text, budget), of in itertools.groupby(LLAMAS, key=lambda scale: (scale.text, _budget(scale))):
+        scales = [scale for scale in of if _run(record, scale)]
+        if not scales:
+            rows.append([text, budget, 'not run yet', *[''] * 5])
+            continue
+        best = best_plain(record, scales[0])
+        cells = [(scale, setting) for scale in scales for setting in SETTINGS]
+        found = {cell: each for cell in cells if len(each := beside_best(record, *cell)) >= len(SEEDS)}
+        told = ['not run yet', '', '']
+        if found:
+            lowest = min(found, key=lambda cell: statistics.fmean(found[cell]))
+            # Where it was run again at seeds that did not choose it, these judge.
+            fresh = beside_best(record, *lowest, FRESH)
+            judged = fresh if len(fresh) == len(FRESH) else found[lowest]
+            told = [_cell(*lowest), shown(judged), 'no' if judged is fresh else 'yes']
+        sizes = ', '.join(f'{scale.tokens_per_step:,}' for scale in scales)
+        plain = f'{best.steps:,} of {best.tokens_per_step:,}'
+        rows.append([text, budget, sizes, plain, loss(record, best, BASELINE, ALL_SEEDS), *told])
+    columns = ['text', 'tokens per parameter', 'tokens per step, tried', 'best plain run, steps', 'ends at']
+    return table([*columns, 'lowest superposed run', 'over that plain run', 'chosen by these seeds'], rows)
+
+
+def _cell(scale: Scale, setting: Setting) -> str:
+    return f'{setting.name}; {scale.steps:,} of {scale.tokens_per_step:,}'
+
+
+def same_steps(record: Record) -> str:
+    """At each scale every setting that was asked at all of them, over the baseline in the same steps."""
+    rows = [
+        [*_of(scale), loss(record, scale, BASELINE, ALL_SEEDS)]
+        + [shown(changes(record, scale, setting)) for setting in SETTINGS]
+        for scale in LLAMAS
+        if _run(record, scale)
+    ]
+    columns = ['text', 'tokens per parameter', 'steps', 'tokens per step', 'plain ends at']
+    return table([*columns, *(setting.name for setting in SETTINGS)], rows)
+
+
+def rates(record: Record) -> str:
+    """The rate that every setting of the table before is judged at."""
+    rows = [
+        [*_of(scale)]
+        + [
+            f'{record.rate(scale, setting):g}' if record.tried(scale, setting) else ''
+            for setting in (BASELINE, *SETTINGS)
+        ]
+        for scale in LLAMAS
+        if _run(record, scale)
+    ]
+    columns = ['text', 'tokens per parameter', 'steps', 'tokens per step']
+    return table([*columns, 'plain', *(setting.name for setting in SETTINGS)], rows)
+
+
+def again(record: Record) -> str:
+    """What was chosen by runs at some seeds, at others."""
+    rows = [
+        [*_of(scale), setting.name, ', '.join(map(str, sorted(found))), shown(found.values())]
+        for scale in LLAMAS
+        for setting in (*CHOSEN, S4, PUBLISHED, PHASES_BATCH)
+        for seeds in [CHOSEN_SEEDS if scale == PYTHON_20 else FRESH]
+        if len(found := record.changes(scale, setting, seeds)) == len(SEEDS)
+    ]
+    columns = ['text', 'tokens per parameter', 'steps', 'tokens per step', 'setting', 'seeds']
+    return table([*columns, 'over plain in the same steps'], rows)
+
+
+def size_of_steps(record: Record) -> str:
+    """The same tokens at 20 per parameter in steps of two sizes, at the seeds of both."""
+    scales = (PYTHON_20, PYTHON_20_LARGE)
+    rows = []
+    for setting in (BASELINE, PUBLISHED, S4, PUBLISHED_BATCH, S4_BATCH, PHASES_BATCH, SMALL_BAGS):
+        if not all(record.tried(each, setting) for each in scales):
+            continue
+        small, large = (record.losses(each, setting, record.rate(each, setting), SEEDS) for each in scales)
+        differences = [large[seed] - small[seed] for seed in small.keys() & large.keys()]
+        losses = [loss(record, each, setting, SEEDS) for each in scales]
+        rows.append([setting.name, *losses, shown(differences)])
+    steps = [f'{each.steps:,} steps of {each.tokens_per_step:,}' for each in scales]
+    return table(['setting', *steps, 'larger over smaller steps'], rows)
+
+
+def batch(record: Record) -> str:
+    """`batch` over `sequence` with the same bags."""
+    pairs = ((S4, S4_BATCH), (PUBLISHED, PUBLISHED_BATCH), (PHASES, PHASES_BATCH))
+    rows = []
+    for scale in SCALES.values():
+        cells = [shown(_over(record, scale, there, here)) for here, there in pairs]
+        if any(cells):
+            rows.append([*_of(scale), *cells])
+    columns = ['text', 'tokens per parameter', 'steps', 'tokens per step']
+    return table([*columns, *(here.name for here, _ in pairs)], rows)
+
+
+def _over(record: Record, scale: Scale, setting: Setting, other: Setting) -> list[float]:
+    """Final losses minus another setting's, both at the rate of the baseline, at the seeds the setting is judged at."""
+    if not _run(record, scale):
+        return []
+    plain, seeds = record.tuned(scale, BASELINE), seeds_of(scale, setting)
+    a, b = (record.losses(scale, each, plain, seeds) for each in (setting, other))
+    return [a[seed] - b[seed] for seed in a.keys() & b.keys()]
+
+
+def grid(record: Record) -> str:
+    """Share by bag size at 20 tokens per parameter, one seed."""
+    return _grid(record, PYTHON_20, GRID_BAGS, GRID_SHARES, SEEDS[:1])
+
+
+def _grid(record: Record, scale: Scale, sizes: Sequence[int], shares: Sequence[float], seeds: Sequence[int]) -> str:
+    """Mean changes from the baseline at its rate, and of rows and columns; bold if better for sure."""
+    plain = record.tuned(scale, BASELINE) if _run(record, scale) else 0.0
+
+    def cell(size: int, share: float) -> list[float]:
+        found, base = (record.losses(scale, each, plain, seeds) for each in (one_size(size, share), BASELINE))
+        return [found[seed] - base[seed] for seed in found.keys() & base.keys()]
+
+    def mean(cells: Iterable[list[float]]) -> str:
+        found = [statistics.fmean(each) for each in zip(*cells, strict=False)]
+        text = shown([statistics.fmean(found)] if found else []).removesuffix(' (1)')
+        return f'**{text}**' if sure(found) and statistics.fmean(found) < 0 else text
+
+    rows = [
+        [f'{share:g}', *(mean([cell(size, share)]) for size in sizes), mean(cell(size, share) for size in sizes)]
+        for share in shares
+    ]
+    rows.append(['mean', *(mean(cell(size, share) for share in shares) for size in sizes), ''])
+    return table(['r', *(f's = {size}' for size in sizes), 'mean'], rows)
+
+
+def others(record: Record) -> str:
+    """What else was tried at 20 tokens per parameter, over plain training on the same text."""
+    tried = (one_size(6, 0.05), RAMP, PHASES, one_size(8, 0.3), *weighted(8))
+    rows = []
+    for setting in (*NONE, limited(S4), limited(PUBLISHED), *tried):
+        plain = limited(BASELINE) if LIMITED in setting.name else BASELINE
+        rows.append(
+            [
+                *(setting.name, loss(record, PYTHON_20, setting, SEEDS), loss(record, PYTHON_20, plain, SEEDS)),
+                shown(_over(record, PYTHON_20, setting, plain)),
+            ]
+        )
+    return table(['setting', 'ends at', 'plain ends at', 'over plain in the same steps'], rows)
+
+
+def mpt(record: Record) -> str:
+    """Every kind of setting on the MPT, over plain training and over one bag size."""
+    settings = (
+        *(PUBLISHED, S4, S4_BATCH, BATCH_LONGER, PHASES, PHASES_BATCH),
+        *(*SIDES, *weighted(4), one_size(12, 0.3), *weighted(12)),
+    )
+    rows = []
+    for setting in settings:
+        cells = [(scale, other) for scale, other in ((MPT_64, BASELINE), (MPT_64, S4), (MPT_256, BASELINE))]
+        found = [_over(record, scale, setting, other) if setting != other else [] for scale, other in cells]
+        rows.append([setting.name, *map(shown, found)])
+    return table(['setting', 'over plain', f'over {S4.name}', 'over plain, rows of 256'], rows)
+
+
+def mpt_grid(record: Record) -> str:
+    """Share by bag size on the MPT."""
+    return _grid(record, MPT_64, MPT_BAGS, MPT_SHARES, SEEDS)
+
+
+def equal_loss(record: Record) -> str:
+    """How many times the steps plain training needs, each length with a schedule of its own."""
+    longer = {each.length: list(record.changes(MPT_64, each, SEEDS).values()) for each in LONGER}
+    curve = [(1.0, 0.0), *((length, statistics.fmean(found)) for length, found in longer.items() if found)]
+    rows = []
+    for setting in (PUBLISHED, S4, PHASES, PHASES_BATCH):
+        found = list(record.changes(MPT_64, setting, SEEDS).values())
+        if len(found) < len(SEEDS):
+            continue
+        mean, deviation = statistics.fmean(found), statistics.stdev(found)
+        rows.append([setting.name, *(speed_up(curve, mean + by) for by in (0, deviation, -deviation))])
+    columns = ['setting', 'plain needs, times the steps', 'a deviation less gained', 'a deviation more']
+    return table(columns, rows)
+
+
+def speed_up(curve: Sequence[tuple[float, float]], change: float) -> str:
+    """How many times the steps end as low, between lengths and their changes; the loss is linear in their logarithm."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
+        if y1 <= change <= y0:
+            return f'{x0 * (x1 / x0) ** ((y0 - change) / (y0 - y1)):.2f}'
+    return f'less than {curve[0][0]:g}' if change > curve[0][1] else f'more than {curve[-1][0]:g}'
+
+
+def scales(record: Record) -> str:
+    """What was run at every scale, for how long, with what."""
+    rows = []
+    for scale in SCALES.values():
+        of = [row for row in record.rows.values() if row.scale == scale.name]
+        versions = '; '.join(dict.fromkeys(row.versions.replace('==', ' ') for row in of))
+        hours = sum(row.seconds for row in of) / 3600
+        rows.append([f'`{scale.name}`', *_of(scale), f'{len(of)}', f'{hours:.1f}', versions or 'not run yet'])
+    columns = ['scale', 'text', 'tokens per parameter', 'steps', 'tokens per step', 'runs', 'hours of training']
+    return table([*columns, 'with'], rows)
+
+
+TABLES: dict[str, Callable[[Record], str]] = {
+    each.__name__: each
+    for each in (
+        *(over_best_plain, same_steps, rates, again, size_of_steps, batch, grid, others),
+        *(mpt, mpt_grid, equal_loss, scales),
+    )
+}
+_MARKED = re.compile(r'(<!-- table: (\w+) -->\n).*?(<!-- end -->)', re.DOTALL)
+
+
+def write_tables(page: Path, record: Record) -> None:
+    """Put every table anew between its markers."""
+    page.write_text(_MARKED.sub(lambda found: f'{found[1]}{TABLES[found[2]](record)}\n{found[3]}', page.read_text()))
