@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -70,15 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _brings(package: str) -> str:
     """What to install for a package that is missing: this one, from where it was installed, with the right extra."""
-    try:
-        installed = distribution('composer-tst')
-    except PackageNotFoundError:
+    # A checkout has metadata of its own, which does not say where what is installed came from.
+    found = sorted(distributions(name='composer-tst'), key=lambda each: not each.read_text('direct_url.json'))
+    if not found:
         return package
+    installed = found[0]
     extra, wanted = '', package
     for requirement in installed.requires or ():
-        found = re.match(rf'({package}\b[^;]*).*extra == "(tools|spark)"', requirement)
-        if found:
-            wanted, extra = f"'{found[1].strip()}'", f'[{found[2]}]'
+        needed = re.match(rf'({package}\b[^;]*).*extra == "(tools|spark)"', requirement)
+        if needed:
+            wanted, extra = f"'{needed[1].strip()}'", f'[{needed[2]}]'
             break
     origin = json.loads(installed.read_text('direct_url.json') or '{}').get('url', '')
     path = unquote(urlparse(origin).path)

@@ -90,7 +90,3 @@ def main(
         f'then, in this folder: composer -n 8 -c llmfoundry train {output}',
         err=True,
     )
-
-
-if __name__ == '__main__':
-    app()

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import distribution
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,8 @@ def test_a_package_that_is_missing_is_named_with_what_brings_it(
     result = command_line(*line, without=without)
     assert result.returncode == 2
     # From where it was installed: here the checkout, in which the environment is.
-    origin = json.loads(distribution('composer-tst').read_text('direct_url.json') or '')['url'].removeprefix('file://')
+    (told,) = filter(None, (each.read_text('direct_url.json') for each in distributions(name='composer-tst')))
+    origin = json.loads(told)['url'].removeprefix('file://')
     assert result.stderr.splitlines()[-1] == (
         f"error: composer-tst {line[0]} needs {without}: pip install '{origin}{extra}'"
     )

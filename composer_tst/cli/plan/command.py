@@ -79,7 +79,3 @@ def main(
     except CommandError as error:
         typer.echo(f'error: {error}', err=True)
         raise typer.Exit(1) from None
-
-
-if __name__ == '__main__':
-    app()
