@@ -57,7 +57,7 @@ def test_a_folder_of_text_becomes_the_rows_of_the_definition(corpus: Path, token
         assert counted['rows'] == len(expected)
         assert counted['tokens'] == len(expected) * L
         assert counted['bytes'] == sum(path.stat().st_size for path in (out / name).rglob('*.mds'))
-        assert f'{name}: {counted["documents"]} documents' in result.output
+        assert f'{name}: documents {counted["documents"]}, ' in result.output
     assert stats['bad_documents'] == 0
     assert sorted(path.name for path in out.iterdir()) == ['.records', 'stats.json', 'train', 'val']
     assert sorted(path.name for path in tmp_path.iterdir()) == ['corpus', 'out']
@@ -143,7 +143,7 @@ def test_skipped_bad_documents_are_listed_and_counted(corpus: Path, tokenizer_di
     result = succeed(corpus, '--output', out, '--seq-len', L, '--tokenizer', tokenizer_dir, '--skip-bad', '--verify')
     expected = ['20.txt: invalid UTF-8', '21.txt: empty document', '22.txt: it is not there']
     assert (out / 'bad_documents.txt').read_text().splitlines() == [f'{corpus}/{line}' for line in expected]
-    assert 'skipped: 3 bad documents, see bad_documents.txt' in result.stdout
+    assert 'bad documents, listed in bad_documents.txt: 3' in result.stdout
     stats = json.loads((out / 'stats.json').read_text())
     assert stats['bad_documents'] == 3
     assert sum(counted['documents'] for counted in stats['splits'].values()) == 37
@@ -218,6 +218,6 @@ def test_a_disk_that_fills_up_gets_one_sentence(corpus: Path, bpe: tokenizer.Tex
     assert not (tmp_path / 'out').exists()
     assert not list(scratch.iterdir())
     record = convert.convert_part(job, (0, part), lambda _: None)
-    assert record == job.output.recorded('part.000000.json')
+    assert record == job.output.recorded('part.00000.json')
     index = json.loads((tmp_path / 'out' / 'train' / '00000' / 'index.json').read_text())
     assert sum(shard['samples'] for shard in index['shards']) == record['counts']['train']['rows'] > 10

@@ -112,7 +112,7 @@ def test_what_is_gone_or_damaged_is_found_and_made_anew(
     succeed(*arguments, '--verify')
     assert place.files() == whole
     # A shard, an index, the summary, or a record that is gone.
-    for name in (names[1], part_index, 'out/train/index.json', 'out/stats.json', 'out/.records/part.000002.json'):
+    for name in (names[1], part_index, 'out/train/index.json', 'out/stats.json', 'out/.records/part.00002.json'):
         place.delete(name)
     succeed(*arguments)
     assert place.files() == whole
@@ -143,7 +143,7 @@ def test_damaged_records_count_as_absent(place: Folder | Bucket, common: list[ob
     succeed(*arguments)
     whole = place.files()
     records = [name for name in whole if '.records/part' in name]
-    damages = [b'', b'{', b'null', b'[1]', b'{"part": 7}', whole[records[1]][:-1]]
+    damages = [b'', b'{', b'null', b'[1]', b'{"part": 777}', whole[records[1]][:-1]]
     for name, damage in zip(records, damages, strict=False):
         place.put(name, damage)
     succeed(*arguments, '--verify')

@@ -341,7 +341,7 @@ def test_a_file_of_another_name_is_refused_read_with_format_or_left_out(
     (tmp_path / 'in' / 'README.md').write_text('read me')
     capsys.readouterr()
     assert kinds_of('in') == {'in/x.jsonl': 'jsonl', 'in/y.jl': 'jsonl'}
-    line = f'found: 2 files of JSON lines; left out: 2 without a format in their names (as {tmp_path}/in/'
+    line = f'found files: 2 of JSON lines; left out: 2 without a format in their names (as {tmp_path}/in/'
     assert capsys.readouterr().err.startswith(line)
     texts = {f'in/{name}': 'text', 'in/README.md': 'text'}
     assert kinds_of('in', form='text') == texts | {'in/x.jsonl': 'jsonl', 'in/y.jl': 'jsonl'}
@@ -591,4 +591,4 @@ def test_an_output_in_the_input_is_not_read(pattern: str, tmp_path: Path, monkey
     succeed(*arguments)
     (tmp_path / 'all' / 'out' / 'mine.txt').write_text('not read')
     result = succeed(*arguments)
-    assert 'found: 1 file of text; left out: 1 of the output (as ' in result.stderr
+    assert 'found files: 1 of text; left out: 1 of the output (as ' in result.stderr

@@ -322,7 +322,7 @@ def test_two_runs_at_once_of_which_one_is_stopped_and_continued_make_one_data_se
 def test_many_records_are_read_at_once_without_a_warning(client: Any, caplog: pytest.LogCaptureFixture):
     out = output.Output(f's3://{BUCKET}/many', '')
     for number in range(50):
-        out.record(output.part_name(number), {'part': number, 'splits': {}})
+        out.record(output.part_record(number), {'part': number, 'splits': {}})
     assert len(out.part_records(50, ['train'])) == 50
     assert not caplog.records
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from typer.testing import CliRunner, Result
 
-from composer_tst.cli.prepare_data import convert, inputs, parts, shards, tokenizer, workers
+from composer_tst.cli.prepare_data import inputs, parts, run, shards, tokenizer, workers
 from composer_tst.cli.prepare_data.command import app
 
 if __name__ != '__main__':
@@ -68,7 +68,7 @@ def prepare_until_killed(*arguments: object) -> None:
 
 def _prepare_and_die(arguments: list[str]) -> None:
     parts.PART_BYTES = int(arguments[0])
-    parallel = convert.parallel
+    parallel = run.parallel
 
     def dying(*args: Any) -> Iterator[Any]:
         for done, result in enumerate(parallel(*args), 1):
@@ -76,7 +76,7 @@ def _prepare_and_die(arguments: list[str]) -> None:
             if done == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    convert.parallel = dying
+    run.parallel = dying
     app(arguments[1:])
 
 

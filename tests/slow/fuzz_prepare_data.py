@@ -276,7 +276,7 @@ class Attack:
         elif action == 'alter' and shard_names and record_names:
             name = draw(st.sampled_from(shard_names))
             number = int(name.split('/')[-2])
-            if f'{self.name}/.records/part.{number:06}.json' in record_names:
+            if f'{self.name}/.records/part.{number:05}.json' in record_names:
                 altered = bytearray(own[name])
                 altered[draw(st.integers(0, len(altered) - 1))] ^= 1
                 self.place.put(name, bytes(altered))
@@ -419,7 +419,7 @@ def fuzz(number: int, minutes: float) -> int:
     """Attack for some minutes; return how many examples held."""
     deadline = time.monotonic() + 60 * minutes
     count, kinds = 0, dict.fromkeys([*ACTIONS, 'spark'], 0)
-    convert.parallel = report.parallel = serial  # pyright: ignore
+    run.parallel = report.parallel = serial  # pyright: ignore
     run.in_worker = lambda function, *arguments: function(*arguments)
     output.GRACE, s3.FIRST_PAUSE = 1.0, 0.01
     with tempfile.TemporaryDirectory() as folder, serve() as (url, _), spark_session():

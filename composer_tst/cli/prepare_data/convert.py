@@ -5,6 +5,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,10 @@ from numpy.typing import NDArray
 
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.documents import BAD_ADVICE, BadDocument, read_documents
-from composer_tst.cli.prepare_data.output import Output, digest_of, part_folder, part_name
+from composer_tst.cli.prepare_data.output import Output, part_folder, part_record
 from composer_tst.cli.prepare_data.parts import Part, Settings, choose_split, size_of
 from composer_tst.cli.prepare_data.shards import RowWriter
 from composer_tst.cli.prepare_data.tokenizer import TextTokenizer
-from composer_tst.cli.prepare_data.workers import parallel
 from composer_tst.cli.progress_bar import progress
 
 # What is tokenised in one call, in characters; bounds the memory of a worker.
@@ -75,7 +75,7 @@ def convert_part(job: Job, item: Item, report: Report) -> dict:
             }
             if writer.rows:
                 record['splits'][name] = _publish(job.output, writer, name, part_folder(number))
-        job.output.record(part_name(number), record)
+        job.output.record(part_record(number), record)
     report(size_of(part) - reported)
     return record
 
@@ -87,7 +87,7 @@ def _publish(output: Output, writer: RowWriter, split: str, folder: str) -> dict
         with open(f'{writer.folder}/{name}', 'rb') as file:
             data = file.read()
         output.publish(data, split, folder, name)
-        files[name] = [len(data), digest_of(data)]
+        files[name] = [len(data), sha256(data).hexdigest()]
     return {'files': files, 'index': data.decode()}
 
 
@@ -118,11 +118,6 @@ def _batches(part: Part, job: Job, bad: list[str]) -> Iterator[tuple[list[tuple[
         before += piece.size
     if batch:
         yield batch, read
-
-
-def convert_locally(job: Job, items: list[Item], report: Report) -> Iterable[dict]:
-    """The local engine: parts over all cores."""
-    return parallel(convert_part, job, items, report)
 
 
 def convert(parts: Sequence[Part], job: Job, engine: Engine) -> list[dict]:

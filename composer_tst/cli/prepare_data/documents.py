@@ -18,9 +18,8 @@ from composer_tst.cli.prepare_data.streams import BLOCK_BYTES, DamagedError, ope
 
 # Few rows of Parquet at a time, since a row may be a book.
 BATCH_ROWS = 64
-# How many documents of a format are looked at before a run, and how many names a sentence lists.
+# How many documents of a format are looked at before a run.
 LOOKED_AT = 20
-NAMES_SHOWN = 12
 
 BAD_ADVICE = ' (with --skip-bad, the same command goes on from here without such documents)'
 ARRAY_ADVICE = "make lines of it, as with: jq -c '.[]' FILE > FILE.jsonl"
@@ -104,18 +103,23 @@ def _text_document(piece: Piece, text_key: str) -> Iterator[Document | BadDocume
     try:
         if b'\0' in data:
             raise BadDocument('NUL bytes, as in UTF-16 or in what is no text')
-        yield _document(data.decode(), piece.size)
+        yield _document(data.decode(), text_key, piece.size)
     except UnicodeDecodeError:
         yield BadDocument('invalid UTF-8', where=piece.source.path)
     except BadDocument as error:
         yield error.at(piece.source.path)
 
 
-def _document(text: str, read: int) -> Document:
-    if not text:
+def _document(value: object, text_key: str, read: int) -> Document:
+    """Make a document of a text, or of what stands where one should."""
+    if value is None:
+        raise BadDocument(f'no text in "{text_key}"')
+    if not isinstance(value, str):
+        raise BadDocument(f'"{text_key}" is not a string')
+    if not value:
         raise BadDocument('empty document')
     try:
-        return Document(text, blake2b(text.encode(), digest_size=8).digest(), read)
+        return Document(value, blake2b(value.encode(), digest_size=8).digest(), read)
     except UnicodeEncodeError:
         raise BadDocument('invalid Unicode (half of a surrogate pair)') from None
 
@@ -170,25 +174,14 @@ def _from_line(line: bytes, text_key: str, read: int) -> Document:
         raise BadDocument('not a JSON object')
     if text_key not in record:
         raise _missing(text_key, 'fields', record)
-    return _from_value(record[text_key], text_key, read)
+    return _document(record[text_key], text_key, read)
 
 
 def _missing(text_key: str, kind: str, names: Iterable[str]) -> BadDocument:
-    some = [shown(str(name)) for name in names]
-    more = ', ...' if len(some) > NAMES_SHOWN else ''
+    there = ', '.join(shown(name) for name in names) or 'none'
     return BadDocument(
-        f'no text in "{text_key}" (its {kind}: {", ".join(some[:NAMES_SHOWN]) or "none"}{more})',
-        'name the one that holds the text with --text-key',
+        f'no text in "{text_key}" (its {kind}: {there})', 'name the one that holds the text with --text-key'
     )
-
-
-def _from_value(value: object, text_key: str, read: int) -> Document:
-    """Make a document of the value of a field or a cell."""
-    if value is None:
-        raise BadDocument(f'no text in "{text_key}"')
-    if not isinstance(value, str):
-        raise BadDocument(f'"{text_key}" is not a string')
-    return _document(value, read)
 
 
 def open_parquet(stream: Any) -> pq.ParquetFile:
@@ -236,7 +229,7 @@ def _parquet_documents(piece: Piece, text_key: str) -> Iterator[Document | BadDo
 
 def _from_cell(cell: Any, text_key: str, read: int) -> Document:
     try:
-        return _from_value(cell.as_py(), text_key, read)
+        return _document(cell.as_py(), text_key, read)
     except UnicodeDecodeError:
         raise BadDocument('invalid UTF-8') from None
     except (ValueError, OverflowError):  # as of a date that Python does not have

@@ -22,11 +22,6 @@ def shown(text: str) -> str:
     return text if text.isprintable() else ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def plural(count: int, noun: str) -> str:
-    """So many of something: 1 row, 1,000 rows."""
-    return f'{count:,} {noun}' if count == 1 else f'{count:,} {noun}s'
-
-
 def reason(error: BaseException) -> str:
     """Say in a few words why something failed."""
     if isinstance(error, OSError) and error.errno is not None:

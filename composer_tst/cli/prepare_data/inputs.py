@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data import s3
-from composer_tst.cli.prepare_data.errors import explained, plural, shown
+from composer_tst.cli.prepare_data.errors import explained, shown
 from composer_tst.cli.prepare_data.s3 import is_s3
 
 FORMATS = {
@@ -248,10 +248,10 @@ def list_sources(inputs: list[str], output: str, form: str | None = None) -> tup
         if not any(source.path in read for source in found):
             raise _nothing(text, found, out)
     counts = Counter(source.format for source in sources)
-    line = ', '.join(f'{plural(counts[each], "file")} of {NAMES[each]}' for each in NAMES if counts[each])
+    line = ', '.join(f'{counts[each]:,} of {NAMES[each]}' for each in NAMES if counts[each])
     reasons = {why: sorted(path for each, path in left_out if each == why) for why in sorted(set(dict(left_out)))}
     words = ', '.join(f'{len(paths):,} {why} (as {shown(paths[0])})' for why, paths in reasons.items())
-    print(f'found: {line}' + (f'; left out: {words}' if words else ''), file=sys.stderr)
+    print(f'found files: {line}' + (f'; left out: {words}' if words else ''), file=sys.stderr)
     return sorted(sources, key=lambda source: source.path), words
 
 

@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -117,11 +116,11 @@ class Output:
     def part_records(self, parts: int, splits: Iterable[str]) -> dict[int, dict]:
         """The records of finished parts all of whose files are there, by the number of the part."""
         there = self.sizes(RECORDS)
-        numbers = [number for number in range(parts) if part_name(number) in there]
+        numbers = [number for number in range(parts) if part_record(number) in there]
         found = {split: self.sizes(split) for split in splits}
         # Many at once: thousands of requests to S3, one after another, would take minutes.
         with ThreadPoolExecutor(THREADS) as pool:
-            records = pool.map(lambda number: self.recorded(part_name(number)), numbers)
+            records = pool.map(lambda number: self.recorded(part_record(number)), numbers)
         return {
             number: record
             for number, record in zip(numbers, records, strict=True)
@@ -134,19 +133,14 @@ class Output:
         }
 
 
-def part_name(number: int) -> str:
-    """The name of the record of a part."""
-    return f'part.{number:06}.json'
-
-
 def part_folder(number: int) -> str:
     """The name of the folder of a part, in that of its split."""
     return f'{number:05}'
 
 
-def digest_of(data: bytes) -> str:
-    """What a record keeps of a file's content."""
-    return sha256(data).hexdigest()
+def part_record(number: int) -> str:
+    """The name of the record of a part."""
+    return f'part.{number:05}.json'
 
 
 def begun_with(output: Output, fingerprint: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """The end of a run: every file read back, and what there is."""
 
 import json
+from hashlib import sha256
 from typing import Any
 
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.convert import Job
-from composer_tst.cli.prepare_data.errors import plural
-from composer_tst.cli.prepare_data.output import digest_of, part_folder
+from composer_tst.cli.prepare_data.output import part_folder
 from composer_tst.cli.prepare_data.s3 import is_s3
 from composer_tst.cli.prepare_data.workers import parallel
 from composer_tst.cli.progress_bar import progress
@@ -35,7 +35,7 @@ def _verify_file(job: Job, item: tuple[tuple[str, ...], int, str], report: Any) 
     data = job.output.read(*parts)
     if data is None:
         problem = 'is not there'
-    elif digest_of(data) != digest:
+    elif sha256(data).hexdigest() != digest:
         problem = 'does not hold what was written (by its sha256)'
     else:
         return size
@@ -79,24 +79,17 @@ def summarize(job: Job, records: list[dict], indexes: dict[str, str]) -> dict:
 
 
 def describe(stats: dict, left_out: str) -> str:
-    """The summary in lines for people."""
+    """The summary in lines for people: a line for each split, what is wrong with it, and what is not in it."""
     lines = []
     for name, split in stats['splits'].items():
-        lines.append(
-            f'{name}: {plural(split["documents"], "document")}, {split["tokens"]:,} tokens in '
-            f'{plural(split["rows"], "row")} of {stats["seq_len"]:,}, {split["bytes"]:,} bytes in '
-            f'{plural(split["shards"], "shard")}'
-        )
-        if dropped := split['dropped_tokens']:
-            lines.append(
-                f'{name}: cut or left out are {plural(split["cut_documents"], "document")}, by '
-                f'{plural(dropped, "token")} that fill no row at the ends of parts'
-            )
+        lines.append(f'{name}: ' + ', '.join(f'{key.replace("_", " ")} {count:,}' for key, count in split.items()))
         if not split['rows']:
             lines.append(f'warning: split {name} has no rows: give it a larger share with --split')
-    if bad := stats['bad_documents']:
-        lines.append(f'skipped: {plural(bad, "bad document")}, see bad_documents.txt')
-    return '\n'.join([*lines, *([f'left out: {left_out}'] if left_out else [])])
+    if stats['bad_documents']:
+        lines.append(f'bad documents, listed in bad_documents.txt: {stats["bad_documents"]:,}')
+    if left_out:
+        lines.append(f'left out: {left_out}')
+    return '\n'.join(lines)
 
 
 def describe_loaders(stats: dict, path: str, tokenizer: str) -> str:

@@ -4,10 +4,11 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data.convert import Job, convert, convert_locally
+from composer_tst.cli.prepare_data.convert import Job, convert, convert_part
 from composer_tst.cli.prepare_data.documents import look
 from composer_tst.cli.prepare_data.errors import explained
 from composer_tst.cli.prepare_data.inputs import list_sources, parse_address
@@ -23,7 +24,7 @@ from composer_tst.cli.prepare_data.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
-from composer_tst.cli.prepare_data.workers import in_worker
+from composer_tst.cli.prepare_data.workers import in_worker, parallel
 
 # Changes whenever the same arguments would make other rows or records than before.
 FORMAT = 4
@@ -71,7 +72,7 @@ def prepare(
         except ImportError as error:
             raise CommandError('--engine spark needs pyspark: pip install "composer-tst[spark]"') from error
     else:
-        convert_with = convert_locally
+        convert_with = partial(parallel, convert_part)
     sources, left_out = list_sources(inputs, path, form)
     look(sources, settings.text_key, settings.skip_bad)
     if settings.compression or settings.hashes:
