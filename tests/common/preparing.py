@@ -80,7 +80,7 @@ def _prepare_and_die(arguments: list[str]) -> None:
     app(arguments[1:])
 
 
-def sources_of(*given: object, form: str | None = None) -> list[inputs.Source]:
+def sources_of(*given: object, form: str = '') -> list[inputs.Source]:
     """List inputs, for an output elsewhere."""
     return inputs.list_sources([str(each) for each in given], '/nowhere/out', form)[0]
 

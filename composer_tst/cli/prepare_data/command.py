@@ -64,7 +64,7 @@ def main(
     try:
         names = tuple(sorted({name for name in hashes.split(',') if name}))
         settings = Settings(seq_len, parse_splits(split), text_key, skip_bad, compression or None, names)
-        of = form.value if form else None
+        of = form.value if form else ''
         prepare(inputs or [], output, settings, tokenizer, train_tokenizer, engine.value, verify, of)
     except CommandError as error:
         typer.echo(f'error: {shown(str(error))}', err=True)

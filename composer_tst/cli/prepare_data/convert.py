@@ -20,7 +20,7 @@ from composer_tst.cli.prepare_data.tokenizer import TextTokenizer
 from composer_tst.cli.progress_bar import progress
 
 # What is tokenised in one call, in characters; bounds the memory of a worker.
-BATCH_CHARS = 1 << 20
+BATCH_CHARS = 1 << 19
 Item = tuple[int, Part]
 # Told how many bytes have been read since it was last told.
 Report = Callable[[int], Any]

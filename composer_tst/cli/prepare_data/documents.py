@@ -91,7 +91,7 @@ def read_documents(piece: Piece, text_key: str) -> Iterator[Document | BadDocume
     readers = {'text': _text_document, 'jsonl': _jsonl_documents, 'parquet': _parquet_documents}
     try:
         with refusing(source.compression or source.format):
-            yield from readers[source.format or ''](piece, text_key)
+            yield from readers[source.format](piece, text_key)
     except DamagedError as error:
         yield BadDocument(str(error), where=source.path)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data import s3
-from composer_tst.cli.prepare_data.errors import explained, shown
+from composer_tst.cli.prepare_data.errors import shown
 from composer_tst.cli.prepare_data.s3 import is_s3
 
 FORMATS = {
@@ -39,15 +39,15 @@ ADVICE = (
 class Source:
     """An input file: a stamp that changes when its content does, and what it is read as.
 
-    `format` and `compression` are those of its name, None if it says none. `named` is whether the user named it, or a
+    `format` and `compression` are those of its name, empty if it says none. `named` is whether the user named it, or a
     pattern did, rather than a folder that holds it.
     """
 
     path: str
     size: int
     stamp: str
-    format: str | None = None
-    compression: str | None = None
+    format: str = ''
+    compression: str = ''
     named: bool = False
 
 
@@ -69,11 +69,11 @@ def parse_address(text: str) -> str:
     return os.path.abspath(os.path.expanduser(text))
 
 
-def kind_of(path: str) -> tuple[str | None, str | None]:
-    """The format and the compression that a name says; None where it says none."""
+def kind_of(path: str) -> tuple[str, str]:
+    """The format and the compression that a name says; empty where it says none."""
     stem, extension = os.path.splitext(os.path.basename(path))
-    compression = COMPRESSIONS.get(extension.lower())
-    return FORMATS.get((os.path.splitext(stem)[1] if compression else extension).lower()), compression
+    compression = COMPRESSIONS.get(extension.lower(), '')
+    return FORMATS.get((os.path.splitext(stem)[1] if compression else extension).lower(), ''), compression
 
 
 def _why_hidden(name: str) -> str:
@@ -98,20 +98,17 @@ class _Disk:
 
     def entries(self, folder: str) -> Iterator[tuple[str, bool]]:
         """The names in a folder, and whether each is one."""
-        with explained('read', folder):
-            # Without a word, what is in a folder that we may not read would be left out.
-            for entry in sorted(os.scandir(folder), key=lambda entry: entry.name) if os.path.isdir(folder) else []:
-                yield entry.name, os.path.isdir(entry.path)
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+            yield name, os.path.isdir(os.path.join(folder, name))
 
     def source(self, path: str) -> Source:
-        with explained('read', path):
-            try:
-                found = os.stat(path)
-            except OSError:
-                # A link to nowhere, or to itself: reading it reports it as a bad document.
-                if not os.path.islink(path):
-                    raise
-                return Source(path, 0, MISSING)
+        try:
+            found = os.stat(path)
+        except OSError:
+            # A link to nowhere, or to itself: reading it reports it as a bad document.
+            if not os.path.islink(path):
+                raise
+            return Source(path, 0, MISSING)
         if not stat.S_ISREG(found.st_mode):
             raise CommandError(f'cannot read {path}: it is a pipe or a device, not a file')
         return Source(path, found.st_size, str(found.st_mtime_ns))
@@ -190,7 +187,8 @@ def _search(text: str, output: str) -> tuple[list[Source], list[tuple[str, str]]
     files, left_out = [], []
     if not parts and place.is_file(path) and not (only_folders and is_s3(path)):
         files.append(replace(place.source(path), named=True))
-    queue, searched = [('' if root == '/' else root, _or_further(parts, {0}))], set()
+    root, places = '' if root == '/' else root, _or_further(parts, {0})
+    queue, searched = [(root, places)], {(place.real(root or '/'), places)}
     for folder, places in queue:
         for name, is_folder in place.entries(folder or '/'):
             below, why = f'{folder}/{name}', _why_hidden(name)
@@ -209,7 +207,7 @@ def _search(text: str, output: str) -> tuple[list[Source], list[tuple[str, str]]
     return files, left_out
 
 
-def list_sources(inputs: list[str], output: str, form: str | None = None) -> tuple[list[Source], str]:
+def list_sources(inputs: list[str], output: str, form: str = '') -> tuple[list[Source], str]:
     """Find the files behind files, folders, patterns and S3 prefixes, sorted by path, each once, and say what they are.
 
     Args:

@@ -57,21 +57,19 @@ class Output:
         path = self.at(*parts)
         if is_s3(path):
             return s3.read(path)
-        with explained('read', path):
-            try:
-                with open(path, 'rb') as file:
-                    return file.read()
-            except FileNotFoundError:
-                return None
+        try:
+            with open(path, 'rb') as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
 
     def sizes(self, *parts: str) -> dict[str, int]:
         """The sizes of all files below a folder, by their path from there."""
         folder = self.at(*parts)
         if is_s3(folder):
             return {path[len(folder) + 1 :]: size for path, (size, _) in s3.listing(f'{folder}/').items()}
-        with explained('read', folder):
-            paths = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
-            return {os.path.relpath(path, folder): os.lstat(path).st_size for path in paths if os.path.lexists(path)}
+        paths = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
+        return {os.path.relpath(path, folder): os.lstat(path).st_size for path in paths if os.path.lexists(path)}
 
     def write(self, data: bytes, *parts: str) -> None:
         """Write a file, whole or not at all, in the place of an older one."""
@@ -161,8 +159,7 @@ def begun_with(output: Output, fingerprint: dict[str, Any]) -> dict[str, Any]:
     elif os.path.lexists(output.path) and not os.path.isdir(output.path):
         raise CommandError(f'output {output.path} exists and is no folder: name another')
     else:
-        with explained('read', output.path):
-            names = set(os.listdir(output.path)) if os.path.isdir(output.path) else set()
+        names = set(os.listdir(output.path)) if os.path.isdir(output.path) else set()
     visible = sorted(name for name in names if not name.startswith('.') and name != LOST_AND_FOUND)
     begun = output.recorded(BEGUN)
     if begun and 'with' not in begun:

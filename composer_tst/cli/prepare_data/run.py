@@ -41,7 +41,7 @@ def prepare(
     vocab_size: int | None = None,
     engine: str = 'local',
     check: bool = False,
-    form: str | None = None,
+    form: str = '',
 ) -> None:
     """Do what the command says.
 

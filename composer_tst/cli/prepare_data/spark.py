@@ -44,7 +44,7 @@ def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[
                 os.environ['S3_ENDPOINT_URL'] = endpoint
             try:
                 return convert_part(told.value, item, lambda done: None)
-            except CommandError as error:
+            except (CommandError, OSError) as error:
                 return str(error)
 
         try:

@@ -96,7 +96,7 @@ def opened(source: Source) -> Iterator[tuple[Any, Any]]:
 
 
 @contextmanager
-def refusing(kind: str | None) -> Iterator[None]:
+def refusing(kind: str) -> Iterator[None]:
     """Turn what a decoder raises into the one word for damaged data, with the decoder's own."""
     try:
         yield
