@@ -60,7 +60,7 @@ SIZES = {
     (streams, 'BLOCK_BYTES'): [5, 64, 1 << 20],
     (documents, 'BATCH_ROWS'): [1, 64],
     (s3, 'BLOCK_BYTES'): [700, 1 << 20],
-    (shards, 'SHARD_BYTES'): [600, 1200, 1 << 25],
+    (shards, 'SHARD_BYTES'): [600, 1200, 1 << 24],
 }
 ACTIONS = [
     'kill',

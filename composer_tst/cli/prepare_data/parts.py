@@ -15,7 +15,7 @@ from composer_tst.cli.prepare_data.documents import Document, Piece, open_parque
 from composer_tst.cli.prepare_data.inputs import Source
 from composer_tst.cli.prepare_data.streams import DamagedError, opened, refusing
 
-# About as many bytes of rows as of text, so about two shards.
+# About as many bytes of rows as of text, so about four shards.
 PART_BYTES = 64 << 20
 # So that a data set of any size has a number of parts, and of records of them, that is easily handled.
 MOST_PARTS = 10_000

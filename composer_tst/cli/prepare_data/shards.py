@@ -18,8 +18,8 @@ from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.errors import explained
 from composer_tst.cli.prepare_data.parts import Settings
 
-# Half of streaming's default: its writer holds a shard three times.
-SHARD_BYTES = 1 << 25
+# A quarter of streaming's default: its writer holds a shard three times, and a worker is to need less than 400 MB.
+SHARD_BYTES = 1 << 24
 # What a shard has beside its rows, at most.
 HEAD_BYTES = 512
 # A row must be within reach of the 32-bit offsets of a shard.

@@ -226,26 +226,30 @@ def load_tokenizer(name: str) -> TextTokenizer:
         raise CommandError(f'--tokenizer {name}: it has no end-of-text (eos) token to join documents with')
     if not tokenizer.is_fast:
         raise CommandError(f'--tokenizer {name}: it has no fast version (a tokenizer.json)')
-    loaded = TextTokenizer(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+    definition = _in_a_sentence(tokenizer.backend_tokenizer.to_str, f'--tokenizer {name}')
+    loaded = TextTokenizer(definition, tokenizer.eos_token_id)
     if problem := _problem(loaded):
         raise CommandError(f'--tokenizer {name}: {problem}')
     loaded.encode([tokenizer.eos_token, f'a {tokenizer.eos_token} b'])
     return loaded
 
 
-def _problem(loaded: TextTokenizer) -> str | None:
-    """What of a text a tokenizer would drop, or do otherwise in each run."""
+def _problem(loaded: TextTokenizer) -> str:
+    """What of a text a tokenizer would drop, or do otherwise in each run; empty if nothing."""
     definition = json.loads(loaded.definition)
     model = definition['model']
     if model.get('dropout'):
         return 'it leaves out merges at random: set "dropout" to null in its tokenizer.json'
     if model['type'] != 'BPE' or model.get('unk_token'):
-        return None
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    if '"ByteLevel"' not in json.dumps([definition['pre_tokenizer'], definition['normalizer']]):
-        if not model.get('byte_fallback'):
-            return 'it drops what its vocabulary does not know: use one with an unknown token or bytes'
-        alphabet = {f'<0x{byte:02X}>' for byte in range(256)}
-    if missing := len(alphabet - loaded.backend.get_vocab(with_added_tokens=False).keys()):
-        return f'its vocabulary lacks {missing} of the 256 bytes, which it would drop; special tokens do not count'
-    return None
+        return ''
+    # No text comes to special tokens, and one of these may be all there is of a byte.
+    known = loaded.backend.get_vocab(with_added_tokens=False).keys()
+    if '"ByteLevel"' in json.dumps([definition['pre_tokenizer'], definition['normalizer']]):
+        missing = set(pre_tokenizers.ByteLevel.alphabet()) - known
+    else:
+        missing = {f'<0x{byte:02X}>' for byte in range(256)} - (known if model.get('byte_fallback') else set())
+    return (
+        f'it would drop {len(missing)} of the 256 bytes: use one with all of them or an unknown token'
+        if missing
+        else ''
+    )
