@@ -22,8 +22,8 @@ from composer_tst.cli.progress_bar import progress
 # What is tokenised in one call, in characters; bounds the memory of a worker.
 BATCH_CHARS = 1 << 19
 Item = tuple[int, Part]
-# Told how many bytes have been read since it was last told.
-Report = Callable[[int], Any]
+# Told how many bytes and how many documents have been read since it was last told.
+Report = Callable[[tuple[int, int]], Any]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def convert_part(job: Job, item: Item, report: Report) -> dict:
                 documents[split] += is_last
             for split, arrays in tokens.items():
                 writers[split].add(arrays)
-            report(read - reported)
+            report((read - reported, sum(is_last for _, _, is_last in batch)))
             reported = read
         record: dict = {'part': number, 'bad': bad, 'counts': {}, 'splits': {}}
         for name, writer in writers.items():
@@ -76,7 +76,7 @@ def convert_part(job: Job, item: Item, report: Report) -> dict:
             if writer.rows:
                 record['splits'][name] = _publish(job.output, writer, name, part_folder(number))
         job.output.record(part_record(number), record)
-    report(size_of(part) - reported)
+    report((size_of(part) - reported, 0))
     return record
 
 
@@ -132,6 +132,14 @@ def convert(parts: Sequence[Part], job: Job, engine: Engine) -> list[dict]:
         raise CommandError(sentence + BAD_ADVICE)
     if items:
         total, left = sum(map(size_of, parts)), sum(size_of(part) for _, part in items)
+        documents = 0
         with progress(total, 'bytes', 'read', initial=total - left, unit_scale=True) as bar:
-            records |= {record['part']: record for record in engine(job, items, bar.update)}
+
+            def show(more: tuple[int, int]) -> None:
+                nonlocal documents
+                documents += more[1]
+                bar.set_postfix_str(f'{documents:,} document' + ('' if documents == 1 else 's'), refresh=False)
+                bar.update(more[0])
+
+            records |= {record['part']: record for record in engine(job, items, show)}
     return [records[number] for number in range(len(parts))]

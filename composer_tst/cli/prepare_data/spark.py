@@ -54,7 +54,8 @@ def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[
                 for record in context.parallelize(some, len(some)).map(task).collect():
                     if isinstance(record, str):
                         raise CommandError(record)
-                    report(sizes[record['part']])
+                    documents = sum(count['documents'] for count in record['counts'].values())
+                    report((sizes[record['part']], documents))
                     yield record
         except (PySparkException, Py4JError) as error:
             lines = [line.strip() for line in str(error).splitlines()]
