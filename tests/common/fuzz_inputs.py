@@ -206,7 +206,7 @@ class Corpus:
             for name, target in self.links:
                 if target is None:
                     dead.append(name)
-                elif self._is_read(target) or has_format(name):
+                elif self._is_read(target) or has_format(name) or has_format(target):  # by the format of any name
                     names.setdefault(target, []).append(name)
         # The shortest name with a format.
         paths = {
