@@ -3,7 +3,6 @@
 import hashlib
 import json
 import multiprocessing
-import os
 import re
 import resource
 import signal
@@ -18,10 +17,8 @@ from common.preparing import (
     make_text,
     of_split,
     prepare,
-    prepare_until_killed,
     read_rows,
     read_shard,
-    shards_in,
     sources_of,
     stored,
     succeed,
@@ -33,7 +30,7 @@ from hypothesis import strategies as st
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data import convert, parts, shards, tokenizer
+from composer_tst.cli.prepare_data import convert, parts, tokenizer
 from composer_tst.cli.prepare_data.output import Output
 
 pytest_plugins = ['common.preparing_fixtures']
@@ -60,7 +57,7 @@ def test_a_folder_of_text_becomes_the_rows_of_the_definition(corpus: Path, token
         assert counted['rows'] == len(expected)
         assert counted['tokens'] == len(expected) * L
         assert counted['bytes'] == sum(path.stat().st_size for path in (out / name).rglob('*.mds'))
-        assert f'{name}: {counted["documents"]} documents' in result.output
+        assert f'{name}: documents {counted["documents"]}, ' in result.output
     assert stats['bad_documents'] == 0
     assert sorted(path.name for path in out.iterdir()) == ['.records', 'stats.json', 'train', 'val']
     assert sorted(path.name for path in tmp_path.iterdir()) == ['corpus', 'out']
@@ -79,19 +76,18 @@ def test_a_trained_tokenizer_is_saved_beside_the_shards_and_is_always_the_same(c
     assert tree(outs[0]) == tree(outs[1])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(texts=st.lists(TEXT, min_size=1, max_size=8), length=st.integers(1, 9))
 def test_rows_of_random_unicode_documents_concatenate_to_the_tokens(
     bpe: tokenizer.TextTokenizer, tokenizer_dir: str, tmp_path_factory: pytest.TempPathFactory, texts, length
 ):
     path = write_jsonl(tmp_path_factory.mktemp('random') / 'random.jsonl', texts)
-    options = parts.Settings(length, SPLITS, 'text', False)
     (part,) = parts.plan_parts(sources_of(path))
-    job = convert.Job(bpe, options, shards.ShardOptions(None, []), Output(str(path.parent / 'out'), str(path.parent)))
+    job = convert.Job(bpe, parts.Settings(length, SPLITS), Output(str(path.parent / 'out'), str(path.parent)))
     record = convert.convert_part(job, (0, part), lambda _: None)
     for name, _ in SPLITS:
         rows = []
-        for entry in shards.entries_of(record['splits'][name]['index']) if name in record['splits'] else []:
+        for entry in json.loads(record['splits'][name]['index'])['shards'] if name in record['splits'] else []:
             rows += read_shard((path.parent / 'out' / name / '00000' / stored(entry)).read_bytes(), entry).tolist()
         assert rows == define_rows(of_split(texts, name), tokenizer_dir, length)
         assert record['counts'][name]['documents'] == len(of_split(texts, name))
@@ -125,69 +121,6 @@ def test_splits_that_make_no_sense_are_refused(says: str, texts: list[str]):
             parts.parse_splits(text)
 
 
-def test_names_of_splits_may_be_index_and_hold_a_dash(corpus: Path, tokenizer_dir: str, tmp_path: Path):
-    common = [
-        '--output',
-        tmp_path / 'out',
-        '--seq-len',
-        L,
-        '--tokenizer',
-        tokenizer_dir,
-        '--split',
-        'index=0.5,a-b=0.5',
-    ]
-    succeed(corpus, *common)
-    assert read_rows(tmp_path / 'out' / 'index')
-    assert read_rows(tmp_path / 'out' / 'a-b')
-
-
-# Interruptions
-
-
-def test_killed_and_run_again_it_ends_with_the_same_data_set(
-    corpus: Path, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(parts, 'PART_BYTES', 1000)
-    write_jsonl(corpus / 'lines.jsonl', [make_text(number) for number in range(100, 150)])
-    out = tmp_path / 'killed'
-    arguments = [corpus, '--seq-len', L, '--tokenizer', tokenizer_dir, '--hashes', 'sha1', '--compression', 'zstd']
-    prepare_until_killed(*arguments, '--output', out)
-    finished = sorted(out.glob('.records/part.*.json'))
-    assert len(finished) >= 3
-    assert not list(out.glob('*/index.json'))
-
-    before = {path: path.stat().st_mtime_ns for path in out.rglob('*.mds.zstd') if '.records' not in path.parts}
-    assert len(before) >= 3
-    succeed(*arguments, '--output', out)
-    assert before == {path: path.stat().st_mtime_ns for path in before}, 'converted again'
-    # On one core, with nothing in between.
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
-    try:
-        succeed(*arguments, '--output', tmp_path / 'whole')
-    finally:
-        os.sched_setaffinity(0, cores)
-    for name in ('train', 'val'):
-        assert shards_in(out / name) == shards_in(tmp_path / 'whole' / name)
-        assert read_rows(out / name) == read_rows(tmp_path / 'whole' / name)
-    assert not (out / '.records' / 'scratch').exists()
-
-
-def test_a_split_that_parts_are_too_small_for_is_said_before_tokenising(
-    corpus: Path, tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(parts, 'PART_BYTES', 2000)
-    write_jsonl(corpus / 'lines.jsonl', [make_text(number) for number in range(100, 200)])
-    common = [corpus, '--seq-len', 16, '--tokenizer', tokenizer_dir]
-    result = prepare(*common, '--output', tmp_path / 'small', '--split', 'train=0.99,val=0.01')
-    line = next(line for line in result.stderr.splitlines() if 'split val' in line)
-    assert line.startswith('warning: split val has some ')
-    assert 'less than a row of --seq-len 16' in line
-    assert result.stderr.index('split val') < result.stderr.index('read: '), 'said too late'
-    result = prepare(*common, '--output', tmp_path / 'large', '--split', 'train=0.5,val=0.5')
-    assert 'in each part' not in result.stderr
-
-
 # Bad documents
 
 
@@ -210,7 +143,7 @@ def test_skipped_bad_documents_are_listed_and_counted(corpus: Path, tokenizer_di
     result = succeed(corpus, '--output', out, '--seq-len', L, '--tokenizer', tokenizer_dir, '--skip-bad', '--verify')
     expected = ['20.txt: invalid UTF-8', '21.txt: empty document', '22.txt: it is not there']
     assert (out / 'bad_documents.txt').read_text().splitlines() == [f'{corpus}/{line}' for line in expected]
-    assert all(f'skipped {corpus}/{line}' in result.stderr for line in expected)
+    assert 'bad documents, listed in bad_documents.txt: 3' in result.stdout
     stats = json.loads((out / 'stats.json').read_text())
     assert stats['bad_documents'] == 3
     assert sum(counted['documents'] for counted in stats['splits'].values()) == 37
@@ -220,28 +153,24 @@ def test_skipped_bad_documents_are_listed_and_counted(corpus: Path, tokenizer_di
     ('arguments', 'message'),
     [
         ([], 'no input: name at least one'),
-        (['nowhere.txt'], 'nowhere.txt: it is not there'),
+        (['nowhere.txt'], 'no input: nowhere.txt is not there'),
         (['*.nothing'], 'no input: *.nothing matches no file'),
-        (['empty'], 'no input: the folder empty is empty'),
-        (['hidden'], 'no input: the folder hidden holds only what is left out, as '),
+        (['empty'], 'no input: empty is empty'),
+        (['hidden'], 'no input: hidden holds only what is left out, as '),
         (['corpus', '--seq-len', '0'], '--seq-len 0: a row needs at least one token'),
         (['corpus', '--train-tokenizer', '300'], 'give one of --tokenizer and --train-tokenizer'),
         (['corpus', '--tokenizer', './nowhere'], '--tokenizer ./nowhere: there is no such folder'),
-        (['corpus/01.txt/'], 'corpus/01.txt/ is a file'),
         (['gs://bucket/text'], 'gs://bucket/text: only paths'),
         (['S3://bucket/text'], 'S3://bucket/text: only paths'),
         (['file:///etc/hosts'], 'file:///etc/hosts: only paths'),
         (['s3://'], 's3:// names no bucket'),
         (['corpus', '--output', 'gs://bucket/out'], 'gs://bucket/out: only paths'),
-        (['corpus', '--output', 'corpus'], 'corpus lies in the input'),
-        (['corpus', '--output', 'corpus/deeper/out'], 'corpus/deeper/out lies in the input'),
-        (['corpus/*', '--output', 'corpus/deeper/out'], 'corpus/deeper/out lies in the input'),
-        (['**/*.json', '--output', 'out'], 'out lies in the input'),
+        (['corpus', '--output', 'corpus'], 'corpus holds 00.txt and was not begun by this command'),
         (['corpus', '--output', 'corpus/01.txt'], 'corpus/01.txt exists and is no folder'),
         (['corpus/02.txt', '--output', 'corpus/01.txt/out'], 'Not a directory'),
         (['corpus/02.txt', '--output', '.'], 'holds corpus and was not begun by this command'),
         (['corpus', '--seq-len', '1000000'], 'too small: no split fills a row of --seq-len 1000000'),
-        (['corpus', '--compression', 'zip'], '--compression zip: there are br, br:0 to br:11; bz2, '),
+        (['corpus', '--compression', 'zip'], '--compression zip: there are br, bz2, gz, snappy, zstd, '),
         (['corpus', '--hashes', 'sha1,nonsense'], '--hashes nonsense'),
         (['corpus', '--split', 'train=0.5'], '--split train=0.5'),
     ],
@@ -264,12 +193,6 @@ def test_bad_arguments_get_one_sentence(
     assert {name: data for name, data in tree(corpus.parent).items() if '.records/' not in name} == before
 
 
-def test_a_vocabulary_too_small_for_every_byte_is_refused(corpus: Path, tmp_path: Path):
-    result = prepare(corpus, '--output', tmp_path / 'out', '--train-tokenizer', 100)
-    assert result.exit_code == 1
-    assert 'at least 258' in result.stderr
-
-
 def _convert_on_a_full_disk(job: convert.Job, part: parts.Part, answer) -> None:
     # What a full disk does to a write, without one: the kernel refuses it.
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -283,7 +206,7 @@ def _convert_on_a_full_disk(job: convert.Job, part: parts.Part, answer) -> None:
 def test_a_disk_that_fills_up_gets_one_sentence(corpus: Path, bpe: tokenizer.TextTokenizer, tmp_path: Path):
     scratch = tmp_path / 'scratch'
     scratch.mkdir()
-    job = convert.Job(bpe, SETTINGS, shards.ShardOptions(None, []), Output(str(tmp_path / 'out'), str(scratch)))
+    job = convert.Job(bpe, SETTINGS, Output(str(tmp_path / 'out'), str(scratch)))
     (part,) = parts.plan_parts(sources_of(corpus))
     context = multiprocessing.get_context('fork')
     receiver, sender = context.Pipe()
@@ -295,6 +218,6 @@ def test_a_disk_that_fills_up_gets_one_sentence(corpus: Path, bpe: tokenizer.Tex
     assert not (tmp_path / 'out').exists()
     assert not list(scratch.iterdir())
     record = convert.convert_part(job, (0, part), lambda _: None)
-    assert record == job.output.recorded('part.000000.json')
+    assert record == job.output.recorded('part.00000.json')
     index = json.loads((tmp_path / 'out' / 'train' / '00000' / 'index.json').read_text())
     assert sum(shard['samples'] for shard in index['shards']) == record['counts']['train']['rows'] > 10

@@ -38,18 +38,6 @@ def test_what_a_kill_left_of_a_part_goes_with_the_next_run(common: list[object],
     assert not left.exists()
 
 
-def test_a_part_that_was_not_brought_to_its_place_whole_is_completed(common: list[object], tmp_path: Path):
-    out = tmp_path / 'out'
-    succeed(*common, '--output', out)
-    shard = sorted((out / 'train').rglob('*.mds'))[0]
-    data = shard.read_bytes()
-    (out / '.records' / 'part.000000.json').unlink()
-    (shard.parent / 'index.json').unlink()
-    succeed(*common, '--output', out, '--verify')
-    assert shard.read_bytes() == data
-    assert (shard.parent / 'index.json').exists()
-
-
 def test_modes_follow_the_umask(common: list[object], tmp_path: Path):
     command = [*COMMAND, *map(str, common), '--output', str(tmp_path / 'out')]
     subprocess.run(command, check=True, capture_output=True, umask=0o027)

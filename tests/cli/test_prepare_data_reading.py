@@ -67,7 +67,7 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, name: str, encode
     data = ''.join(json.dumps({'text': text, 'id': 1}, ensure_ascii=False) + '\n' for text in texts)
     (tmp_path / name).write_bytes(encode(data.encode(), texts))
     read = list(documents.read_documents(documents.Piece(source(tmp_path / name)), 'text'))
-    assert [''.join(document.chunks) for document in read] == texts
+    assert [document.text for document in read] == texts
 
 
 @pytest.mark.parametrize('window', [27, 28])
@@ -76,18 +76,9 @@ def test_zstd_over_long_windows_is_read_or_refused(tmp_path: Path, window: int):
     packer = zstandard.ZstdCompressor(compression_params=options).compressobj()  # which writes no size
     path = tmp_path / 'a.jsonl.zst'
     path.write_bytes(packer.compress(b'{"text": "good"}\n') + packer.flush())
-    read = documents.read_documents(documents.Piece(source(path)), 'text')
-    if window == 27:
-        assert [''.join(document.chunks) for document in read] == ['good']
-    else:
-        with pytest.raises(CommandError, match='over windows of more than 128 MiB: compress it again'):
-            list(read)
-
-
-def test_text_files_may_be_compressed(tmp_path: Path):
-    (tmp_path / 'a.txt.gz').write_bytes(gzip.compress(b'print(1)\n'))
-    (document,) = documents.read_documents(documents.Piece(source(tmp_path / 'a.txt.gz')), 'text')
-    assert list(document.chunks) == ['print(1)\n']
+    good, bad = read(path)
+    assert good == (['good'] if window == 27 else [])
+    assert window == 27 or 'too much memory' in bad[0]
 
 
 def test_pieces_of_a_file_give_every_document_once(tmp_path: Path):
@@ -96,9 +87,9 @@ def test_pieces_of_a_file_give_every_document_once(tmp_path: Path):
     (tmp_path / 'a.parquet').write_bytes(parquet_bytes(texts, row_group_size=3))
     for path in (jsonl, tmp_path / 'a.parquet'):
         for size in (1, 97, 600, 1 << 20):
-            planned = list(parts._pieces(source(path), size))
+            planned = list(parts.cut_source(source(path), size))
             read = [document for piece in planned for document in documents.read_documents(piece, 'text')]
-            assert [''.join(document.chunks) for document in read] == texts
+            assert [document.text for document in read] == texts
 
 
 def test_inputs_are_files_folders_and_globs_each_file_once(corpus: Path, monkeypatch: pytest.MonkeyPatch):
@@ -132,11 +123,11 @@ GOOD = b'{"text": "good"}\n'
         ('a.jsonl', GOOD + b'{"text": "\\ud800"}\n', 'a.jsonl, line 2: invalid Unicode'),
         ('a.txt', 'UTF-16'.encode('utf-16-le'), 'a.txt: NUL bytes, as in UTF-16'),
         ('a.txt', codecs.BOM_UTF8, 'a.txt: empty document'),
-        ('a.jsonl', GOOD + 'x'.encode('utf-16-le'), 'a.jsonl, line 2: malformed JSON (NUL bytes, as in UTF-16)'),
+        ('a.jsonl', GOOD + 'x'.encode('utf-16-le'), 'a.jsonl, line 2: malformed JSON'),
         ('a.jsonl', GOOD + b'{"id": 1, "body": "x"}\n', 'a.jsonl, line 2: no text in "text" (its fields: id, body)'),
         ('a.json', b'[{"text": "x"}, {"text": "y"}]', 'a.json, line 1: the file is one array, not lines'),
         ('a.json', b'[\n', 'a.json, line 1: the file is one array over several lines'),
-        ('a.json', GOOD + b'{\n', 'a.json, line 2: malformed JSON (an object over several lines'),
+        ('a.json', GOOD + b'{\n', 'a.json, line 2: malformed JSON'),
         ('a.txt.gz', b'', 'a.txt.gz: damaged gzip data (an empty file)'),
         ('a.jsonl.zst', b'', 'a.jsonl.zst: damaged zstd data (an empty file)'),
         ('a.jsonl.bz2', bz2.compress(GOOD)[:-3], 'a.jsonl.bz2: damaged bzip2 data'),
@@ -170,13 +161,10 @@ def test_how_much_of_a_piece_has_been_read(tmp_path: Path):
     (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(jsonl.read_bytes()))
     (tmp_path / 'a.txt').write_text(''.join(texts) * 40)
     for name in ('a.jsonl', 'a.parquet', 'a.jsonl.gz', 'a.txt'):
-        planned = list(parts._pieces(source(tmp_path / name), 30_000))
+        planned = list(parts.cut_source(source(tmp_path / name), 30_000))
         assert sum(piece.size for piece in planned) == (tmp_path / name).stat().st_size or name == 'a.parquet'
         for piece in planned:
-            meter, read = streams.Meter(), []
-            for document in documents.read_documents(piece, 'text', meter):
-                for _ in document.chunks:
-                    read.append(meter.bytes_of(piece.start, piece.size))
+            read = [document.read for document in documents.read_documents(piece, 'text')]
             assert read == sorted(read)
             assert read[-1] == piece.size
 
@@ -187,7 +175,7 @@ def test_a_bad_line_is_named_by_its_number_in_the_file(tmp_path: Path):
     for size in (30, 100, 1000):
         read = [
             document
-            for piece in parts._pieces(source(path), size)
+            for piece in parts.cut_source(source(path), size)
             for document in documents.read_documents(piece, 'text')
         ]
         assert len(read) == 101
@@ -202,16 +190,16 @@ def test_a_pipe_is_refused_rather_than_waited_for(tmp_path: Path):
 
 
 def test_a_folder_that_may_not_be_read_is_not_passed_over(corpus: Path, monkeypatch: pytest.MonkeyPatch):
-    scandir = os.scandir
+    listdir = os.listdir
 
     # What the kernel answers all but the superuser, whom it refuses nothing.
     def refuse(path: Any) -> Any:
         if os.path.basename(path) == 'deeper':
             raise PermissionError(13, 'Permission denied', path)
-        return scandir(path)
+        return listdir(path)
 
-    monkeypatch.setattr(os, 'scandir', refuse)
-    with pytest.raises(CommandError, match=f'cannot read {corpus}/deeper: access denied'):
+    monkeypatch.setattr(os, 'listdir', refuse)
+    with pytest.raises(PermissionError, match=f'{corpus}/deeper'):
         sources_of(corpus)
 
 
@@ -227,17 +215,17 @@ def test_damage_in_parquet_is_seen_by_its_checksum_and_costs_one_row_group(tmp_p
     texts = [f'text number {number}' for number in range(12)]
     (tmp_path / 'a.parquet').write_bytes(damaged_parquet(texts))
     read = list(documents.read_documents(documents.Piece(source(tmp_path / 'a.parquet')), 'text'))
-    assert [''.join(document.chunks) for document in read if isinstance(document, documents.Document)] == [
+    assert [document.text for document in read if isinstance(document, documents.Document)] == [
         *texts[:4], *texts[8:],
     ]  # fmt: skip
     (bad,) = [document for document in read if isinstance(document, documents.BadDocument)]
-    assert (bad.where, bad.why) == (f'{tmp_path}/a.parquet, rows 5 to 8', 'damaged parquet data')
+    assert str(bad).startswith(f'{tmp_path}/a.parquet, rows 5 to 8: damaged parquet data (')
 
 
 def test_a_mark_before_text_is_no_text(tmp_path: Path):
     (tmp_path / 'a.txt').write_bytes(codecs.BOM_UTF8 + b'text')
     (document,) = documents.read_documents(documents.Piece(source(tmp_path / 'a.txt')), 'text')
-    assert list(document.chunks) == ['text']
+    assert document.text == 'text'
     assert document.digest == hashlib.blake2b(b'text', digest_size=8).digest()
 
 
@@ -304,7 +292,7 @@ def lines_of(path: Path, count: int = 3) -> None:
     write_jsonl(path, [make_text(number) for number in range(count)])
 
 
-def kinds_of(*inputs: object, form: str | None = None) -> dict[str, str]:
+def kinds_of(*inputs: object, form: str = '') -> dict[str, str]:
     return {os.path.relpath(found.path): found.format for found in sources_of(*inputs, form=form)}
 
 
@@ -353,13 +341,13 @@ def test_a_file_of_another_name_is_refused_read_with_format_or_left_out(
     (tmp_path / 'in' / 'README.md').write_text('read me')
     capsys.readouterr()
     assert kinds_of('in') == {'in/x.jsonl': 'jsonl', 'in/y.jl': 'jsonl'}
-    line = f'found: 2 files of JSON lines; left out: 2 without a format in their names (as {tmp_path}/in/'
+    line = f'found files: 2 of JSON lines; left out: 2 without a format in their names (as {tmp_path}/in/'
     assert capsys.readouterr().err.startswith(line)
     texts = {f'in/{name}': 'text', 'in/README.md': 'text'}
     assert kinds_of('in', form='text') == texts | {'in/x.jsonl': 'jsonl', 'in/y.jl': 'jsonl'}
     assert kinds_of(f'in/{name}', form='jsonl') == {f'in/{name}': 'jsonl'}
     (found,) = sources_of(f'in/{name}', form='text')
-    assert found.compression == ('gzip' if name.endswith('.gz') else None)
+    assert found.compression == ('gzip' if name.endswith('.gz') else '')
 
 
 def test_what_spark_leaves_and_hidden_files_are_left_out_and_said(
@@ -382,25 +370,11 @@ def test_what_spark_leaves_and_hidden_files_are_left_out_and_said(
     assert kinds_of('in/_c') == {'in/_c/x.json': 'jsonl'}
 
 
-@pytest.mark.parametrize('name', ['a.zip', 'a.jsonl.tar', 'a.TGZ', 'a.jsonl.lz4', 'a.7z'])
-def test_what_is_packed_in_another_way_is_refused(tmp_path: Path, name: str):
-    (tmp_path / name).write_text('x')
-    for form in (None, 'text'):
-        with pytest.raises(CommandError, match='is packed in a way that is not read here'):
-            sources_of(tmp_path / name, form=form)
-    (tmp_path / 'a.jsonl').write_text('{}')
-    if 'jsonl' in name:
-        with pytest.raises(CommandError, match='is packed in a way that is not read here'):
-            sources_of(tmp_path)
-    else:
-        assert len(sources_of(tmp_path)) == 1
-
-
 @pytest.mark.parametrize('skipping', [[], ['--skip-bad']])
 @pytest.mark.parametrize(
     ('name', 'data', 'said'),
     [
-        ('a.jsonl', b'{"id": 1, "content": "x"}\n' * 40, 'line 1: no text in "text" (its fields: id, content): name'),
+        ('a.jsonl', b'{"id": 1, "content": "x"}\n' * 2, 'line 1: no text in "text" (its fields: id, content): name'),
         ('a.parquet', parquet_bytes(['x']).replace(b'text', b'body'), '(its columns: id, body): name the one'),
         ('a.json', json.dumps([{'text': 'x'}]).encode(), "one array, not lines: make lines of it, as with: jq -c"),
         ('a.json', json.dumps([{'text': 'x'}], indent=2).encode(), 'one array over several lines: make lines of it'),
@@ -437,7 +411,7 @@ def test_inputs_that_are_all_bad_are_not_called_too_small(tmp_path: Path, tokeni
     (tmp_path / 'a.jsonl').write_bytes(b'oops\n' * 2)
     common = ['--seq-len', 1, '--tokenizer', tokenizer_dir, '--output', tmp_path / 'out', '--skip-bad']
     sentence = refuse(tmp_path / 'a.jsonl', *common)
-    assert sentence == f'none of 2 documents is good; the first: {tmp_path}/a.jsonl, line 1: malformed JSON'
+    assert f'(0 documents and 2 bad ones, the first: {tmp_path}/a.jsonl, line 1: malformed JSON' in sentence
 
 
 @pytest.mark.parametrize('grown', ['a.txt', 'a.jsonl', 'a.parquet'])
@@ -466,6 +440,9 @@ def test_a_disk_that_fails_is_never_bad_data(tmp_path: Path, monkeypatch: pytest
         def readinto(self, buffer: Any) -> int:
             raise OSError(errno.EIO, 'Input/output error', self.name)
 
+        def readall(self) -> bytes:
+            raise OSError(errno.EIO, 'Input/output error', self.name)
+
     monkeypatch.setattr(streams.io, 'FileIO', Failing)
     for name in ('a.jsonl.gz', 'a.txt', 'a.jsonl.bz2', 'a.txt.zst', 'a.parquet', 'a.jsonl.xz'):
         path = tmp_path / name
@@ -479,7 +456,7 @@ def test_a_disk_that_fails_is_never_bad_data(tmp_path: Path, monkeypatch: pytest
 def read(path: Path) -> tuple[list[str], list[str]]:
     """The documents of a file, and what is bad of it."""
     found = list(documents.read_documents(documents.Piece(source(path)), 'text'))
-    good = [''.join(document.chunks) for document in found if isinstance(document, documents.Document)]
+    good = [document.text for document in found if isinstance(document, documents.Document)]
     return good, [document.why for document in found if isinstance(document, documents.BadDocument)]
 
 
@@ -510,12 +487,6 @@ def test_every_member_is_read_and_damage_in_any_is_seen(
     assert read(path)[1]
 
 
-def test_zeros_after_an_xz_member_are_padding(tmp_path: Path):
-    path = tmp_path / 'a.jsonl.xz'
-    path.write_bytes(lzma.compress(MEMBERS[0]) + bytes(8) + lzma.compress(MEMBERS[1]) + bytes(4))
-    assert read(path) == (TEXTS_OF_MEMBERS[:100], [])
-
-
 SKIPPABLE = b'\x50\x2a\x4d\x18' + (5).to_bytes(4, 'little') + b'abcde'
 
 
@@ -528,6 +499,7 @@ SKIPPABLE = b'\x50\x2a\x4d\x18' + (5).to_bytes(4, 'little') + b'abcde'
         ('.zst', zstandard.compress, (zstandard.compress(b''), b'')),
         ('.zst', zstandard.compress, (SKIPPABLE, SKIPPABLE)),
         ('.gz', gzip.compress, (b'', bytes(700))),
+        ('.xz', lzma.compress, (bytes(8), bytes(4))),
     ],
 )  # fmt: skip
 def test_empty_and_skippable_members_are_read_over(
@@ -558,12 +530,11 @@ def test_a_cut_anywhere_is_seen_and_so_is_what_follows_the_end(
         assert read(path)[1]
 
 
-def test_zstd_with_a_dictionary_is_refused(tmp_path: Path):
+def test_zstd_with_a_dictionary_is_damaged_with_the_reason(tmp_path: Path):
     trained = zstandard.train_dictionary(1000, [b'%d hello %d' % (number * 7919, number) for number in range(2000)])
     path = tmp_path / 'a.jsonl.zst'
     path.write_bytes(zstandard.ZstdCompressor(dict_data=trained).compress(GOOD))
-    with pytest.raises(CommandError, match='is compressed with a dictionary: compress it again without one'):
-        read(path)
+    assert 'Dictionary mismatch' in read(path)[1][0]
 
 
 def test_no_row_of_parquet_is_lost_to_a_damaged_footer(tmp_path: Path):
@@ -596,26 +567,23 @@ def test_a_temporary_folder_that_fails_is_never_bad_data(tmp_path: Path, monkeyp
         read(path)
 
 
-@pytest.mark.parametrize('pattern', ['lang/*/val/*', 'up', '**/*.gz', 'lang/**'])
-def test_an_output_that_the_next_run_would_read_is_refused(
-    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    (tmp_path / 'lang' / 'de' / 'val').mkdir(parents=True)
-    (tmp_path / 'lang' / 'de' / 'val' / 'a.txt').write_text('text')
-    (tmp_path / 'lang' / 'a.txt.gz').write_bytes(gzip.compress(b'text'))
-    (tmp_path / 'up').mkdir()
-    (tmp_path / 'up' / 'link').symlink_to('..')
-    monkeypatch.chdir(tmp_path)
-    arguments = ['--output', 'lang/out', '--seq-len', 4, '--train-tokenizer', 300, '--split', 'train=0.5,val=0.5']
-    sentence = refuse(pattern, *arguments, '--compression', 'gz')
-    assert 'the output ' in sentence
-    assert 'which would be read with it' in sentence
-    assert not (tmp_path / 'lang' / 'out').exists()
-
-
 @pytest.mark.parametrize('output', [' s3://bucket/x', ' file:/x', 's3://bucket/caf\udce9'])
 def test_an_odd_address_is_refused(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / 'a.txt').write_text('text')
     monkeypatch.chdir(tmp_path)
     refuse('a.txt', '--output', output, '--seq-len', 4, '--train-tokenizer', 300)
     assert os.listdir(tmp_path) == ['a.txt']
+
+
+@pytest.mark.parametrize('pattern', ['.', 'a*', '**/*.txt', 'up'])
+def test_an_output_in_the_input_is_not_read(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / 'all').mkdir()
+    (tmp_path / 'all' / 'a.txt').write_text('text ' * 50)
+    (tmp_path / 'up').mkdir()
+    (tmp_path / 'up' / 'link').symlink_to('..')
+    monkeypatch.chdir(tmp_path)
+    arguments = [pattern, '--output', 'all/out', '--seq-len', 4, '--train-tokenizer', 300, '--split', 'train=1']
+    succeed(*arguments)
+    (tmp_path / 'all' / 'out' / 'mine.txt').write_text('not read')
+    result = succeed(*arguments)
+    assert 'found files: 1 of text; left out: 1 of the output (as ' in result.stderr

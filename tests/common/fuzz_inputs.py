@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
-from common.preparing import Bucket, Folder, make_text
+from common.preparing import Bucket, Folder, make_text, save_tokenizer
 from composer_tst.cli.prepare_data import tokenizer as tokenizers_of
-from composer_tst.cli.prepare_data.storage import shown
+from composer_tst.cli.prepare_data.errors import shown
 
 EOS = '</s>'
 SPELLED = ['</s>', '<|endoftext|>', '<pad>', '<unk>', '[UNK]', '<|padding|>']
@@ -206,7 +206,7 @@ class Corpus:
             for name, target in self.links:
                 if target is None:
                     dead.append(name)
-                elif self._is_read(target) or has_format(name):
+                elif self._is_read(target) or has_format(name) or has_format(target):  # by the format of any name
                     names.setdefault(target, []).append(name)
         # The shortest name with a format.
         paths = {
@@ -345,7 +345,7 @@ def make_tokenizers(folder: Path) -> None:
         str(folder / 'marking'), 1, lambda text, twin=twin: twin.encode(text, add_special_tokens=False).ids
     )
     bytes_of = tokenizers_of.train_tokenizer([make_text(number) for number in range(50)], 400)
-    tokenizers_of.save_tokenizer(bytes_of, str(folder / 'bytes'))
+    save_tokenizer(bytes_of, folder / 'bytes')
     plain: Any = PreTrainedTokenizerFast.from_pretrained(str(folder / 'bytes'))
     TOKENIZERS['bytes'] = Defined(
         str(folder / 'bytes'),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from typer.testing import CliRunner, Result
 
-from composer_tst.cli.prepare_data import convert, inputs, parts, shards, workers
+from composer_tst.cli.prepare_data import inputs, parts, run, shards, tokenizer, workers
 from composer_tst.cli.prepare_data.command import app
 
 if __name__ != '__main__':
@@ -24,7 +24,7 @@ if __name__ != '__main__':
 
 L = 16
 SPLITS = (('train', 0.8), ('val', 0.2))
-SETTINGS = parts.Settings(L, SPLITS, 'text', False)
+SETTINGS = parts.Settings(L, SPLITS)
 WORDS = ('the', 'of', 'superposition', 'naïve', '東京', '🙂', 'tab\there', 'line\nbreak', '', '...', '3.14', 'f(x):')
 
 
@@ -68,7 +68,7 @@ def prepare_until_killed(*arguments: object) -> None:
 
 def _prepare_and_die(arguments: list[str]) -> None:
     parts.PART_BYTES = int(arguments[0])
-    parallel = convert.parallel
+    parallel = run.parallel
 
     def dying(*args: Any) -> Iterator[Any]:
         for done, result in enumerate(parallel(*args), 1):
@@ -76,20 +76,27 @@ def _prepare_and_die(arguments: list[str]) -> None:
             if done == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    convert.parallel = dying
+    run.parallel = dying
     app(arguments[1:])
 
 
-def sources_of(*given: object, form: str | None = None) -> list[inputs.Source]:
+def sources_of(*given: object, form: str = '') -> list[inputs.Source]:
     """List inputs, for an output elsewhere."""
-    output = inputs.Address('/nowhere/out', False)
-    return inputs.list_sources([str(each) for each in given], output, ['stats.json'], form)[0]
+    return inputs.list_sources([str(each) for each in given], '/nowhere/out', form)[0]
 
 
 def source(path: object) -> inputs.Source:
     """List one file."""
     (found,) = sources_of(path)
     return found
+
+
+def save_tokenizer(trained: tokenizer.TextTokenizer, folder: Path) -> str:
+    """Write a trained tokenizer to a folder, which is made; give its path."""
+    folder.mkdir(exist_ok=True)
+    for name, text in tokenizer.files_of(trained).items():
+        (folder / name).write_text(text)
+    return str(folder)
 
 
 def read_rows(folder: Path, length: int = L) -> list[list[int]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import boto3
 import pytest
 
-from common.preparing import TEXTS, Bucket, Folder, L, make_text, write_jsonl
+from common.preparing import TEXTS, Bucket, Folder, L, make_text, save_tokenizer, write_jsonl
 from common.s3 import s3_server  # noqa: F401
 from composer_tst.cli.prepare_data import parts, tokenizer
 
@@ -20,9 +20,7 @@ def bpe() -> tokenizer.TextTokenizer:
 @pytest.fixture(scope='module')
 def tokenizer_dir(bpe: tokenizer.TextTokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Its folder."""
-    folder = str(tmp_path_factory.mktemp('tokenizer'))
-    tokenizer.save_tokenizer(bpe, folder)
-    return folder
+    return save_tokenizer(bpe, tmp_path_factory.mktemp('tokenizer'))
 
 
 @pytest.fixture

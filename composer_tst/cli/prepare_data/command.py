@@ -1,16 +1,14 @@
 """Raw text, on disk or on S3, to tokenised MDS shards that training streams."""
 
-import traceback
 from enum import Enum
 from typing import Annotated
 
 import typer
 
 from composer_tst.cli.main import CommandError
+from composer_tst.cli.prepare_data.errors import reason, shown
 from composer_tst.cli.prepare_data.parts import Settings, parse_splits
 from composer_tst.cli.prepare_data.run import prepare
-from composer_tst.cli.prepare_data.shards import ShardOptions
-from composer_tst.cli.prepare_data.storage import reason, shown
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -64,24 +62,16 @@ def main(
     Killed and run again with the same arguments, it goes on from the finished parts. Nothing is ever deleted.
     """
     try:
-        settings = Settings(seq_len, parse_splits(split), text_key, skip_bad)
-        shards = ShardOptions(compression, sorted({name for name in hashes.split(',') if name}))
-        of = form.value if form else None
-        prepare(inputs or [], output, settings, shards, tokenizer, train_tokenizer, engine.value, verify, of)
+        names = tuple(sorted({name for name in hashes.split(',') if name}))
+        settings = Settings(seq_len, parse_splits(split), text_key, skip_bad, compression or None, names)
+        of = form.value if form else ''
+        prepare(inputs or [], output, settings, tokenizer, train_tokenizer, engine.value, verify, of)
     except CommandError as error:
         typer.echo(f'error: {shown(str(error))}', err=True)
         raise typer.Exit(1) from None
     except OSError as error:
         what = f'cannot use {shown(str(error.filename))}: ' if error.filename else ''
         typer.echo(f'error: {what}{reason(error)}: mend that, and the same command goes on from here', err=True)
-        raise typer.Exit(1) from None
-    except Exception as error:
-        traceback.print_exc()
-        typer.echo(
-            f'error: a fault of this program, {shown(repr(error))}: report what is above; '
-            'nothing is lost, and the same command goes on from the finished parts',
-            err=True,
-        )
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo('interrupted: the same command goes on from here', err=True)

@@ -8,10 +8,14 @@ import os
 import re
 import stat
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data.storage import explained, is_s3, s3, shown
+from composer_tst.cli.prepare_data import s3
+from composer_tst.cli.prepare_data.errors import shown
+from composer_tst.cli.prepare_data.s3 import is_s3
 
 FORMATS = {
     '.txt': 'text', '.parquet': 'parquet',
@@ -19,65 +23,57 @@ FORMATS = {
 }  # fmt: skip
 NAMES = {'text': 'text', 'jsonl': 'JSON lines', 'parquet': 'Parquet'}
 COMPRESSIONS = {'.gz': 'gzip', '.zst': 'zstd', '.zstd': 'zstd', '.bz2': 'bzip2', '.xz': 'xz'}
-PACKED = ('.zip', '.tar', '.tgz', '.7z', '.rar', '.lz4', '.br', '.sz', '.snappy', '.lzma', '.lzo', '.z')
 SCHEME = re.compile(r'[A-Za-z][A-Za-z0-9+.-]+:/')
 MAGIC = re.compile(r'[*?[]')
 # The stamp of a link that leads nowhere.
 MISSING = 'missing'
-
-Kind = tuple[str | None, str | None]  # format and compression
-
-
-@dataclass(frozen=True)
-class Address:
-    """A place on disk, as an absolute path, or in a bucket, as `s3://BUCKET/KEY`.
-
-    Args:
-        path: without a slash at its end, but for a root.
-        folder: whether the user ended it with a slash, and so means a folder.
-    """
-
-    path: str
-    folder: bool
+# As many links, one after another, as the system follows.
+MOST_LINKS = 40
+ADVICE = (
+    f'has no format in its name (known are {", ".join(FORMATS)}, each also with {", ".join(COMPRESSIONS)}): give it '
+    'one, convert it to JSON lines or Parquet, or say with --format what such files are'
+)
 
 
 @dataclass(frozen=True)
 class Source:
-    """An input file: a stamp that changes when its content does, and what it is read as."""
+    """An input file: a stamp that changes when its content does, and what it is read as.
+
+    `format` and `compression` are those of its name, empty if it says none. `named` is whether the user named it, or a
+    pattern did, rather than a folder that holds it.
+    """
 
     path: str
     size: int
     stamp: str
-    format: str
-    compression: str | None = None
+    format: str = ''
+    compression: str = ''
+    named: bool = False
 
 
-def parse_address(text: str) -> Address:
-    """Read an address as the user gives it.
+def parse_address(text: str) -> str:
+    """Read an address as the user gives it: an absolute path, or `s3://BUCKET/KEY`, without a slash at its end.
 
     Raises:
         CommandError: if it is of a scheme other than `s3://`, or names no bucket.
     """
     if not text:
         raise CommandError('an empty address: name a file, a folder, or an s3:// address')
-    folder = text.endswith('/')
     if is_s3(text):
-        bucket, _, key = text[5:].partition('/')
-        if text != text.encode(errors='replace').decode():
-            raise CommandError(f'{text}: names on S3 are UTF-8, and this is none')
+        bucket = text[5:].partition('/')[0]
         if not bucket or MAGIC.search(bucket):
             raise CommandError(f'{text} names no bucket: write s3://BUCKET/NAME')
-        return Address(f's3://{bucket}/{key[:-1] if folder and key else key}', folder or not key)
+        return text.removesuffix('/')
     if SCHEME.match(text.strip()):
         raise CommandError(f'{text}: only paths on this machine, without file:, and s3:// addresses are known here')
-    return Address(os.path.abspath(os.path.expanduser(text)), folder)
+    return os.path.abspath(os.path.expanduser(text))
 
 
-def kind_of(path: str) -> Kind:
-    """The format and the compression that a name says; None where it says none."""
+def kind_of(path: str) -> tuple[str, str]:
+    """The format and the compression that a name says; empty where it says none."""
     stem, extension = os.path.splitext(os.path.basename(path))
-    compression = COMPRESSIONS.get(extension.lower())
-    return FORMATS.get((os.path.splitext(stem)[1] if compression else extension).lower()), compression
+    compression = COMPRESSIONS.get(extension.lower(), '')
+    return FORMATS.get((os.path.splitext(stem)[1] if compression else extension).lower(), ''), compression
 
 
 def _why_hidden(name: str) -> str:
@@ -87,251 +83,205 @@ def _why_hidden(name: str) -> str:
     return 'that Spark leaves' if (name.startswith('_') and '=' not in name) or name.endswith('._COPYING_') else ''
 
 
-def _left(parts: list[str], names: list[str], start: bool = False) -> int | None:
-    """Match a path below a folder with the parts of a pattern, of which `**` is any number of names.
+class _Disk:
+    """The files of this machine."""
 
-    Args:
-        start: whether it is enough that the path begins one that matches.
+    def is_there(self, path: str) -> bool:
+        return os.path.lexists(path)
 
-    Returns:
-        int | None: How many names are left below what matches, the fewest; None if nothing does. 0 is the file itself.
-    """
-    if not parts:
-        return None if any(map(_why_hidden, names)) else len(names)
-    if not names:
-        return 0 if start or parts == ['**'] else None
-    head, *rest = parts
-    if head == '**':
-        ways = [_left(rest, names, start), None if _why_hidden(names[0]) else _left(parts, names[1:], start)]
-        return min((way for way in ways if way is not None), default=None)
-    if not fnmatch.fnmatchcase(names[0], head) or (_why_hidden(names[0]) and head[0] not in '._'):
-        return None
-    return _left(rest, names[1:], start)
+    def real(self, path: str) -> str:
+        """The one name of a folder that links reach under several."""
+        return os.path.realpath(path)
 
+    def is_file(self, path: str) -> bool:
+        return os.path.lexists(path) and not os.path.isdir(path)
 
-class _Search:
-    """All files that were found, by path: (size, stamp, whether it was named itself or by a pattern)."""
+    def entries(self, folder: str) -> Iterator[tuple[str, bool]]:
+        """The names in a folder, and whether each is one."""
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+            yield name, os.path.isdir(os.path.join(folder, name))
 
-    def __init__(self, output: Address, own_files: list[str]):
-        self.own = [f'{os.path.realpath(output.path) if not is_s3(output.path) else output.path}/{name}'
-                    for name in own_files]  # fmt: skip
-        self.found: dict[str, tuple[int, str, bool]] = {}
-        self.left_out: dict[str, list[str]] = {}
-
-    def leave_out(self, why: str, path: str) -> None:
-        """Count a file or a folder that is not read."""
-        if path not in (paths := self.left_out.setdefault(why, [])):
-            paths.append(path)
-
-    def add(self, path: str, size: int, stamp: str, named: bool) -> None:
-        """Note a file."""
-        _, _, before = self.found.get(path, (0, '', False))
-        self.found[path] = size, stamp, named or before
-
-    def take(self, text: str) -> list[str]:
-        """Find the files of one address; return their paths."""
-        address = parse_address(text)
-        before, self.found = self.found, {}
-        (self._take_s3 if is_s3(address.path) else self._take_local)(address)
-        taken, self.found = self.found, before
-        for path, item in taken.items():
-            self.add(path, *item)
-        return list(taken)
-
-    def _pattern(self, address: Address, is_folder: bool) -> tuple[str, list[str]]:
-        """The folder to search and the parts of the pattern there: none for a folder, all of which is meant."""
-        at = MAGIC.search(address.path)
-        if is_folder or at is None:
-            root, parts = address.path, []
-        else:
-            start = address.path.rindex('/', 0, at.start())
-            root, parts = address.path[:start] or '/', address.path[start + 1 :].split('/')
-        return root, parts
-
-    def _check_output(self, folder: str, above: list[str], parts: list[str]) -> None:
-        """Refuse an output whose files would be among the inputs of the next run, of those below a folder."""
-        below = folder.rstrip('/') + '/'
-        for path in self.own:
-            if path.startswith(below) and _left(parts, [*above, *path[len(below) :].split('/')]) is not None:
-                raise CommandError(
-                    f'the output {os.path.dirname(self.own[0])} lies in the input {folder}, which would be read with '
-                    'it: name another output'
-                )
-
-    def _take_local(self, address: Address) -> None:
-        path = address.path
-        if os.path.lexists(path) and not os.path.isdir(path):
-            if address.folder:
-                raise CommandError(f'{path}/ is a file, and the slash at its end asks for a folder')
-            self._add_local(path, True)
-            return
-        is_folder = os.path.isdir(path)
-        if not is_folder and not MAGIC.search(path):
-            raise CommandError(f'cannot read {path}: it is not there')
-        root, parts = self._pattern(address, is_folder)
-        self._walk(root, parts, address.folder and not is_folder)
-
-    def _walk(self, root: str, parts: list[str], folders: bool) -> None:
-        """Search a folder, higher folders first, for what matches; or if `folders`, for what is in folders that match.
-
-        Links are followed, but not to a folder that holds them, nor again to one all of which was searched.
-        """
-        real = os.path.realpath(root)
-        seen = {real} if not parts else set()
-        queue: list[tuple[str, list[str], frozenset[str]]] = [(root, [], frozenset([real]))]
-        for folder, above, holders in queue:
-            self._check_output(os.path.realpath(folder), above, parts)
-            with explained('read', folder):
-                # Without a word, what is in a folder that we may not read would be left out.
-                entries = sorted(os.scandir(folder), key=lambda entry: entry.name) if os.path.isdir(folder) else []
-            for entry in entries:
-                path = [*above, entry.name]
-                left = _left(parts, path)
-                if os.path.isdir(entry.path) and (left is not None or _left(parts, path, start=True) is not None):
-                    real = os.path.realpath(entry.path)
-                    if real not in holders and real not in seen:
-                        queue.append((entry.path, path, holders | {real}))
-                        if left is not None:
-                            seen.add(real)
-                elif left is not None and (left or not folders):
-                    self._add_local(entry.path, bool(parts) and left == 0)
-                elif (why := _why_hidden(entry.name)) and _left(
-                    parts, [*above, 'x' + entry.name.strip('._')]
-                ) is not None:
-                    self.leave_out(why, entry.path)
-
-    def _add_local(self, path: str, named: bool) -> None:
-        with explained('read', path):
-            try:
-                found = os.stat(path)
-            except OSError:
-                # A link to nowhere, or to itself: reading it reports it as a bad document.
-                if not os.path.islink(path):
-                    raise
-                self.add(path, 0, MISSING, named)
-                return
+    def source(self, path: str) -> Source:
+        try:
+            found = os.stat(path)
+        except OSError:
+            # A link to nowhere, or to itself: reading it reports it as a bad document.
+            if not os.path.islink(path):
+                raise
+            return Source(path, 0, MISSING)
         if not stat.S_ISREG(found.st_mode):
             raise CommandError(f'cannot read {path}: it is a pipe or a device, not a file')
-        self.add(path, found.st_size, str(found.st_mtime_ns), named)
-
-    def _take_s3(self, address: Address) -> None:
-        s3().check_bucket(address.path)
-        bucket = address.path[: address.path.index('/', 5)]
-        folder = address.path.rstrip('/') + '/' if address.path != f'{bucket}/' else address.path
-        found = s3().listing(folder)
-        if not address.folder and (item := s3().head(address.path)):
-            if found:
-                print(
-                    f'{address.path} is an object and a folder: only the object is read; for the folder, end it '
-                    'with a slash',
-                    file=sys.stderr,
-                )
-            size, stamp = item
-            self.add(address.path, size, stamp, True)
-            return
-        root, parts = self._pattern(address, bool(found))
-        self._check_output(root.rstrip('/'), [], parts)
-        if not found and parts:
-            # Up to the first wildcard: fewer objects to look through.
-            found = s3().listing(MAGIC.split(address.path, maxsplit=1)[0])
-        start = len(root.rstrip('/')) + 1
-        for path, (size, stamp) in found.items():
-            names = path[start:].split('/')
-            if path.endswith('/') and size == 0:
-                continue  # how some tools mark a folder
-            left = _left(parts, names)
-            if left is not None and (left or not address.folder or not parts):
-                self.add(path, size, stamp, bool(parts) and left == 0)
-            elif left is None:
-                why = next(filter(None, map(_why_hidden, names)), '')
-                plain = ['x' + name.strip('._') if _why_hidden(name) else name for name in names]
-                if why and _left(parts, plain) is not None:
-                    self.leave_out(why, path)
+        return Source(path, found.st_size, str(found.st_mtime_ns))
 
 
-def list_sources(
-    inputs: list[str], output: Address, own_files: list[str], form: str | None = None
-) -> tuple[list[Source], str]:
+class _Bucket:
+    """The objects whose addresses begin with one, as files and folders."""
+
+    def __init__(self, path: str):
+        s3.check_bucket(path)
+        self.found = s3.listing(path)
+        if not self.is_there(path):
+            self.found = s3.listing(MAGIC.split(path, maxsplit=1)[0])
+        self.folders: dict[str, set[tuple[str, bool]]] = {}
+        for each, (size, _) in self.found.items():
+            below, is_folder = each, False
+            while below.count('/') > 2 and not (each.endswith('/') and size == 0):  # how some tools mark a folder
+                below, _, name = below.rpartition('/')
+                self.folders.setdefault(below, set()).add((name, is_folder))
+                is_folder = True
+
+    def is_there(self, path: str) -> bool:
+        return path in self.found or any(each.startswith(f'{path}/') for each in self.found)
+
+    def real(self, path: str) -> str:
+        return path
+
+    def is_file(self, path: str) -> bool:
+        return path in self.found
+
+    def entries(self, folder: str) -> Iterator[tuple[str, bool]]:
+        yield from sorted(self.folders.get(folder, ()))
+
+    def source(self, path: str) -> Source:
+        return Source(path, *self.found[path])
+
+
+def _after(parts: list[str], places: frozenset[int], name: str, asked: bool = False) -> frozenset[int]:
+    """Where in a pattern one may be after a name; at its end is what is below what matches.
+
+    Args:
+        parts: the pattern, of which `**` is any number of names.
+        places: where one may be before the name.
+        asked: whether a hidden name must be asked for, by a part that begins as it does.
+    """
+    after = set()
+    for place in places:
+        part = parts[place] if place < len(parts) else '**'
+        if part == '**':
+            after |= set() if asked else {place}
+        elif fnmatch.fnmatchcase(name, part) and (not asked or part[0] in '._'):
+            after.add(place + 1)
+    return _or_further(parts, after)
+
+
+def _or_further(parts: list[str], places: set[int]) -> frozenset[int]:
+    """The places, and those behind a `**` there, which may be no name at all."""
+    further = {place + 1 for place in places if place < len(parts) and parts[place] == '**'}
+    return _or_further(parts, places | further) if further - places else frozenset(places)
+
+
+def _search(text: str, output: str) -> tuple[list[Source], list[tuple[str, str]]]:
+    """Find the files of one address, those in higher folders first; and what is left out, with the reason.
+
+    Links are followed, but to no folder that was searched for the same. The output is no input.
+    """
+    path, only_folders = parse_address(text), text.endswith('/')
+    place = _Bucket(path) if is_s3(path) else _Disk()
+    root, parts = path, []
+    if not place.is_there(path):
+        if not (magic := MAGIC.search(path)):
+            raise CommandError(f'no input: {text} ' + ('matches no file' if is_s3(path) else 'is not there'))
+        root, _, _ = path[: magic.start()].rpartition('/')
+        parts = path[len(root) + 1 :].split('/')
+    end = len(parts)
+    files, left_out = [], []
+    if not parts and place.is_file(path) and not (only_folders and is_s3(path)):
+        files.append(replace(place.source(path), named=True))
+    root, places = '' if root == '/' else root, _or_further(parts, {0})
+    queue, searched = [(root, places)], {(place.real(root or '/'), places)}
+    for folder, places in queue:
+        for name, is_folder in place.entries(folder or '/'):
+            below, why = f'{folder}/{name}', _why_hidden(name)
+            after = _after(parts, places, name, asked=bool(why))
+            if why and not after and _after(parts, places, name):
+                left_out.append((why, below))
+            elif is_folder and after and (key := (place.real(below), after)) not in searched:
+                searched.add(key)
+                if key[0] == output:
+                    left_out.append(('of the output', below))
+                else:
+                    queue.append((below, after))
+            elif not is_folder and end in after and (end in places or not only_folders):
+                named = not only_folders and end in _after(parts, places - {end}, name)
+                files.append(replace(place.source(below), named=named))
+    return files, left_out
+
+
+def list_sources(inputs: list[str], output: str, form: str = '') -> tuple[list[Source], str]:
     """Find the files behind files, folders, patterns and S3 prefixes, sorted by path, each once, and say what they are.
 
     Args:
-        inputs: What the user gave.
-        output: May not lie where it would be read with them.
-        own_files: What it will have.
-        form: What files are read as that have no format in their names.
+        inputs: what the user gave.
+        output: the address of the output, which is never read.
+        form: what files are read as that have no format in their names.
 
     Returns:
         tuple: The sources, and what is left out in words.
 
     Raises:
-        CommandError: if an input has no file that can be read, cannot be listed, or would hold the output too.
+        CommandError: if an input has no file that can be read, or cannot be listed.
     """
     if not inputs:
         raise CommandError('no input: name at least one file, folder, pattern or s3:// address')
-    search = _Search(output, own_files)
-    of_input = {text: search.take(text) for text in inputs}
-    ways: dict[str, list[str]] = {}
-    for path in sorted(search.found, key=lambda path: (path.count('/'), path)):
-        ways.setdefault(path if is_s3(path) else os.path.realpath(path), []).append(path)
+    output = output if is_s3(output) else os.path.realpath(output)
+    searches = [_search(text, output) for text in inputs]
+    files: dict[str, dict[str, Source]] = {}  # by the real path, and by each that was found
+    for source in (source for found, _ in searches for source in found):
+        real = source.path if is_s3(source.path) else os.path.realpath(source.path)
+        paths = files.setdefault(real, {})
+        paths[source.path] = max(source, paths.get(source.path, source), key=lambda each: each.named)
+    left_out = {each for _, out in searches for each in out}
     sources, read = [], set()
-    for paths in ways.values():
-        path, kind = _kind_of_all(paths)
-        named = [each for each in paths if search.found[each][2]]
-        size, stamp, _ = search.found[path]
-        packed = path.lower().endswith(PACKED)
-        if packed and (named or form or kind_of(os.path.splitext(path)[0])[0]):
-            raise CommandError(f'{path} is packed in a way that is not read here: unpack it, or leave it out')
-        if kind[0] is None and named and not form:
-            raise CommandError(f'{named[0]} {_ADVICE}')
-        if kind[0] or form:
-            sources.append(Source(path, size, stamp, kind[0] or form or '', kind[1]))
-            read |= set(paths)
+    for paths in files.values():
+        source = _read_as(paths)
+        named = [each.path for each in paths.values() if each.named]
+        if not (source.format or form) and named:
+            raise CommandError(f'{named[0]} {ADVICE}')
+        if source.format or form:
+            sources.append(replace(source, format=source.format or form))
+            read |= paths.keys()
         else:
-            search.leave_out('without a format in their names', path)
-    for text, paths in of_input.items():
-        if not read & set(paths):
-            _refuse_nothing(text, paths, search)
-    counts = {each: sum(source.format == each for source in sources) for each in NAMES}
-    line = ', '.join(f'{count:,} {plural(count, "file")} of {NAMES[each]}' for each, count in counts.items() if count)
-    out = ', '.join(f'{len(paths):,} {why} (as {shown(paths[0])})' for why, paths in search.left_out.items())
-    print(f'found: {line}' + (f'; left out: {out}' if out else ''), file=sys.stderr)
-    return sorted(sources, key=lambda source: source.path), out
+            left_out.add(('without a format in their names', source.path))
+    for text, (found, out) in zip(inputs, searches, strict=True):
+        if not any(source.path in read for source in found):
+            raise _nothing(text, found, out)
+    counts = Counter(source.format for source in sources)
+    line = ', '.join(f'{counts[each]:,} of {NAMES[each]}' for each in NAMES if counts[each])
+    reasons = {why: sorted(path for each, path in left_out if each == why) for why in sorted(set(dict(left_out)))}
+    words = ', '.join(f'{len(paths):,} {why} (as {shown(paths[0])})' for why, paths in reasons.items())
+    print(f'found files: {line}' + (f'; left out: {words}' if words else ''), file=sys.stderr)
+    return sorted(sources, key=lambda source: source.path), words
 
 
-_ADVICE = (
-    f'has no format in its name (known are {", ".join(FORMATS)}, each also with {", ".join(COMPRESSIONS)}): give it '
-    'one, convert it to JSON lines or Parquet, or say with --format what such files are'
-)
+def _read_as(paths: dict[str, Source]) -> Source:
+    """Of several names of one file, those with a format count; of these the first, in the highest folder."""
+    sources = sorted(paths.values(), key=lambda source: (source.path.count('/'), source.path))
+    known = [(source, kind_of(source.path)) for source in sources if kind_of(source.path)[0]]
+    for source, kind in known:
+        if kind != known[0][1]:
+            raise CommandError(
+                f'{known[0][0].path} and {source.path} are one file, which is not of both formats: rename one of them'
+            )
+    if not known:
+        ways = [(source, kind_of(name)) for source in sources for name in _links(source.path)]
+        known = [way for way in ways if way[1][0]] or ways
+    source, (form, compression) = known[0]
+    return replace(source, format=form, compression=compression)
 
 
-def _kind_of_all(paths: list[str]) -> tuple[str, Kind]:
-    """Of several names of one file, those with a format count; of these the first, since paths are sorted."""
-    kinds = {path: kind for path in paths if (kind := kind_of(path))[0]}
-    for path in paths:
-        for _ in range(40 if not is_s3(path) and not kinds else 0):  # as many links as the system follows
-            if not os.path.islink(path):
-                break
-            path = os.path.join(os.path.dirname(path), os.readlink(path))
-            if (kind := kind_of(path))[0]:
-                return paths[0], kind
-    if len(set(kinds.values())) > 1:
-        one, other = sorted(kinds)[:2]
-        raise CommandError(f'{one} and {other} are one file, which is not of both formats: rename one of them')
-    return next(iter(kinds.items()), (paths[0], kind_of(paths[0])))
+def _links(path: str) -> Iterator[str]:
+    """A path, and link by link the names that it leads to."""
+    for _ in range(MOST_LINKS):
+        yield path
+        if is_s3(path) or not os.path.islink(path):
+            return
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
 
 
-def _refuse_nothing(text: str, paths: list[str], search: _Search) -> None:
-    if paths:
-        raise CommandError(f'no input: no file in {text} has a format in its name; {paths[0]} {_ADVICE}')
-    address = parse_address(text)
-    if MAGIC.search(address.path) or is_s3(address.path):
-        raise CommandError(f'no input: {text} matches no file')
-    left = [path for paths in search.left_out.values() for path in paths if path.startswith(f'{address.path}/')]
-    raise CommandError(
-        f'no input: the folder {text} ' + (f'holds only what is left out, as {shown(left[0])}' if left else 'is empty')
-    )
-
-
-def plural(count: int, noun: str) -> str:
-    """The noun for so many."""
-    return noun if count == 1 else f'{noun}s'
+def _nothing(text: str, found: list[Source], left_out: list[tuple[str, str]]) -> CommandError:
+    """Why nothing is read of an input."""
+    if found:
+        return CommandError(f'no input: no file in {text} has a format in its name; {found[0].path} {ADVICE}')
+    if left_out:
+        return CommandError(f'no input: {text} holds only what is left out, as {shown(left_out[0][1])}')
+    return CommandError(f'no input: {text} ' + ('matches no file' if MAGIC.search(text) else 'is empty'))

@@ -4,20 +4,25 @@ Parts depend on the inputs alone, never on the number of workers, so every run m
 not run on from one part to the next: the last, incomplete row of a part and split is dropped and counted.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data.documents import Piece, open_parquet
+from composer_tst.cli.prepare_data.documents import Document, Piece, open_parquet, read_documents
 from composer_tst.cli.prepare_data.inputs import Source
 from composer_tst.cli.prepare_data.streams import DamagedError, opened, refusing
 
-# About as many bytes of rows as of text, so about one shard of streaming's default size.
+# About as many bytes of rows as of text, so about four shards.
 PART_BYTES = 64 << 20
 # So that a data set of any size has a number of parts, and of records of them, that is easily handled.
 MOST_PARTS = 10_000
+# What a tokenizer is trained on: BPE finds its merges in far less text than a corpus; in characters.
+SAMPLE_CHARS = 32 << 20
+DOCUMENT_CHARS = 1 << 20
+LEAST_PART_CHARS = 1 << 20
 
 SPLIT = re.compile(r'([A-Za-z0-9_][A-Za-z0-9_-]*)=(\d*\.?\d+(?:[eE]-?\d+)?)', re.ASCII)
 
@@ -27,12 +32,17 @@ Part = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class Settings:
-    """What turns documents into rows, the same for every part; and whether bad ones are passed over."""
+    """What turns documents into shards, the same for every part; and whether bad ones are passed over.
+
+    `compression` and `hashes` are names of streaming's, as `zstd:7`; the hashes are sorted.
+    """
 
     seq_len: int
     splits: Splits
-    text_key: str
-    skip_bad: bool
+    text_key: str = 'text'
+    skip_bad: bool = False
+    compression: str | None = None
+    hashes: tuple[str, ...] = ()
 
 
 def parse_splits(text: str) -> Splits:
@@ -43,10 +53,10 @@ def parse_splits(text: str) -> Splits:
     """
     found = [SPLIT.fullmatch(item.strip()) for item in text.split(',')]
     splits = tuple((item[1], float(item[2])) for item in found if item)
-    names = [name.lower() for name, _ in splits]  # on some disks, names that differ in case alone are one
+    names = {name.lower() for name, _ in splits}  # on some disks, names that differ in case alone are one
     if len(splits) < len(found) or any(share <= 0 for _, share in splits):
         problem = 'give NAME=SHARE,NAME=SHARE with shares above 0 and names of letters, digits, _ and -'
-    elif len(set(names)) < len(names) or 'tokenizer' in names:
+    elif len(names) < len(splits) or 'tokenizer' in names:
         problem = 'a name is given twice, or is that of the folder of the tokenizer'
     elif not math.isclose(sum(share for _, share in splits), 1.0, abs_tol=1e-6):
         problem = 'the shares do not sum to 1'
@@ -79,9 +89,8 @@ def plan_parts(sources: Sequence[Source]) -> list[Part]:
     """Gather small files and cut large ones, where their format allows it, into parts of about one size."""
     part_bytes = max(PART_BYTES, sum(source.size for source in sources) // MOST_PARTS)
     parts: list[Part] = []
-    gathered: list[Piece] = []
-    size = 0
-    for piece in (piece for source in sources for piece in _pieces(source, part_bytes)):
+    gathered, size = [], 0
+    for piece in (piece for source in sources for piece in cut_source(source, part_bytes)):
         gathered.append(piece)
         size += piece.size
         if size >= part_bytes:
@@ -90,8 +99,8 @@ def plan_parts(sources: Sequence[Source]) -> list[Part]:
     return [*parts, tuple(gathered)] if gathered else parts
 
 
-def _pieces(source: Source, part_bytes: int) -> Iterator[Piece]:
-    """Cut a source into pieces."""
+def cut_source(source: Source, part_bytes: int) -> Iterator[Piece]:
+    """Cut a source into pieces of about a size."""
     if source.size <= part_bytes or source.compression or source.format == 'text':
         yield Piece(source, size=source.size)
     elif source.format == 'jsonl':
@@ -100,7 +109,7 @@ def _pieces(source: Source, part_bytes: int) -> Iterator[Piece]:
             yield Piece(source, start, end, end - start)
     else:
         try:
-            with opened(source) as stream, refusing('parquet', source.path):
+            with opened(source) as (stream, _), refusing('parquet'):
                 metadata = open_parquet(stream).metadata
         except DamagedError:
             # Reading it will report it as a bad document.
@@ -112,3 +121,26 @@ def _pieces(source: Source, part_bytes: int) -> Iterator[Piece]:
             if size >= part_bytes or group == metadata.num_row_groups - 1:
                 yield Piece(source, start, group + 1, size)
                 start, size = group + 1, 0
+
+
+def sample_texts(parts: Sequence[Part], settings: Settings) -> Iterator[str]:
+    """Take text to train a tokenizer on: documents of the largest split, the beginnings of long ones, from all over.
+
+    What is taken depends on the text and on the plan of parts, and on neither names nor times. Bad documents
+    are passed over here and dealt with when their part is converted.
+    """
+    # In whatever order splits are named; of two of one size, that which is called train.
+    largest, _ = max(settings.splits, key=lambda split: (split[1], split[0] == 'train', split[0]))
+    left = SAMPLE_CHARS
+    for number in sorted(range(len(parts)), key=lambda number: hashlib.blake2b(b'%d' % number).digest()):
+        part_left = min(left, max(SAMPLE_CHARS // len(parts), LEAST_PART_CHARS))
+        if part_left <= 0:
+            return
+        for document in (each for piece in parts[number] for each in read_documents(piece, settings.text_key)):
+            if isinstance(document, Document) and choose_split(document.digest, settings.splits) == largest:
+                text = document.text[: min(DOCUMENT_CHARS, part_left)]
+                part_left -= len(text)
+                left -= len(text)
+                yield text
+            if part_left <= 0:
+                break

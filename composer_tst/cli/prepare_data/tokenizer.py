@@ -3,12 +3,13 @@
 import json
 import os
 import re
-import sys
+import tempfile
 import unicodedata
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,19 +17,19 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from composer_tst.cli.main import CommandError
+from composer_tst.cli.prepare_data.errors import reason
 
 END_OF_TEXT = '<|endoftext|>'
 PADDING = '<|padding|>'
-# The 256 bytes and the two tokens above.
-SMALLEST_VOCABULARY = 258
-LARGEST_VOCABULARY = 1_000_000
+# The least are the 256 bytes and the two tokens above.
+VOCABULARY = range(258, 1_000_001)
 # Longer documents are tokenised piece by piece, if the tokenizer allows it; in characters.
 PIECE_CHARS = 1 << 18
 
 # Letters of every version of Unicode, of scripts with and without case.
 _LETTERS = 'A-Za-zÀ-ÖØ-öø-ƿΑ-ΡΣ-ωА-яא-תا-يぁ-ゔァ-ヺ一-龥가-힣'
 # Between two words, before the space or the line end: where the pre-tokenizers below split whatever is around.
-CUT = {mark: re.compile(f'(?<=[{_LETTERS}])(?={mark}[{_LETTERS}])') for mark in (' ', '[ \n]')}
+CUT = re.compile(f'(?<=[{_LETTERS}])(?=[ \n][{_LETTERS}])')
 # Patterns in which no match holds a letter before a space or a line end: of GPT-2, Llama 3 and GPT-4, and Qwen.
 _TAIL = r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 _HEAD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -37,21 +38,17 @@ KNOWN_PATTERNS = (
     _HEAD + '{1,3}' + _TAIL,
     _HEAD + _TAIL,
 )
-# Pre-tokenizers that split at every space, and those that look at no more than what one before them made.
-_AT_SPACES = {'WhitespaceSplit', 'Whitespace', 'BertPreTokenizer'}
-_LOCAL = {*_AT_SPACES, 'ByteLevel', 'Digits', 'Punctuation'}
-
 T = TypeVar('T')
 
 
-def _in_a_sentence(call: Callable[[], T], sentence: str) -> T:
+def _in_a_sentence(call: Callable[[], T], what: str) -> T:
     """Call the library, whose panics are no `Exception`."""
     try:
         return call()
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
             raise
-        raise CommandError(sentence.format(' '.join(str(error).split()) or type(error).__name__)) from error
+        raise CommandError(f'{what}: {reason(error)}') from error
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class TextTokenizer:
         definition = _without_special_names(json.loads(self.definition), self.eos_id)
         backend = _in_a_sentence(
             lambda: Tokenizer.from_str(json.dumps(definition)),
-            '--tokenizer: its special tokens cannot be told from text that spells them: {}',
+            '--tokenizer: its special tokens cannot be told from text that spells them',
         )
         backend.no_truncation()
         backend.no_padding()
@@ -84,37 +81,26 @@ class TextTokenizer:
         return backend
 
     @cached_property
-    def unknown_id(self) -> int | None:
-        """The id of the token for what the vocabulary does not know, if there is one."""
-        model = json.loads(self.definition)['model']
-        if model.get('unk_id') is not None:
-            return model['unk_id']
-        return None if model.get('unk_token') is None else model['vocab'].get(model['unk_token'])
+    def is_cut(self) -> bool:
+        """Whether a long text may be cut at `CUT`, which is proved for byte-level BPE of the usual patterns.
 
-    @cached_property
-    def cut(self) -> re.Pattern[str] | None:
-        """Where a text may be cut; None if that is not proved for this tokenizer.
-
-        Models see one pre-token at a time. So a cut is proved where the pre-tokenizer splits whatever is on both
+        Models see one pre-token at a time. So it is proved if the pre-tokenizer splits there whatever is on both
         sides, no normalizer looks across, and no added token holds or takes the space.
         """
-        definition = json.loads(self.definition)
+        definition: dict[str, Any] = json.loads(self.definition)
         for token in definition['added_tokens']:
             spaced = re.search(r'\s', unicodedata.normalize('NFKC', token['content']))
             if not token['special'] and (spaced or token['lstrip'] or token['rstrip']):
-                return None
-        first, *rest = _steps(definition['pre_tokenizer'], 'pretokenizers') or [{'type': None}]
-        if any(step['type'] not in _LOCAL and not _is_known_split(step) for step in rest):
-            return None
-        normalizers = {step['type'] for step in _steps(definition['normalizer'], 'normalizers')}
-        if first['type'] in _AT_SPACES and normalizers <= {'NFC', 'NFD', 'NFKC', 'NFKD', 'Lowercase', 'BertNormalizer'}:
-            return CUT['[ \n]']
-        if normalizers - {'NFC'}:  # of which some make a letter and a mark of a letter
-            return None
-        if first['type'] == 'Metaspace':
-            return CUT[' '] if first.get('split', True) and not rest else None
-        splits = (first['type'] == 'ByteLevel' and first.get('use_regex', True)) or _is_known_split(first)
-        return CUT['[ \n]'] if splits else None
+                return False
+        before: dict = definition['pre_tokenizer'] or {'type': None}
+        first, *rest = before.get('pretokenizers', [before])
+        if first['type'] == 'Split':
+            splits = first['behavior'] == 'Isolated' and first['pattern'].get('Regex') in KNOWN_PATTERNS
+        else:
+            splits = first['type'] == 'ByteLevel' and first.get('use_regex', True)
+        # Some other normalizers make a letter and a mark of a letter.
+        looks_at_one = (definition['normalizer'] or {'type': 'NFC'})['type'] == 'NFC'
+        return splits and looks_at_one and all(step['type'] == 'ByteLevel' for step in rest)
 
     def __reduce__(self) -> tuple:
         # Not the backend: its own pickling forgets `encode_special_tokens`.
@@ -133,7 +119,7 @@ class TextTokenizer:
         """
         encodings = _in_a_sentence(
             lambda: self.backend.encode_batch_fast(texts, add_special_tokens=False),
-            '--tokenizer: it cannot encode some of the text ({}): use one with an unknown token or bytes',
+            '--tokenizer: use one with an unknown token or bytes, for it cannot encode some of the text',
         )
         tokens = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         if any((ids == self.eos_id).any() for ids in tokens):
@@ -143,37 +129,16 @@ class TextTokenizer:
             )
         return tokens
 
-    def pieces(self, chunks: Iterable[str]) -> Iterator[str]:
+    def pieces(self, text: str) -> Iterator[str]:
         """Cut a document into pieces whose tokens, one after another, are the tokens of the whole.
 
-        A piece is about `PIECE_CHARS` long. Where no cut is proved, the document stays whole, in memory too.
+        A piece is about `PIECE_CHARS` long. If no cut is proved, the document stays whole.
         """
-        held: list[str] = []
-        for chunk in chunks:
-            for start in range(0, len(chunk), PIECE_CHARS):
-                last = chunk[start : start + PIECE_CHARS]
-                if self.cut and sum(map(len, held)) + len(last) > PIECE_CHARS:
-                    # A cut needs a character on each side of it, of which one may be in what is held.
-                    before = held[-1][-1:] if held else ''
-                    cuts = [match.start() - len(before) for match in self.cut.finditer(before + last)]
-                    if cuts:
-                        yield ''.join([*held, last[: cuts[-1]]])
-                        held, last = [], last[cuts[-1] :]
-                held.append(last)
-        yield ''.join(held)
-
-
-def _steps(definition: dict | None, several: str) -> list[dict]:
-    """A pre-tokenizer or a normalizer as the steps that it is made of."""
-    if definition is None:
-        return []
-    if definition['type'] != 'Sequence':
-        return [definition]
-    return [step for each in definition[several] for step in _steps(each, several)]
-
-
-def _is_known_split(step: dict) -> bool:
-    return step['type'] == 'Split' and step['behavior'] == 'Isolated' and step['pattern'].get('Regex') in KNOWN_PATTERNS
+        start = 0
+        while self.is_cut and (cut := CUT.search(text, start + PIECE_CHARS)):
+            yield text[start : cut.start()]
+            start = cut.start()
+        yield text[start:]
 
 
 def _without_special_names(definition: dict, eos_id: int) -> dict:
@@ -210,57 +175,40 @@ def _without_special_names(definition: dict, eos_id: int) -> dict:
     return definition
 
 
-def check_vocabulary(size: int) -> None:
-    """Refuse a vocabulary that cannot hold every byte.
-
-    Raises:
-        CommandError: if `size` is below the smallest or above the largest.
-    """
-    if size < SMALLEST_VOCABULARY:
-        raise CommandError(f'--train-tokenizer {size}: a byte-level vocabulary needs at least {SMALLEST_VOCABULARY}')
-    if size > LARGEST_VOCABULARY:
-        raise CommandError(
-            f'--train-tokenizer {size}: the largest vocabulary that is trained is {LARGEST_VOCABULARY:,}'
-        )
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     """Train byte-level BPE with end-of-text and padding tokens.
 
     Args:
         texts: the sample.
-        vocab_size: the most ids; a small sample gives fewer, which is said.
+        vocab_size: the most ids; a small sample gives fewer.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
-    trainer_options: dict = {
+    options: dict = {
         'vocab_size': vocab_size,
         'special_tokens': [END_OF_TEXT, PADDING],
         'initial_alphabet': pre_tokenizers.ByteLevel.alphabet(),
         'show_progress': False,
     }
-    trainer = trainers.BpeTrainer(**trainer_options)
-    _in_a_sentence(lambda: tokenizer.train_from_iterator(texts, trainer), '--train-tokenizer: {}')
-    size = tokenizer.get_vocab_size()
-    if size < vocab_size:
-        print(
-            f'warning: the text has no more than {size:,} tokens to learn of the {vocab_size:,} asked for',
-            file=sys.stderr,
-        )
+    trainer = trainers.BpeTrainer(**options)
+    _in_a_sentence(lambda: tokenizer.train_from_iterator(texts, trainer), '--train-tokenizer')
     return TextTokenizer(tokenizer.to_str(), tokenizer.token_to_id(END_OF_TEXT))
 
 
-def save_tokenizer(tokenizer: TextTokenizer, folder: str) -> None:
-    """Save a trained tokenizer to a local folder as transformers' `PreTrainedTokenizerFast` loads it."""
+def files_of(tokenizer: TextTokenizer) -> dict[str, str]:
+    """The files, by name, of which transformers' `PreTrainedTokenizerFast` loads a trained tokenizer."""
     from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
-    PreTrainedTokenizerFast(
+    saved = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tokenizer.definition),
         eos_token=END_OF_TEXT,
         pad_token=PADDING,
         clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        saved.save_pretrained(folder)
+        return {path.name: path.read_text(encoding='utf-8') for path in sorted(Path(folder).iterdir())}
 
 
 def load_tokenizer(name: str) -> TextTokenizer:
@@ -269,54 +217,39 @@ def load_tokenizer(name: str) -> TextTokenizer:
     Raises:
         CommandError: if there is none, or if it cannot be used.
     """
-    path = os.path.expanduser(name)
-    if not os.path.isdir(path) and (os.path.exists(path) or name[:1] in ('.', '/', '~') or name.count('/') > 1):
-        raise CommandError(
-            f'--tokenizer {name}: there is no such folder: name one with a tokenizer.json, or a hub name'
-        )
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
-    try:
-        tokenizer: Any = _in_a_sentence(lambda: AutoTokenizer.from_pretrained(path), '{}')
-    except CommandError as error:
-        cause = str(error.__cause__).strip().split('\n')[0]
-        kind = (
-            'this folder does not load'
-            if os.path.isdir(path)
-            else 'there is no such folder, and no hub name that loads'
-        )
-        raise CommandError(f'--tokenizer {name}: {kind}: {cause}') from error
+    path = os.path.expanduser(name)
+    kind = 'this folder does not load' if os.path.isdir(path) else 'there is no such folder, nor a hub name that loads'
+    tokenizer: Any = _in_a_sentence(lambda: AutoTokenizer.from_pretrained(path), f'--tokenizer {name}: {kind}')
     if tokenizer.eos_token_id is None:
         raise CommandError(f'--tokenizer {name}: it has no end-of-text (eos) token to join documents with')
     if not tokenizer.is_fast:
         raise CommandError(f'--tokenizer {name}: it has no fast version (a tokenizer.json)')
-    loaded = TextTokenizer(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+    definition = _in_a_sentence(tokenizer.backend_tokenizer.to_str, f'--tokenizer {name}')
+    loaded = TextTokenizer(definition, tokenizer.eos_token_id)
     if problem := _problem(loaded):
         raise CommandError(f'--tokenizer {name}: {problem}')
     loaded.encode([tokenizer.eos_token, f'a {tokenizer.eos_token} b'])
     return loaded
 
 
-def _problem(loaded: TextTokenizer) -> str | None:
-    """What keeps a tokenizer from being used."""
+def _problem(loaded: TextTokenizer) -> str:
+    """What of a text a tokenizer would drop, or do otherwise in each run; empty if nothing."""
     definition = json.loads(loaded.definition)
     model = definition['model']
     if model.get('dropout'):
-        return (
-            'it leaves out merges at random, and no two runs would agree: set "dropout" to null in its tokenizer.json'
-        )
-    if loaded.unknown_id == loaded.eos_id and model['type'] != 'BPE':
-        return 'its unknown token is its end-of-text token: use one that has both'
+        return 'it leaves out merges at random: set "dropout" to null in its tokenizer.json'
     if model['type'] != 'BPE' or model.get('unk_token'):
-        return None
-    vocabulary = set(loaded.backend.get_vocab(with_added_tokens=False))
-    byte_level = '"ByteLevel"' in json.dumps([definition['pre_tokenizer'], definition['normalizer']])
-    if not byte_level and not model.get('byte_fallback'):
-        return 'it drops what its vocabulary does not know: use one with an unknown token or bytes'
-    alphabet = pre_tokenizers.ByteLevel.alphabet() if byte_level else [f'<0x{byte:02X}>' for byte in range(256)]
-    if missing := len(set(alphabet) - vocabulary):
-        return (
-            f'its vocabulary lacks {missing} of the 256 bytes, which it would drop (special tokens do not count, for '
-            'no text comes to them)'
-        )
-    return None
+        return ''
+    # No text comes to special tokens, and one of these may be all there is of a byte.
+    known = loaded.backend.get_vocab(with_added_tokens=False).keys()
+    if '"ByteLevel"' in json.dumps([definition['pre_tokenizer'], definition['normalizer']]):
+        missing = set(pre_tokenizers.ByteLevel.alphabet()) - known
+    else:
+        missing = {f'<0x{byte:02X}>' for byte in range(256)} - (known if model.get('byte_fallback') else set())
+    return (
+        f'it would drop {len(missing)} of the 256 bytes: use one with all of them or an unknown token'
+        if missing
+        else ''
+    )
