@@ -88,6 +88,7 @@ PREPARE = ['prepare-data', str(REPO / 'LICENSE'), '--format', 'text', '--seq-len
         *(('typer', [name], '[tools]') for name in command.COMMANDS),
         ('matplotlib', ['compare', 'a', 'b', '--output', 'c.png'], '[tools]'),
         ('tqdm', [*PREPARE, '--output', 'x'], '[tools]'),
+        ('pyspark', [*PREPARE, '--output', 'x', '--engine', 'spark'], '[spark]'),
         ('llmfoundry', ['plan', str(REPO / 'yamls' / 'quickstart' / 'tst.yaml')], ''),
     ],
 )

@@ -299,14 +299,15 @@ def test_two_runs_at_once_of_which_one_is_stopped_and_continued_make_one_data_se
     command = [sys.executable, '-c', script, *map(str, arguments)]
     runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) for _ in range(2)]
     deadline = time.monotonic() + 120
-    while not any('part.' in name for name in place.files('out/.records')) and time.monotonic() < deadline:
+    while not any('part.' in name for name in place.files('out/.records')):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(runs[0].pid, signal.SIGSTOP)
-    _, said = runs[1].communicate()
+    _, said = runs[1].communicate(timeout=300)
     assert runs[1].returncode == 0, said
     made = place.files('out')
     os.killpg(runs[0].pid, signal.SIGCONT)
-    _, said = runs[0].communicate()
+    _, said = runs[0].communicate(timeout=300)
     assert runs[0].returncode == 0, said
     assert place.files('out') == made
     monkeypatch.setattr(parts, 'PART_BYTES', 1)

@@ -76,7 +76,3 @@ def main(
     except KeyboardInterrupt:
         typer.echo('interrupted: the same command goes on from here', err=True)
         raise typer.Exit(130) from None
-
-
-if __name__ == '__main__':
-    app()

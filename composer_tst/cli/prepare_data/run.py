@@ -67,10 +67,7 @@ def prepare(
         )
     path = parse_address(out)
     if engine == 'spark':
-        try:
-            from composer_tst.cli.prepare_data.spark import convert_with_spark as convert_with
-        except ImportError as error:
-            raise CommandError('--engine spark needs pyspark: pip install "composer-tst[spark]"') from error
+        from composer_tst.cli.prepare_data.spark import convert_with_spark as convert_with
     else:
         convert_with = partial(parallel, convert_part)
     sources, left_out = list_sources(inputs, path, form)
