@@ -6,13 +6,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from s3fs import S3FileSystem
-from s3fs.core import S3File
-
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.errors import ChangedError, reason
 
-# What is fetched at once, in bytes.
+# What is fetched of an object at once, in bytes.
 BLOCK_BYTES = 8 << 20
 # How often a store is asked, with pauses that double, in seconds.
 TRIES = 5
@@ -21,21 +18,6 @@ FIRST_PAUSE = 0.5
 READ_SECONDS = 60
 
 T = TypeVar('T')
-
-
-class S3(S3FileSystem):
-    """s3fs that takes every key as it is, with slashes at its end and `?versionId=` in it."""
-
-    retries = 1  # `_asked` does it, for bodies and listings too
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return path.removeprefix('s3://')
-
-    def split_path(self, path: str) -> tuple[str, str, None]:
-        """Split into bucket and key."""
-        bucket, _, key = self._strip_protocol(path).partition('/')
-        return bucket, key, None
 
 
 def is_s3(path: str) -> bool:
@@ -49,7 +31,22 @@ def filesystem() -> Any:
 
 
 @lru_cache(2)
-def _filesystem(endpoint: str | None, process: int) -> S3:
+def _filesystem(endpoint: str | None, process: int) -> Any:
+    from s3fs import S3FileSystem  # only for those who use a bucket
+
+    class S3(S3FileSystem):
+        """One that takes every key as it is, with slashes at its end and `?versionId=` in it."""
+
+        retries = 1  # `asked` does it, for bodies and listings too
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return path.removeprefix('s3://')
+
+        def split_path(self, path: str) -> tuple[str, str, None]:
+            bucket, _, key = self._strip_protocol(path).partition('/')
+            return bucket, key, None
+
     settings = {'retries': {'mode': 'standard'}, 'read_timeout': READ_SECONDS}
     return S3(endpoint_url=endpoint, use_listings_cache=False, skip_instance_cache=True, config_kwargs=settings)
 
@@ -63,7 +60,7 @@ def _status(error: BaseException | None) -> int | None:
     return None
 
 
-def _asked(action: str, path: str, call: Callable[[], T]) -> T:
+def asked(action: str, path: str, call: Callable[[], T]) -> T:
     """Call until there is an answer.
 
     Raises:
@@ -98,7 +95,7 @@ def check_bucket(path: str) -> None:
     """Refuse a bucket that is not there or not ours to use: its listing might be merely empty."""
     bucket = path.split('/')[2]
     try:
-        _asked('use', path, lambda: filesystem().call_s3('head_bucket', Bucket=bucket))
+        asked('use', path, lambda: filesystem().call_s3('head_bucket', Bucket=bucket))
     except FileNotFoundError as error:
         raise CommandError(f'cannot use {path}: there is no bucket {bucket}') from error
 
@@ -110,37 +107,17 @@ def listing(prefix: str) -> dict[str, tuple[int, str]]:
         bucket, key, _ = filesystem().split_path(prefix)
         return filesystem().find(bucket, prefix=key, detail=True)
 
-    return {f's3://{name}': (item['size'], item['ETag']) for name, item in _asked('list', prefix, find).items()}
+    return {f's3://{name}': (item['size'], item['ETag']) for name, item in asked('list', prefix, find).items()}
 
 
 def read(path: str) -> bytes | None:
     """A whole object; None if there is none."""
     try:
-        return _asked('read', path, lambda: filesystem().cat_file(path))
+        return asked('read', path, lambda: filesystem().cat_file(path))
     except FileNotFoundError:
         return None
 
 
 def write(path: str, data: bytes) -> None:
     """Write an object."""
-    _asked('write', path, lambda: filesystem().pipe_file(path, data))
-
-
-class S3Object(S3File):
-    """An object as it was listed, read in ranges."""
-
-    def __init__(self, path: str, size: int, etag: str):
-        self.details = {'name': path, 'size': size, 'ETag': etag}
-        super().__init__(filesystem(), path, block_size=BLOCK_BYTES)
-
-    def _fetch_range(self, start: int, end: int) -> bytes:
-        def fetch() -> Any:
-            data: Any = super(S3Object, self)._fetch_range(start, end)
-            if len(data) != end - start:
-                raise OSError(f'{len(data):,} of {end - start:,} bytes came')
-            return data
-
-        try:
-            return _asked('read', self.details['name'], fetch)
-        except FileNotFoundError as error:
-            raise ChangedError(self.details['name']) from error
+    asked('write', path, lambda: filesystem().pipe_file(path, data))

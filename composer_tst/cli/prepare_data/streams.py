@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from composer_tst.cli.prepare_data.errors import ChangedError
 from composer_tst.cli.prepare_data.inputs import MISSING, Source
-from composer_tst.cli.prepare_data.s3 import S3Object, is_s3
+from composer_tst.cli.prepare_data.s3 import is_s3
 
 BLOCK_BYTES = 1 << 20
 
@@ -80,6 +80,14 @@ def _check(source: Source) -> None:
             raise ChangedError(source.path)
 
 
+def _opened(source: Source) -> Any:
+    if not is_s3(source.path):
+        return io.FileIO(source.path)
+    from composer_tst.cli.prepare_data.s3_object import S3Object  # s3fs is for those who use a bucket
+
+    return S3Object(source.path, source.size, source.stamp)
+
+
 @contextmanager
 def opened(source: Source) -> Iterator[tuple[Any, Any]]:
     """Open a source as a stream of unpacked bytes, beside the file itself; at the end, see whether it changed."""
@@ -88,8 +96,7 @@ def opened(source: Source) -> Iterator[tuple[Any, Any]]:
     if source.compression and source.size == 0:
         raise DamagedError(f'damaged {source.compression} data (an empty file)')
     _check(source)
-    path = source.path
-    with S3Object(path, source.size, source.stamp) if is_s3(path) else io.FileIO(path) as file:
+    with _opened(source) as file:
         stream = io.BufferedReader(file, BLOCK_BYTES)  # pyright: ignore
         yield UNPACKERS[source.compression](stream) if source.compression else stream, file
     _check(source)
