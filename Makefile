@@ -123,7 +123,7 @@ test-next: $(NEXT)/.installed ## check: the wheel without llm-foundry, on the ne
 	rm -rf $(NEXT_COPY)
 	$(NEXT_UV) build --quiet --python $(NEXT_PYTHON) --out-dir $(NEXT_COPY)/dist
 	$(NEXT_UV) pip install --quiet --python $(NEXT_PYTHON) --no-deps --reinstall $(NEXT_COPY)/dist/*.whl
-	cp -R docs examples tests tools pyproject.toml $(NEXT_COPY)
+	cp -R README.md docs examples tests tools pyproject.toml $(NEXT_COPY)
 	cd $(NEXT_COPY) && export PYTHONPATH= && $(NEXT_PYTHON) tests/common/versions.py && \
 		$(NEXT_PYTHON) -m pytest -m 'not faults' -rsfE $(NEXT_TESTS)
 

@@ -26,6 +26,8 @@ from composer_tst.compatibility import (
     check_model,
     forget_losses,
     put_first,
+    takes,
+    unwrapped,
 )
 from composer_tst.loader import Drawing, row_length_of
 from composer_tst.messages import (
@@ -37,10 +39,10 @@ from composer_tst.messages import (
     report_no_recovery,
     report_shares,
 )
-from composer_tst.ops.fold import lay_out
+from composer_tst.ops.fold import is_full, lay_out
 from composer_tst.schedule import Plan, Progress, Schedule, check_epochs_end, plan_steps, same
 from composer_tst.settings import SETTINGS, Settings, Weighting, check_resumed_settings, parse_settings, refuse_unknown
-from composer_tst.surgery import Microbatches, MicrobatchSize, put_train_metrics_aside, take_off, takes, unwrapped
+from composer_tst.surgery import Microbatches, MicrobatchSize, put_train_metrics_aside, take_off
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +189,8 @@ class TokenSuperposition(Algorithm):
         changes = check_resumed_settings(saved, self.settings.as_dict(), begun, under_way)
         if changes:
             log.info('Superposition resumes with other settings, where they change nothing of the past: %s.', changes)
-            self._of.progress.max_duration = None
+            progress = self._of.progress
+            progress.max_duration, progress.ends = None, progress.ends[: len(self.settings.phases)]
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Begin a fit; what one that failed has left changed is put right first."""
@@ -272,13 +275,13 @@ class Fit:
         self._progress = progress
         self._state = state
         self._undo = ExitStack()
-        self._undo_later = ExitStack()
+        self._undo_at_next_batch = ExitStack()
         self._positions = 0
         self._dropped = 0
         self._warned_of_tail = False
         self._seen_first = False
         self._plan: Plan | None = None
-        self._losses_are_of_other_bags = False
+        self._bag_size_changed = False
 
     @property
     def superposed(self) -> bool:
@@ -291,7 +294,7 @@ class Fit:
         return self._settings.draws(self.schedule.bag_size)
 
     def _draws_ahead(self, ahead: int) -> int:
-        """The loader batches of the step that is as many after the coming one; phases end at steps, as far as known."""
+        """The draws of the step ``ahead`` steps after the coming one, if phases end at steps that are known."""
         step, ended = int(self._state.timestamp.batch) + ahead, len(self._progress.ended)
         for phase, end in zip(self.schedule.phases[ended:], self._progress.ends[ended:], strict=True):
             if end.unit != TimeUnit.BATCH or step < end.value:
@@ -359,7 +362,7 @@ class Fit:
         self.microbatches = Microbatches(state, self._settings)
         self._undo.callback(self.microbatches.remove)
         # Composer computes them at the end of an epoch, also one that superposition ends with.
-        self._undo_later.callback(put_train_metrics_aside(state))
+        self._undo_at_next_batch.callback(put_train_metrics_aside(state))
         self._microbatch_size = MicrobatchSize(state)
         self._undo.callback(self._microbatch_size.scale, 1)
         self._enter_phase()
@@ -380,13 +383,15 @@ class Fit:
         """Make the batch of a superposed step the rows that the model will see; leave one in recovery alone."""
         self.has_drawn = True
         self._drawing.take(state.batch, self.superposed, self._progress.ends[len(self._progress.ended) :])
-        if self._losses_are_of_other_bags:  # and only now are all of them there: callbacks come after algorithms
-            self._losses_are_of_other_bags = False
+        if (
+            self._bag_size_changed
+        ):  # KillLossSpike notes the last loss after our BATCH_END: callbacks come after algorithms
+            self._bag_size_changed = False
             forget_losses(state.callbacks)
         if self.superposed:
             self._lay_out(state)
         else:
-            self.close()
+            self.close()  # the train metrics come back, and in a run that is resumed in recovery, the loader
             ids = state.batch.get('input_ids') if isinstance(state.batch, Mapping) else None
             self._positions, self._dropped = (ids.numel() if isinstance(ids, torch.Tensor) else 0), 0
 
@@ -413,7 +418,7 @@ class Fit:
             self._warned_of_tail = True
             report_dropped(layout.dropped, given['input_ids'].shape[1], bag_size, settings.expand)
         mask = layout.batch.get('attention_mask')
-        self.microbatches.begin_batch(full=mask is not None and bool(mask.all()))
+        self.microbatches.begin_batch(full=mask is not None and is_full(mask))
         state.batch, self._positions, self._dropped = layout
 
     def _announce(self, state: State) -> None:
@@ -448,7 +453,7 @@ class Fit:
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         """Check that an epoch was whole, and end a phase whose time has come."""
-        self.has_drawn = True
+        self.has_drawn = True  # an epoch without a step takes up a dataset's state, too
         self._drawing.end_epoch(self.superposed, self._draws)
         logger.log_metrics({'superposition/samples_left_out': self._progress.left_out})
         self._advance()
@@ -468,7 +473,7 @@ class Fit:
         else:
             self._undo.close()
             self._drawing.set_draws(1)
-        self._losses_are_of_other_bags = True
+        self._bag_size_changed = True
         report_change(before, self.schedule.bag_size, self._state.timestamp, self._progress.dropped)
 
     def fit_end(self, state: State, logger: Logger) -> None:
@@ -481,4 +486,4 @@ class Fit:
     def close(self) -> None:
         """Undo what is changed, wherever the fit has ended; once."""
         self._undo.close()
-        self._undo_later.close()
+        self._undo_at_next_batch.close()

@@ -28,9 +28,8 @@ class Resumption(NamedTuple):
 
     Attributes:
         drawn: The loader batches of the epoch that are drawn already.
-        steps: The steps these made, if the trainer draws them again, only to pass over them; 0 if the dataset goes on
-            after these batches by itself, as a StreamingDataset does.
-        known: Whether ``drawn`` is told, not guessed.
+        steps: Steps that Composer replays on resume; 0 if the dataset resumes by itself, as a StreamingDataset does.
+        known: False if a dataset that resumes by itself does not tell how much was drawn.
     """
 
     drawn: int = 0
@@ -116,13 +115,12 @@ class BagLoader(wrapt.ObjectProxy):
         draws_ahead: The same of the step that is as many after it, for when somebody reads ahead.
         drawn: The loader batches drawn in this epoch.
         left_out: The samples left out so far, on this rank.
-        counted: How many of these are counted.
         pending: What was drawn and not trained on yet, to be taken step by step. It travels beside the batches, which
             somebody else may wrap, copy or hold back.
         retired: Whether another stand-in, around this one, joins the batches: this one hands them on.
         begun: Whether an epoch was begun.
-        trained_on: Whether a step of this epoch was trained on. Another iteration is then a look at the data, and
-            leaves no trace.
+        trained_on: Whether a step of this epoch was trained on. Another ``iter()`` then only looks at the data, and
+            the counts are put back.
         clock: What the Trainer's clock shows.
         passing_over: Whether the steps drawn are ones that the trainer is to pass over. Set it to False where it trains
             on one of them: the epoch then goes on from there.
@@ -133,7 +131,6 @@ class BagLoader(wrapt.ObjectProxy):
     draws = 1
     drawn = 0
     left_out = 0
-    counted = 0
     pending: deque[Drawn] = deque()  # noqa: RUF012  each has its own
     retired = False
     begun = trained_on = False
@@ -169,7 +166,7 @@ class BagLoader(wrapt.ObjectProxy):
             return
         if self.trained_on and int(self.clock().batch_in_epoch) > 0:
             before = self.pending, self.drawn, self.left_out
-            self.pending = deque()
+            self.pending, self.drawn = deque(), 0
             try:
                 yield from self._steps(iter(self.__wrapped__))
             finally:
@@ -324,12 +321,12 @@ class Drawing:
         self._state = state
         self._draws_ahead = draws_ahead
         self._taken: Drawn | None = None
+        self._counted = 0  # of the samples that the loader has left out
         self._progress = progress
         self._joins_rows = joins_rows
         self._undo = undo
         self._loader: BagLoader | None = None
         self._length: int | None = None
-        self._steps = 0
         self._cut_short = False
         self.row_length: int | None = None
         time, given = state.timestamp, None
@@ -338,8 +335,7 @@ class Drawing:
         steps, length = int(time.batch_in_epoch), state.dataloader_len
         length = None if length is None else int(length)
         self._resumption = where_epoch_stands(steps, progress, given, self._batch_samples(), length)
-        self._resumed = steps > 0 or bool(given)
-        self._is_judged = self._resumption.known
+        self._steps = steps or int(bool(given))  # of the epoch: whether there are any is what counts
         progress.drawn = self._resumption.drawn
 
     def begin(self, draws: int) -> None:
@@ -369,7 +365,7 @@ class Drawing:
     def _begin_anew(self) -> None:
         """Nothing of the coming epoch is drawn."""
         self._progress.drawn, self._steps = 0, 0
-        self._is_judged, self._resumed = True, False
+        self._resumption = Resumption()
         if self._loader is not None:
             self._loader.resumption = Resumption()
 
@@ -381,7 +377,7 @@ class Drawing:
         loader.draws, loader.draws_ahead, loader.ended = draws, self._draws_ahead, self._let_end
         loader.clock = lambda: state.timestamp
         state.set_dataloader(loader, state.dataloader_label, -1 if limit is None else limit)
-        self._loader = loader
+        self._loader, self._counted = loader, 0
 
         def put_back() -> None:
             """The epoch under way goes on with what it has begun to iterate."""
@@ -476,8 +472,8 @@ class Drawing:
             taken, self._taken = self._taken, None
             left_out = taken.left_out if taken else loader.left_out
             progress.drawn = taken.drawn if taken else loader.drawn
-            progress.left_out += (left_out - loader.counted) * dist.get_world_size()
-            loader.counted = left_out
+            progress.left_out += (left_out - self._counted) * dist.get_world_size()
+            self._counted = left_out
 
     def end_epoch(self, superposed: bool, draws: int) -> None:
         """Check the epoch that has ended.
@@ -491,9 +487,9 @@ class Drawing:
             state.dataloader_len, self._length = self._length, None
         self.count(steps=0)
         drawn = self._progress.drawn or 0
-        if state.dataloader_len is not None and self._is_judged:
+        if state.dataloader_len is not None and self._resumption.known:
             check_epoch_is_whole(state.dataloader, int(state.dataloader_len), drawn)
-        if superposed and not self._steps and not self._resumed:
+        if superposed and not self._steps:
             raise too_short(drawn, draws)
         self._begin_anew()
 
@@ -514,7 +510,7 @@ class Drawing:
             uses_tail=not getattr(loader, 'drop_last', False),
             joined_rows=getattr(loader, 'batch_size', None) if self._joins_rows else None,
         )
-        drawn = self._resumption.drawn
+        drawn = self._progress.drawn or 0
         return data, Moment(int(time.batch), int(time.epoch), drawn, int(time.sample), int(time.token))
 
 

@@ -157,7 +157,7 @@ def _walk(ends: Sequence[Time], draws: Sequence[int], max_duration: Time, data: 
     """Go through a run, as many steps at a time as are alike."""
     found: list[int] = []
     read = [0] * (len(ends) + 1)
-    steps_in_epoch = now.drawn  # or batches: whether there are any is what counts
+    steps_in_epoch = now.drawn  # or batches: nonzero if the epoch has had a step
     while True:
         while len(found) < len(ends) and _reached(ends[len(found)], now):
             found.append(now.step)
@@ -373,12 +373,12 @@ class Schedule:
             _refuse_or_warn(problem, past or longest.unit != TimeUnit.TOKEN, whole)
         if plan is None:
             return
-        start, began = int(now.batch), Time(int(now.batch), TimeUnit.BATCH)
-        begun = self.phases_begun(int(now.batch))
+        start, previous_end = int(now.batch), Time(int(now.batch), TimeUnit.BATCH)
+        with_steps = self.phases_begun(int(now.batch))
         for index, end in zip(to_come, plan.ends, strict=True):
             moment, phase = self.progress.ends[index], self.phases[index]
-            if index < begun:  # it has had steps
-                start, began = max(start, end), moment
+            if index < with_steps:
+                start, previous_end = max(start, end), moment
                 continue
             # One that is past already is left out, and said to be.
             if end <= start and moment.value > 0 and now.get(moment.unit) < moment:
@@ -387,14 +387,14 @@ class Schedule:
                     f'it begins at step {start} and ends at step {end} of {plan.total}: '
                     f'give it until at least {start + 1}ba.'
                 )
-                certain = began.unit == moment.unit or moment.unit != TimeUnit.TOKEN
+                certain = previous_end.unit == moment.unit or moment.unit != TimeUnit.TOKEN
                 _refuse_or_warn(problem, certain, whole)
             elif moment.value <= 0:
                 raise ValueError(
                     f'The phase with bag_size {phase.bag_size} until {phase.until.to_timestring()} has no steps: it '
                     f'is less than one step of {longest.to_timestring()}: give it until at least {start + 1}ba.'
                 )
-            start, began = max(start, end), moment
+            start, previous_end = max(start, end), moment
 
     def advance(self, timestamp: Timestamp) -> bool:
         """End the phases whose moment has come.

@@ -62,6 +62,7 @@ class Microbatches:
 
     def __init__(self, state: State, settings: Settings):
         take_off(state.model)
+        self._state = state
         self._settings = settings
         self._model = unwrapped(state.model)
         self._name = type(self._model).__name__
@@ -102,7 +103,7 @@ class Microbatches:
 
     def _fold(self, state: State) -> dict[str, Any]:
         if self._pass is None:
-            extra_values(state.batch, takes=takes(self._model))
+            extra_values(state.batch, takes=takes(self._model))  # refuses what was added since AFTER_DATALOADER
             padded = self._padded(state.batch)
             self.begin(state, bag_rows(state.batch, self._bag_size, self._settings.superpose, padded))
         return self._inputs
@@ -206,7 +207,7 @@ class Microbatches:
         if self._pass is not None:
             self._pass.abandon()
             self._pass = self._targets = None
-        take_off(self._model)
+        take_off(self._state.model)
 
     def loss(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         """Multi-hot cross-entropy of logits ``(B, P, V)`` and the targets ``(B, P, s)``, and any router loss: a scalar.

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -186,8 +185,9 @@ def leaving_no_trace(model: nn.Module, holders: Iterable[Any] = ()) -> Iterator[
     kept = _Kept()
     for holder in (parametrize._cache, *holders):
         kept.note(holder)
-    # FSDP1 keeps views of its weights among the attributes of modules.
-    wraps = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    # FSDP1 keeps views of its weights among the attributes of modules. Where it is not imported, nothing is of it.
+    fsdp: Any = sys.modules.get('torch.distributed.fsdp')
+    wraps = fsdp and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules())
     for module in model.modules():
         kept.note(module._buffers)
         if wraps or isinstance(module, nn.parallel.DistributedDataParallel):  # DDP notes whether a call has a gradient

@@ -220,6 +220,31 @@ def test_an_algorithm_of_one_trainer_that_is_added_to_another_is_a_copy_there():
     assert algorithm.schedule.progress.s_tokens == 3 * 4 * 12
 
 
+def test_a_run_resumed_at_an_epochs_last_step_expects_the_epochs_to_come(tmp_path: Path):
+    """In tokens of epochs: which steps there are to come, only the first batch tells."""
+    save: dict[str, Any] = {'save_folder': str(tmp_path), 'save_interval': '1ba', 'save_overwrite': True}
+    trainer, whole = make_trainer(llama(), random_loader(), TokenSuperposition(2, '800tok'), '2ep', **save)
+    trainer.fit()
+    assert logged(whole, 'superposition/bag_size') == [2] * 9 + [1] * 6
+    load = str(tmp_path / 'ep0-ba6-rank0.pt')
+    trainer, logger = make_trainer(llama(), random_loader(), TokenSuperposition(2, '800tok'), '2ep', load_path=load)
+    trainer.fit()
+    assert logged(logger, 'superposition/bag_size') == [2] * 3 + [1] * 6
+
+
+def test_phases_that_are_left_out_on_resuming_leave_nothing_behind(tmp_path: Path):
+    phases = [{'bag_size': 3, 'until': '2ba'}, {'bag_size': 2, 'until': '4ba'}]
+    save: dict[str, Any] = {'save_folder': str(tmp_path), 'save_interval': '1ba', 'save_overwrite': True}
+    trainer, _ = make_trainer(llama(), random_loader(), TokenSuperposition(phases=phases), '6ba', **save)
+    trainer.fit()
+    algorithm = TokenSuperposition(phases=phases[:1])
+    load = str(tmp_path / 'ep0-ba2-rank0.pt')
+    trainer, logger = make_trainer(llama(), random_loader(), algorithm, '6ba', load_path=load)
+    trainer.fit()
+    assert logged(logger, 'superposition/bag_size') == [1] * 4
+    assert len(trainer.state.algorithms[0].schedule.progress.ends) == 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_a_fit_that_is_not_the_last_does_not_miss_recovery(caplog: pytest.LogCaptureFixture):
     trainer, logger = make_trainer(llama(), random_loader(), TokenSuperposition(2, '4ba'), '6ba')
     for _ in range(2):

@@ -203,3 +203,18 @@ def test_a_loader_of_any_type_will_do():
     batches = [collate([i]) for i in range(4)]
     assert drawn(bag_loader(batches, 2)) == [[0, 1], [2, 3]]
     assert drawn(bag_loader(iter(batches), 2)) == [[0, 1], [2, 3]]
+
+
+def test_a_look_in_the_middle_of_an_epoch_sees_it_from_the_beginning_and_changes_no_count():
+    from composer.core import Timestamp
+
+    batches = [collate([i]) for i in range(6)]
+    loader = bag_loader(batches, 1)
+    loader.limit, loader.clock = 6, lambda: Timestamp(batch=4, batch_in_epoch=4)
+    steps = iter(loader)
+    for _ in range(4):
+        next(steps)
+    loader.trained_on = True
+    assert len(list(loader)) == 6
+    assert loader.drawn == 4
+    assert len(list(steps)) == 2
