@@ -59,8 +59,12 @@ def recipe(name: str, beside: Path) -> tuple[str, str]:
 
 @app.command()
 def main(
-    name: Annotated[str | None, typer.Argument(metavar='NAME', help='One of those listed without it.')] = None,
-    output: Annotated[Path | None, typer.Option(metavar='FILE', help='Instead of printing it.')] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar='NAME', help='One of the list; without it, print the list.')
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar='FILE', help='Write it to this file; without it, print it.')
+    ] = None,
 ) -> None:
     """List the configs of the published models, or write one, with the config.json of its architecture beside it."""
     try:
@@ -69,6 +73,7 @@ def main(
                 raise CommandError(f'--output {output}: name the recipe to write: one of {", ".join(names())}')
             width = max(map(len, names()))
             typer.echo('\n'.join(f'{each.ljust(width)}  {about(each)}' for each in names()))
+            typer.echo('composer-tst recipe NAME --output run.yaml writes one.', err=True)
             return
         text, architecture = recipe(name, output.parent if output else Path())
         shape = f'{architecture}/config.json'

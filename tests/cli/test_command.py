@@ -116,7 +116,9 @@ def test_no_command_asks_for_what_it_does_without(tmp_path: Path, monkeypatch: p
 
 
 def test_recipes_are_listed_from_small_to_large_with_what_they_take():
-    lines = CliRunner().invoke(recipe.app).stdout.splitlines()
+    result = CliRunner().invoke(recipe.app)
+    assert result.stderr == 'composer-tst recipe NAME --output run.yaml writes one.\n'
+    lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines] == [
         f'{model}_{kind}' for model in ('270m', '600m', '3b', '10b_a1b') for kind in ('baseline', 'tst')
     ]

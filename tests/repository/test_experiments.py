@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
 from composer_tst.cli.plan.measured import read_measured
+from composer_tst.cli.plan.model import Model
 from tools.experiments import questions, run, scales, summary, tables
 from tools.experiments.questions import Ask, asked, missing, tuning
 from tools.experiments.record import RUNS, SEEDS, Record, Row, add, read, write
@@ -112,7 +113,7 @@ def test_a_cell_of_the_summary_is_the_mean_of_its_rows(record: Record):
 
     assert of_recipe['rate'] == '0.002'
     assert float(of_recipe['change']) == pytest.approx(mean(PUBLISHED, '0.002') - mean(BASELINE, '0.004'), abs=1e-4)
-    read_back = read_measured()
+    read_back = read_measured(Model(1, 1, 1, 1))
     assert len(read_back) == len([c for c in cells if c['bag_sizes'] and c['scale'][:3] != 'mpt'])
     (found,) = [
         each for sizes, _, expand, each in read_back

@@ -21,17 +21,21 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     yaml: Annotated[str, typer.Argument(metavar='YAML', help='A config of llm-foundry.')],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar='KEY=VALUE...', help='As for llmfoundry.')] = None,
-    bag_size: Annotated[int | None, typer.Option(help='Instead of what the YAML says.')] = None,
-    duration: Annotated[str | None, typer.Option(help='Instead of what the YAML says.')] = None,
-    stats: Annotated[str | None, typer.Option(help='The stats.json of the data.')] = None,
-    gpu: Annotated[str, typer.Option(help=', '.join(GPUS))] = 'h100',
-    gpus: Annotated[int, typer.Option(min=1, help='How many.')] = 8,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar='KEY=VALUE...', help='Override keys of the YAML.')
+    ] = None,
+    bag_size: Annotated[int | None, typer.Option(help="Override the YAML's bag_size.")] = None,
+    duration: Annotated[str | None, typer.Option(help="Override the YAML's duration.")] = None,
+    stats: Annotated[str | None, typer.Option(help='The stats.json that prepare-data wrote.')] = None,
+    gpu: Annotated[str, typer.Option(help=f'The kind of GPU: {", ".join(GPUS)}.')] = 'h100',
+    gpus: Annotated[int, typer.Option(min=1, help='How many GPUs.')] = 8,
     mfu: Annotated[float, typer.Option(help='The share of their peak that training reaches.')] = 0.4,
-    as_json: Annotated[bool, typer.Option('--json', help='As JSON.')] = False,
-    sweeping: Annotated[bool, typer.Option('--sweep', help='Bag sizes and shares of steps instead.')] = False,
-    verbose: Annotated[bool, typer.Option('--verbose', help='FLOPs, and all that is known of these bags.')] = False,
-    out: Annotated[Path | None, typer.Option('--write', metavar='NEW.yaml', help='The YAML to run, filled in.')] = None,
+    as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
+    sweeping: Annotated[bool, typer.Option('--sweep', help='Try several bag sizes and durations.')] = False,
+    verbose: Annotated[bool, typer.Option('--verbose', help='Add FLOPs and all that is known of these bags.')] = False,
+    out: Annotated[
+        Path | None, typer.Option('--write', metavar='NEW.yaml', help='Write the YAML to run, filled in.')
+    ] = None,
 ) -> None:
     """Say what a run will take, and whether superposition is likely to gain in it."""
     from omegaconf import OmegaConf
@@ -51,7 +55,7 @@ def main(
         check(config)
         data = read_data(stats, train_split(config), config.max_seq_len) if stats else None
 
-        typer.echo('reading the model with Composer and llm-foundry, some ten seconds ...', err=True)
+        typer.echo('reading the model with Composer and llm-foundry, ten seconds or more ...', err=True)
         with warnings.catch_warnings():  # which are of no use to who only plans
             warnings.simplefilter('ignore')
             from composer_tst.cli.plan.config import read_run
@@ -71,7 +75,7 @@ def main(
             print(json.dumps(points, indent=2) if as_json else sweep_table(points))
         else:
             plan = make_plan(config, run, model, data, gpus * GPUS[gpu] * mfu)
-            on = f'{gpus} {gpu.upper()} at MFU {mfu:g}'
+            on = f'{gpus} {gpu.upper()} at MFU {mfu:g} (--gpu, --gpus and --mfu change that; a CPU takes longer)'
             print(json.dumps(plan, indent=2) if as_json else table(plan, on, verbose))
         if out:
             write_new('--write', out, OmegaConf.to_yaml(config))

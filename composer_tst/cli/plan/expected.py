@@ -66,7 +66,7 @@ def expect(
     if not (known := [*published(run, share, bag), *map(from_measured, measured)]):
         return None
     nearest = min(known, key=far)
-    if any(far(from_measured(each)) < far(nearest) for *_, each in read_measured()):
+    if any(far(from_measured(each)) < far(nearest) for *_, each in read_measured(model)):
         return None
     why = []
     if _differ(model.parameters, nearest.parameters):
@@ -117,7 +117,7 @@ def from_measured(found: Measured) -> Known:
     """What was measured, as a run that is known."""
     return Known(
         who='measured',
-        source=f'a Llama of {si(found.parameters)} parameters on {found.text}',
+        source=f'{found.family} of {si(found.parameters)} parameters on {found.text}',
         change=found.change,
         parameters=found.parameters,
         tokens=found.tokens_per_parameter * found.parameters,

@@ -69,7 +69,7 @@ def make_plan(config: DictConfig, run: Run, model: Model, data: Data | None, spe
     else:  # what there is to gain with the published recipe
         run = replace(run, phases=(Phase(6, Time(0.3, TimeUnit.DURATION)),))
         bag, share, shares = 6, 0.3, [0.3]
-    measured = same_bags(run, shares)
+    measured = same_bags(run, model, shares)
     verdict = judge(run, model, equivalent, steps, share, bag, measured)
     if OmegaConf.select(config, 'train_loader.name') == 'finetuning':
         verdict = of_finetuning(verdict)
@@ -102,9 +102,8 @@ def sweep(run: Run, model: Model, data: Data | None) -> list[dict[str, Any]]:
             drawn = bag if run.expand != 'none' else 1
             tokens = (superposed * drawn + steps - superposed) * run.rows * run.length
             this = replace(plain, phases=(Phase(bag, Time(share, TimeUnit.DURATION)),))
-            expected = (
-                expect(this, model, positions, steps, share, bag, same_bags(this, [share])) if superposed else None
-            )
+            measured = same_bags(this, model, [share])
+            expected = expect(this, model, positions, steps, share, bag, measured) if superposed else None
             found.append(
                 {
                     'bag_size': bag,

@@ -32,6 +32,10 @@ def load(path: str, overrides: list[str]) -> DictConfig:
             )
     try:
         text = Path(path).read_text()
+    except FileNotFoundError:
+        raise CommandError(
+            f'there is no {path}: give the path of a YAML, or write one with composer-tst recipe NAME --output {path}'
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f'cannot read {path}: {getattr(error, "strerror", None) or "it is no text"}') from error
     try:

@@ -1,4 +1,4 @@
-"""What runs of a small Llama gained, at several budgets: `make evidence`, docs/evidence.md."""
+"""What runs of a small Llama and a small MPT gained: `make evidence`, docs/evidence.md."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from importlib import resources
 
 from composer_tst.cli.plan.config import Run
+from composer_tst.cli.plan.model import Model
 
 # Shares of steps are rounded to whole steps: nearer than this they are the same.
 SAME_SHARE = 0.01
 SAME_SCALE = 1.5  # within this factor of a known size, budget or number of steps, that tells alone
+FAR = 3.0  # times the largest or the smallest that is known
 
 
 @dataclass(frozen=True)
@@ -32,39 +34,47 @@ class Measured:
     tokens_per_step: int = 0
     change_from_best: float | None = None
     deviation_from_best: float | None = None
+    family: str = 'a Llama'
 
 
-def read_measured() -> list[tuple[list[int], list[float], str, Measured]]:
+def read_measured(model: Model) -> list[tuple[list[int], list[float], str, Measured]]:
     """Bag sizes, shares of the steps at which they end, `expand`, and what was measured; by setting and budget.
 
-    Of the Llama alone, and of settings that cost as much as a plain run and are no more than these.
+    Of the MPT if ``model`` is one of about that size, else of the Llama. Only of settings that cost as much as a plain
+    run and are no more than these.
     """
     with (resources.files('composer_tst') / 'cli' / 'plan' / 'losses' / 'evidence.csv').open() as file:
+        lines = [line for line in csv.DictReader(file) if line['bag_sizes']]
+        of_llama = [line for line in lines if not line['scale'].startswith('mpt')]
+        of_mpt = [line for line in lines if line['scale'] == 'mpt']
+        near = [line for line in of_mpt if model.mpt and 1 / FAR < model.parameters / int(line['parameters']) < FAR]
         return [
             (
                 [int(bag) for bag in line['bag_sizes'].split()],
                 [float(end) for end in line['ends'].split()],
                 line['expand'],
                 Measured(
-                    *(float(line['change']), float(line['deviation']), int(line['seeds']), line['text']),
+                    *(float(line['change']), float(line['deviation']), int(line['seeds'])),
+                    "the quickstart's text" if line['text'] == 'quickstart' else line['text'],
                     *(int(line['parameters']), float(line['tokens_per_parameter']), int(line['steps'])),
                     int(line['tokens_per_step']),
                     *(
                         float(line[name]) if line[name] else None
                         for name in ('change_from_best', 'deviation_from_best')
                     ),
+                    family='an MPT' if near else 'a Llama',
                 ),
             )
-            for line in csv.DictReader(file)
-            if line['bag_sizes'] and not line['scale'].startswith('mpt')
+            for line in near or of_llama
         ]
 
 
-def same_bags(run: Run, shares: Sequence[float]) -> list[Measured]:
+def same_bags(run: Run, model: Model, shares: Sequence[float]) -> list[Measured]:
     """What the same bags changed at each budget, of fewest steps first; empty if they were not run.
 
     Args:
         run: The run.
+        model: Its model.
         shares: The share of its steps after which each phase has ended.
     """
     if run.superpose != 'both' or run.weighting != 'uniform':
@@ -72,7 +82,7 @@ def same_bags(run: Run, shares: Sequence[float]) -> list[Measured]:
     bags = [phase.bag_size for phase in run.phases]
     same = [
         found
-        for bag_sizes, ends, expand, found in read_measured()
+        for bag_sizes, ends, expand, found in read_measured(model)
         if bag_sizes == bags
         and expand == run.expand
         and all(abs(a - b) < SAME_SHARE for a, b in zip(ends, shares, strict=True))

@@ -31,6 +31,7 @@ class Model:
     active: int
     multiplying: int
     attention: int  # layers * heads * width of a head
+    mpt: bool = False
 
     def flops(self, length: int) -> int:
         """FLOPs of one position, forward and backward, in a row of `length` positions."""
@@ -140,7 +141,7 @@ def _count(model: Any) -> Model:
     layers = getattr(hf, 'num_hidden_layers', None) or hf.n_layers
     heads = getattr(hf, 'num_attention_heads', None) or hf.n_heads
     width = getattr(hf, 'head_dim', None) or (getattr(hf, 'hidden_size', None) or hf.d_model) // heads
-    return Model(count, active, multiplying, layers * heads * width)
+    return Model(count, active, multiplying, layers * heads * width, hf.model_type == 'mpt')
 
 
 def _setting(hf: Any, names: Sequence[str]) -> int:

@@ -77,9 +77,9 @@ def all_that_is_known(plan: dict[str, Any]) -> list[str]:
         lines.append('expected loss       not stated: nothing is known of these settings near this size and budget')
     found = plan['measured']
     if found:
+        who = f'{found[0]["family"]} of {si(found[0]["parameters"])} parameters'
         lines.append(
-            f'measured            in nats, on a Llama of {si(found[0]["parameters"])} parameters (docs/evidence.md), '
-            f'where this run has {si(plan["parameters"])}:'
+            f'measured            in nats, on {who} (docs/evidence.md), where this run has {si(plan["parameters"])}:'
         )
     for of in found:
         lines.append(

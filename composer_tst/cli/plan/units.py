@@ -30,6 +30,6 @@ def times(ratio: float, what: str) -> str:
     """How many more or fewer of something there are here than there."""
     if 0.9 < ratio < 1.1:
         return f'about as many {what}'
-    number = max(ratio, 1 / ratio)
-    shown = f'{number:,.0f}' if number >= 10 else f'{number:.2g}'
-    return f'{shown} times its {what}' if ratio > 1 else f'1/{shown} of its {what}'
+    if ratio < 0.1:
+        return f'1/{1 / ratio:,.0f} of its {what}'
+    return f'{ratio:,.0f} times its {what}' if ratio >= 10 else f'{ratio:.2g} times its {what}'

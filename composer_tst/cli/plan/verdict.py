@@ -9,15 +9,14 @@ from dataclasses import dataclass, replace
 from composer_tst.cli.plan.config import Run
 from composer_tst.cli.plan.expected import Known, distance, from_measured, published
 from composer_tst.cli.plan.keys import RECIPE
-from composer_tst.cli.plan.measured import SAME_SCALE, Measured, read_measured
+from composer_tst.cli.plan.measured import FAR, SAME_SCALE, Measured, read_measured
 from composer_tst.cli.plan.model import Model
 from composer_tst.cli.plan.published import GRIDS, PAIRS
 from composer_tst.cli.plan.units import si, times
 
 GAINS, UNKNOWN, WORSE = 'likely gains', 'not known', 'likely worse than plain training'
-PUBLISHED_STEPS, PUBLISHED_TOKENS = 20_000, 14  # the fewest of published runs, the latter per parameter
+PUBLISHED_STEPS, PUBLISHED_TOKENS = 20_000, 12  # the fewest of published runs, the latter per parameter
 FEW_STEPS = 2_000  # with fewer, nothing gained here
-FAR = 3.0  # times the largest or the smallest that is known
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def judge(
     """Judge a run by what is known; the arguments are those of ``expect``."""
     budget = tokens / model.parameters, steps
     grids, rows = published(run, share, bag), [from_measured(each) for each in measured]
-    others = [from_measured(each) for *_, each in read_measured()]
+    others = [from_measured(each) for *_, each in read_measured(model)]
 
     def nearest(known: Sequence[Known]) -> Known:
         return min(known, key=lambda each: distance(each, model, tokens, steps))
@@ -52,9 +51,9 @@ def judge(
     else:
         verdict, why, near = _by_budgets(measured, model, *budget)
         row = nearest([*grids, *rows, *others] if verdict == UNKNOWN else [from_measured(each) for each in near])
-    return Verdict(
-        verdict, why, _row(row, row not in [*grids, *rows]), _distance(row, model, *budget), advice(model, *budget)
-    )
+    long = max(steps, FEW_STEPS) if verdict == GAINS else steps  # what gained is not advised against
+    advised = advice(model, budget[0], long, other=(bag, round(share, 2)) != (6, 0.3))
+    return Verdict(verdict, why, _row(row, row not in [*grids, *rows]), _distance(row, model, *budget), advised)
 
 
 def of_finetuning(verdict: Verdict) -> Verdict:
@@ -74,13 +73,13 @@ def is_published(model: Model, tokens_per_parameter: float, steps: int) -> bool:
     )
 
 
-def advice(model: Model, tokens_per_parameter: float, steps: int) -> str:
-    """What README recommends for a run of that length."""
+def advice(model: Model, tokens_per_parameter: float, steps: int, other: bool = False) -> str:
+    """What README recommends for a run of that length, with ``other`` bags than the published or not."""
     if steps < FEW_STEPS:
         return f'In fewer than {FEW_STEPS:,} steps train plainly.'
     if is_published(model, tokens_per_parameter, steps):
         return f'Use algorithms: {RECIPE}.'
-    return f'Try algorithms: {RECIPE} beside a plain run of as many steps.'
+    return f'Try {"these bags, or " if other else ""}algorithms: {RECIPE} beside a plain run of as many steps.'
 
 
 def _by_budgets(
@@ -99,7 +98,7 @@ def _by_budgets(
         tokens = math.log(each.tokens_per_parameter / tokens_per_parameter)
         return math.hypot(tokens, math.log(each.steps / steps))
 
-    every = sorted((each for *_, each in read_measured()), key=far)
+    every = sorted((each for *_, each in read_measured(model)), key=far)
     budgets = [every[0]]
     if not _same(steps, every[0].steps):
         # Between budgets of fewer and of more steps, both tell.
@@ -109,14 +108,15 @@ def _by_budgets(
     for budget in budgets:
         there = [each for each in every if far(each) == far(budget)]
         near += [each for each in found if each in there] or there
-    who = 'these bags' if all(each in found for each in near) else 'what was tried'
+    these = all(each in found for each in near)
+    who = 'these bags' if these else 'what was tried'
     nearest = ' and '.join(f'{count:,}' for count in sorted({budget.steps for budget in budgets}))
     there = f'In the runs measured nearest, of {nearest} steps'
     if all(each.change > 2 * each.deviation for each in near):
         fewer = steps <= SAME_SCALE * max(budget.steps for budget in budgets)
         return WORSE if fewer else UNKNOWN, f'{there}, {who} ended worse.', near
     if any(each.change >= -2 * each.deviation for each in near):
-        return UNKNOWN, f'{there}, a gain of {who} was not sure.', near
+        return UNKNOWN, f'{there}, it is not sure that {"these bags" if these else "anything tried"} gained.', near
     close = _same(steps, every[0].steps) and _same(tokens_per_parameter, every[0].tokens_per_parameter)
     close = close and 1 / FAR < model.parameters / every[0].parameters < FAR
     far_off = '' if close else ', but they are far from this one'
