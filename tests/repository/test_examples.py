@@ -233,12 +233,15 @@ def test_hf_trainer_on_two_processes_trains_as_on_one(hf: Any, tmp_path: Path):
     assert two['num_input_tokens_seen'] == one.state.num_input_tokens_seen
 
 
-def test_composer_script_trains_evaluates_and_saves(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_composer_script_trains_evaluates_and_saves(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
     pytest.importorskip('composer')
     trainer = functions_of('composer_script.py')['make_trainer'](str(tmp_path), 20)
     trainer.fit()
     assert (tmp_path / 'bag6-to-bag1' / 'ep0-ba6-rank0.pt').exists()
-    assert 'read 51,200 data tokens in 20,480 positions' in ''.join(capfd.readouterr())
+    said = ''.join((*capfd.readouterr(), caplog.text))  # a run before may have told logging to show it
+    assert 'read 51,200 data tokens in 20,480 positions' in said
     (metric,) = trainer.state.eval_metrics['eval'].values()
     at_the_end = float(metric.compute())
     trainer.state.model.load_state_dict(
