@@ -29,6 +29,7 @@ DASHES = ('-', (0, (6, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = ('o', 's', '^', 'D')
 QUIET = '#6b6b6b'
 REMARKS_SHOWN = 4
+LONGEST_NAME = 16
 AT_EQUAL_DATA = 'At equal data a plain run has taken more steps:\na step on bags reads more.'
 STYLE: dict = {
     'axes.axisbelow': True,
@@ -80,6 +81,7 @@ def draw(runs: Sequence[Run], output: Path) -> None:
                 _draw_validation(axes[1, column], run, by_tokens, look_of(index))
                 _draw_train(axes[2, column], run, by_tokens, look_of(index))
         _label(axes, runs)
+        _name_ends(axes[1, 0], runs)
         _draw_legend(figure, runs)
         if said := remarks_on_all(runs):
             shown = [*said[:REMARKS_SHOWN], *(['...'] if len(said) > REMARKS_SHOWN else [])]
@@ -165,6 +167,20 @@ def _draw_validation(axes: Axes, run: Run, by_tokens: bool, look: Look) -> None:
         markevery=max(1, len(steps) // 40),
     )  # fmt: skip
     axes.plot(x[-1], run.final_loss, look.marker, color=look.color, ms=6, clip_on=False, zorder=3)
+
+
+def _name_ends(axes: Axes, runs: Sequence[Run]) -> None:
+    """Name each curve at its end, apart from the next by a line's height."""
+    low, high = axes.get_ylim()
+    height, lowest = 0.055 * (high - low), low
+    for index, run in sorted(enumerate(runs), key=lambda each: each[1].final_loss):
+        y = lowest = max(run.final_loss, lowest)
+        lowest += height
+        name = run.name if len(run.name) <= LONGEST_NAME else f'{run.name[: LONGEST_NAME - 1]}…'
+        axes.annotate(
+            _plain(name), (run.final_step, y), (6, 0), textcoords='offset points', va='center',
+            color=look_of(index).color, fontsize=8.5, annotation_clip=False,
+        )  # fmt: skip
 
 
 def _draw_train(axes: Axes, run: Run, by_tokens: bool, look: Look) -> None:
