@@ -331,6 +331,17 @@ def test_curves_are_cut_at_a_switch_and_the_superposed_part_is_dashed(tmp_path):
     assert not recovery.is_dashed()
 
 
+def test_curves_are_named_at_their_ends_and_names_do_not_cover_each_other(tmp_path: Path):
+    runs = [read_run(write(tmp_path / name, BASELINE)) for name in ('baseline', 'a-run-of-a-very-long-name')]
+    axes = Figure().subplots()
+    axes.set_ylim(0, 10)
+    picture._name_ends(axes, runs)
+    assert [text.get_text() for text in axes.texts] == ['baseline', 'a-run-of-a-very…']
+    first, second = (text.xy[1] for text in axes.texts)  # pyright: ignore[reportAttributeAccessIssue]
+    assert first == runs[0].final_loss
+    assert second - first == pytest.approx(0.55)
+
+
 @pytest.mark.parametrize(('steps', 'width'), [(5, 1), (40, 4), (100, 10), (600, 10), (3000, 30)])
 def test_short_runs_are_smoothed_too(tmp_path: Path, steps: int, width: int):
     assert picture._width(read_run(write(tmp_path, {steps: 3.0}, steps=range(steps)))) == width
