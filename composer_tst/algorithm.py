@@ -413,7 +413,7 @@ class Fit:
         )
         check_batch(layout.batch, given, bag_size, settings.superpose, state.model)
         if first:
-            check_first_batch(state)
+            check_first_batch(state, settings.microbatch_scale(bag_size))
         if layout.dropped and not self._warned_of_tail:
             self._warned_of_tail = True
             report_dropped(layout.dropped, given['input_ids'].shape[1], bag_size, settings.expand)

@@ -177,11 +177,15 @@ def check_batch(batch: Mapping[str, Any], given: Mapping[str, Any], bag_size: in
         )
 
 
-def check_first_batch(state: State) -> None:
+def check_first_batch(state: State, scale: int = 1) -> None:
     """Hold what the model's own loss makes of a batch against what superposition will make of it, on its first rows.
 
     A Hugging Face model computes its loss in its forward. Of a loss of one's own, the gradient tells at each position
     which token it is trained to predict.
+
+    Args:
+        state: The Trainer's.
+        scale: How many times the rows of a plain microbatch the microbatch size has now.
 
     Raises:
         ValueError: If ids are beyond the embedding, labels are shifted already, or the model's own loss predicts other
@@ -202,7 +206,7 @@ def check_first_batch(state: State) -> None:
         return
     rows = len(batch['input_ids'])
     size = state.device_train_microbatch_size
-    some = min(rows, size) if isinstance(size, int) else 1
+    some = min(rows, max(1, size // scale)) if isinstance(size, int) else 1
     row = {key: value if is_plain(value) or len(value) != rows else value[:some] for key, value in batch.items()}
     row = state.device.batch_to_device(row)
     precision = get_precision_context(state.precision, state.precision_config)

@@ -438,8 +438,9 @@ class Drawing:
         if not loader.pending:
             if superposed:
                 raise ValueError(
-                    'The train loader was replaced after EPOCH_START or FIT_START, so that a superposed step has the '
-                    'data of a plain one: have the callback replace it at EPOCH_END or ITERATION_START.'
+                    'The train loader was replaced after EPOCH_START or FIT_START, or what wraps it repeats batches. A '
+                    'superposed step then has data that were not drawn for it: replace it at EPOCH_END or '
+                    'ITERATION_START, and hand each batch on once.'
                 )
             return
         taken = self._taken = loader.pending.popleft()
@@ -480,12 +481,17 @@ class Drawing:
 
         Raises:
             RuntimeError: If it was cut short.
-            ValueError: If it made no step, so that training would never end.
+            ValueError: If it made no step, so that training would never end, or what wraps the loader left some out.
         """
         state = self._state
         if self._length is not None:
             state.dataloader_len, self._length = self._length, None
         self.count(steps=0)
+        if self._loader is not None and self._loader.pending:
+            raise ValueError(
+                f'{type(state.dataloader).__name__} has left out {len(self._loader.pending)} batches of the epoch: '
+                'have what wraps the train loader hand each of its batches on, whole and in order.'
+            )
         drawn = self._progress.drawn or 0
         if state.dataloader_len is not None and self._resumption.known:
             check_epoch_is_whole(state.dataloader, int(state.dataloader_len), drawn)

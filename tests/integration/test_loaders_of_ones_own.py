@@ -126,6 +126,14 @@ def test_reading_ahead_of_a_moment_that_shows_only_then_is_refused_at_the_first_
     assert not wraps.steps
 
 
+def test_a_loader_that_leaves_batches_out_of_an_epoch_of_one_bag_size_is_refused_at_its_end():
+    trainer, _ = make_trainer(
+        llama(), numbered(48), TokenSuperposition(3, '1ep'), '2ep', callbacks=[Wraps('epoch_start', Skips)]
+    )
+    with pytest.raises(ValueError, match='Skips has left out 2 batches of the epoch: have what wraps'):
+        trainer.fit()
+
+
 def test_a_loader_that_leaves_batches_out_is_refused():
     trainer, _ = make_trainer(
         llama(), numbered(200), TokenSuperposition(3, '4ba'), '8ba', callbacks=[Wraps('epoch_start', Skips)]
