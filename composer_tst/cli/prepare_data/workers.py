@@ -55,6 +55,7 @@ def parallel(
     # tokenizers' own threads use the others.
     threads = {'TOKENIZERS_PARALLELISM': str(count < cores).lower(), 'RAYON_NUM_THREADS': str(cores // count)}
     pool = ProcessPoolExecutor(count, _context, _start, (function, job, queue, os.environ | threads))
+    waiting: set[Any] = set()
     try:
         waiting = {pool.submit(_run, item) for item in items}
         while waiting:
@@ -68,9 +69,9 @@ def parallel(
             'a worker died, perhaps killed for want of memory; the same command goes on from here'
         ) from error
     finally:
-        # After an interrupt or a failure, others may be in the midst of a part.
-        for process in multiprocessing.active_children():
-            process.terminate()
+        if waiting:  # after an interrupt or a failure: others may be in the midst of a part
+            for process in list((pool._processes or {}).values()):
+                process.kill()
         pool.shutdown(cancel_futures=True)
 
 
