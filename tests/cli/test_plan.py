@@ -638,7 +638,10 @@ def test_rows_of_another_length_than_the_shards_are_refused(tmp_path: Path):
         )
 
 
-def test_ids_beyond_the_vocabulary_are_refused_with_tokenizer_and_model(tmp_path: Path):
+def test_ids_beyond_the_vocabulary_are_refused_with_tokenizer_and_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)  # the checkout may have the quickstart's tokenizer
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
