@@ -272,13 +272,15 @@ def bag_rows(batch: Mapping[str, Any], bag_size: int, superpose: str, padded: bo
 def bag_targets(labels: torch.Tensor, mask: torch.Tensor | None, bag_size: int, superpose: str) -> torch.Tensor:
     """What each position predicts, ``(B, P, s)``, of labels and mask ``(B, P * s)``: -100 where there is none."""
     ahead = 1 if superpose == 'output' else bag_size
-    following = labels[:, ahead:].long()
+    rows, there_are = len(labels), labels.shape[1] - ahead
+    following = torch.empty(rows, there_are + bag_size, dtype=torch.int64, device=labels.device)
+    following[:, :there_are] = labels[:, ahead:]
+    following[:, there_are:] = IGNORE_INDEX
     if mask is not None:
-        following = following.masked_fill(mask[:, ahead:] == 0, IGNORE_INDEX)
-    following = torch.cat([following, following.new_full((len(labels), bag_size), IGNORE_INDEX)], 1)
+        following[:, :there_are].masked_fill_(mask[:, ahead:] == 0, IGNORE_INDEX)
     if superpose == 'output':
         return following.unfold(1, bag_size, 1).contiguous()
-    targets = following.view(len(labels), labels.shape[1] // bag_size, bag_size)
+    targets = following.view(rows, labels.shape[1] // bag_size, bag_size)
     if superpose == 'input':
         targets[..., 1:] = IGNORE_INDEX
     return targets
