@@ -175,7 +175,7 @@ def lay_out(
             value = batch[key]
             if key == 'sequence_id':
                 value = _separate_joined_rows(value, joined)
-            result[key] = value.reshape(rows, length)[:, :kept]
+            result[key] = value.reshape(rows, length).narrow(1, 0, kept)
     mask = None if is_full(result.get('attention_mask')) else result['attention_mask']
     labels = result.get('labels', result['input_ids'])
     result['labels'] = _only_targets(labels, mask, bag_size, superpose, pin)
@@ -207,7 +207,7 @@ def _only_targets(
 ) -> torch.Tensor:
     """A copy of the labels ``(B, P * s)``, -100 where a token is no bag's target."""
     targets = _copy(labels, torch.int64, pin)
-    targets[:, : 1 if superpose == 'output' else bag_size] = IGNORE_INDEX
+    targets.narrow(1, 0, 1 if superpose == 'output' else bag_size).fill_(IGNORE_INDEX)
     if superpose == 'input':
         targets.unflatten(1, (-1, bag_size))[..., 1:] = IGNORE_INDEX
     if mask is not None:
@@ -272,18 +272,18 @@ def bag_rows(batch: Mapping[str, Any], bag_size: int, superpose: str, padded: bo
 def bag_targets(labels: torch.Tensor, mask: torch.Tensor | None, bag_size: int, superpose: str) -> torch.Tensor:
     """What each position predicts, ``(B, P, s)``, of labels and mask ``(B, P * s)``: -100 where there is none."""
     ahead = 1 if superpose == 'output' else bag_size
-    rows, there_are = len(labels), labels.shape[1] - ahead
-    following = torch.empty(rows, there_are + bag_size, dtype=torch.int64, device=labels.device)
-    following[:, :there_are] = labels[:, ahead:]
-    following[:, there_are:] = IGNORE_INDEX
+    rows, known = len(labels), labels.shape[1] - ahead
+    following = torch.empty(rows, known + bag_size, dtype=torch.int64, device=labels.device)
+    following.narrow(1, known, bag_size).fill_(IGNORE_INDEX)
+    targets = following.narrow(1, 0, known).copy_(labels.narrow(1, ahead, known))
     if mask is not None:
-        following[:, :there_are].masked_fill_(mask[:, ahead:] == 0, IGNORE_INDEX)
+        targets.masked_fill_(mask.narrow(1, ahead, known) == 0, IGNORE_INDEX)
     if superpose == 'output':
         return following.unfold(1, bag_size, 1).contiguous()
-    targets = following.view(rows, labels.shape[1] // bag_size, bag_size)
+    bags = following.view(rows, labels.shape[1] // bag_size, bag_size)
     if superpose == 'input':
-        targets[..., 1:] = IGNORE_INDEX
-    return targets
+        bags[..., 1:] = IGNORE_INDEX
+    return bags
 
 
 def _check_batch(batch: Mapping[str, Any], bag_size: int, expand: str, superpose: str) -> None:
