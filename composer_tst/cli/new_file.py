@@ -9,6 +9,8 @@ from composer_tst.cli.main import CommandError
 
 def check_new(option: str, path: Path) -> None:
     """Refuse a path where there is something, named by the option that gave it."""
+    if path.is_dir():
+        raise CommandError(f'{option} {path} is a folder: name a file')
     if path.exists():
         raise CommandError(f'{option} {path}: it exists: remove it or name another')
 

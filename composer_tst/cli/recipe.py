@@ -41,8 +41,8 @@ def _parameters(name: str) -> float:
     return float(number) * {'M': 1e6, 'B': 1e9}[unit]
 
 
-def recipe(name: str, beside: Path) -> tuple[str, str]:
-    """A config, and the folder of its architecture in ``beside``, by which it names it.
+def recipe(name: str) -> tuple[str, str]:
+    """A config, and the folder of its architecture, which lies beside it.
 
     Raises:
         CommandError: If there is none of that name.
@@ -54,7 +54,7 @@ def recipe(name: str, beside: Path) -> tuple[str, str]:
         raise CommandError(f'there is no recipe {name!r}{meant}: give one of {", ".join(names())}')
     text = (folder() / f'{name}.yaml').read_text()
     architecture = _IN_REPOSITORY.search(text)[2]  # pyright: ignore[reportOptionalSubscript]
-    return _IN_REPOSITORY.sub(lambda found: f'{found[1]}{beside / found[2]}', text), architecture
+    return _IN_REPOSITORY.sub(r'\1\2', text), architecture
 
 
 @app.command()
@@ -75,7 +75,7 @@ def main(
             typer.echo('\n'.join(f'{each.ljust(width)}  {about(each)}' for each in names()))
             typer.echo('composer-tst recipe NAME --output run.yaml writes one.', err=True)
             return
-        text, architecture = recipe(name, output.parent if output else Path())
+        text, architecture = recipe(name)
         shape = f'{architecture}/config.json'
         if output is None:
             typer.echo(text, nl=False)
@@ -90,8 +90,9 @@ def main(
     except CommandError as error:
         typer.echo(f'error: {error}', err=True)
         raise typer.Exit(1) from None
+    there = '' if output.parent == Path() else f'cd {output.parent} && '
     typer.echo(
         f'{output} and {beside} are written. Set variables.data, variables.tokenizer and variables.save to your own, '
-        f'then, in this folder: composer -n 8 -c llmfoundry train {output}',
+        f'then: {there}composer -n 8 -c llmfoundry train {output.name}',
         err=True,
     )

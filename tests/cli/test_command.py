@@ -144,9 +144,10 @@ def test_a_recipe_is_written_with_its_architecture_beside_it(tmp_path: Path, mon
     for name in ('10b_a1b_tst', '10b_a1b_baseline'):  # of one architecture
         result = CliRunner().invoke(recipe.app, [name, '--output', f'new/folder/{name}.yaml'])
         assert result.exit_code == 0, result.output
-        assert f'composer -n 8 -c llmfoundry train new/folder/{name}.yaml' in result.stderr
-    made: Any = OmegaConf.load('new/folder/10b_a1b_tst.yaml')
-    assert made.model.pretrained_model_name_or_path == 'new/folder/qwen3_moe'
+        assert f'cd new/folder && composer -n 8 -c llmfoundry train {name}.yaml' in result.stderr
+    monkeypatch.chdir(tmp_path / 'new' / 'folder')
+    made: Any = OmegaConf.load('10b_a1b_tst.yaml')
+    assert made.model.pretrained_model_name_or_path == 'qwen3_moe'
     config = Path(made.model.pretrained_model_name_or_path) / 'config.json'
     assert config.read_text() == (REPO / 'yamls' / 'pretrain' / 'qwen3_moe' / 'config.json').read_text()
     original: Any = OmegaConf.load(REPO / 'yamls' / 'pretrain' / '10b_a1b_tst.yaml')
@@ -170,6 +171,7 @@ def test_a_recipe_that_is_printed_has_no_path_of_this_machine(name: str):
     [
         (['27m_tst'], "there is no recipe '27m_tst' (did you mean 270m_tst?): give one of 270m_baseline"),
         (['270m_tst', '--output', 'run.yaml'], '--output run.yaml: it exists: remove it or name another'),
+        (['270m_tst', '--output', '.'], '--output . is a folder: name a file'),
         (['270m_tst', '--output', 'run.yaml/run.yaml'], '--output run.yaml/llama/config.json: Not a directory'),
         (['--output', 'run.yaml'], '--output run.yaml: name the recipe to write'),
     ],

@@ -165,7 +165,7 @@ def test_the_suffix_of_the_output_is_its_format(tmp_path: Path, command: Command
 def test_another_suffix_is_refused_before_anything_is_read(tmp_path: Path, command: Command):
     code, _, error = command(tmp_path / 'nowhere', tmp_path / 'nowhere', '--output', tmp_path / 'comparison.jpg')
     assert (code, error.count('\n')) == (1, 1)
-    assert f'{tmp_path}/comparison.jpg: its suffix is its format, give .png, .svg, .pdf.' in error
+    assert f'{tmp_path}/comparison.jpg: its suffix is its format, give .png, .svg, .pdf' in error
 
 
 def test_a_folder_of_several_runs_is_refused_with_their_names(tmp_path: Path, command: Command):
@@ -412,7 +412,7 @@ def test_a_run_is_given_once(tmp_path: Path, command: Command):
     write(tmp_path / 'base', BASELINE)
     code, _, error = command(tmp_path / 'base', tmp_path / 'base' / '.', '--output', tmp_path / 'x.png')
     assert code == 1
-    assert 'is given more than once: give each run once.' in error
+    assert 'is given more than once: give each run once' in error
 
 
 def test_an_unfinished_run_is_marked(tmp_path: Path, command: Command):

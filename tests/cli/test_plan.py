@@ -22,7 +22,7 @@ from composer_tst.cli.plan.forecast import SWEEP_BAGS, SWEEP_SHARES
 from composer_tst.cli.plan.measured import Measured, same_bags
 from composer_tst.cli.plan.model import Model
 from composer_tst.cli.plan.units import span, times
-from composer_tst.cli.plan.verdict import GAINS, UNKNOWN, WORSE, Verdict, judge
+from composer_tst.cli.plan.verdict import GAINS, REFUSED, UNKNOWN, WORSE, Verdict, judge
 from composer_tst.settings import Phase
 
 QUICKSTART = REPO / 'yamls' / 'quickstart'
@@ -218,7 +218,8 @@ def test_shards_are_counted_against_the_data_there_is(tmp_path: Path):
     assert swept.count('! ') == swept.count('\ns = ') * 4 + 1
     path.write_text(json.dumps(stats | {'seq_len': 128}))
     result = run(QUICKSTART / 'baseline.yaml', '--stats', path)
-    assert 'its rows have 128 tokens and max_seq_len is 64' in result.stderr
+    assert 'max_seq_len is 64, and the rows of --stats ' in result.stderr
+    assert 'have 128 tokens: set max_seq_len: 128, or prepare the data with --seq-len 64' in result.stderr
 
 
 MODEL = Model(267_000_000, 267_000_000, 193_000_000, 30 * 576)
@@ -318,12 +319,15 @@ def judged(parameters: float, tokens_per_parameter: float, steps: int, run: Run 
 @pytest.mark.parametrize(
     ('parameters', 'tokens_per_parameter', 'steps', 'verdict', 'advice'),
     [
-        (267e6, 157, 20_000, GAINS, 'Use algorithms: {token_superposition: {bag_size: 6, duration: 0.3dur}}.'),
+        (267e6, 157, 20_000, GAINS, 'Use algorithms: {token_superposition: {bag_size: 6, duration: 0.3dur}}. --write'),
         (1e9, 200, 100_000, GAINS, 'Use algorithms: '),
         (125e6, 5, 600, WORSE, 'In fewer than 2,000 steps train plainly.'),
-        (125e6, 40, 4_800, UNKNOWN, 'Try algorithms: '),
-        (125e6, 1, 20_000, UNKNOWN, 'Try algorithms: '),
-        (70e9, 20, 100_000, UNKNOWN, 'Try algorithms: '),
+        (125e6, 5, 2_000, UNKNOWN, 'Find the batch size at which plain training is best. Then try algorithms: '),
+        (125e6, 40, 4_800, UNKNOWN, 'Find the batch size'),
+        (125e6, 1, 20_000, UNKNOWN, 'Find the batch size'),
+        (125e6, 11.9, 20_000, UNKNOWN, 'Find the batch size'),
+        (125e6, 12, 20_000, GAINS, 'Use algorithms: '),
+        (70e9, 20, 100_000, UNKNOWN, 'Find the batch size'),
     ],
 )
 def test_a_verdict_is_that_of_readme(
@@ -341,7 +345,10 @@ def test_a_verdict_names_the_nearest_run_and_how_far_it_is():
         'this run has about as many parameters, 2.2 times its tokens per parameter, 2 times its steps'
     )
     assert times(0.001, 'steps') == '1/1,000 of its steps'
-    assert '0.26 times its parameters' in judged(70e6, 40, 4_800).distance
+    far = judged(70e6, 40, 4_800)
+    assert 'published' in far.nearest
+    assert '0.26 times its parameters' in far.distance
+    assert far.why == 'No run that is known is near this one.'
 
 
 def test_a_small_mpt_is_judged_by_the_one_that_was_measured():
@@ -354,17 +361,18 @@ def test_a_small_mpt_is_judged_by_the_one_that_was_measured():
     assert found.nearest.startswith(
         "better 0.083 ± 0.028 nats: measured, an MPT of 2.62M parameters on the quickstart's"
     )
-    assert judge(BAGS, small, 3.3 * 900_000, 3_000, 0.3, 4.7, bags).advice.startswith('Try these bags, or algorithms: ')
+    assert judge(BAGS, small, 3.3 * 900_000, 3_000, 0.3, 4.7, bags).advice.count('Then try these bags, or algorithms: ')
     near = judge(BAGS, replace(small, parameters=2_600_000), 0.78 * 2_600_000, 1_900, 0.3, 6, bags)
-    assert (near.verdict, near.advice.split()[0]) == (GAINS, 'Try')
+    assert (near.verdict, near.advice.split()[0]) == (GAINS, 'Find')
     # One of another size is not, nor another model of that size.
     for other in (replace(small, parameters=125_000_000), replace(small, mpt=False)):
         assert 'a Llama' in judge(BAGS, other, 3.3 * 900_000, 3_000, 0.3, 6, same_bags(BAGS, other, [0.3])).nearest
 
 
 def test_finetuning_is_not_judged_by_pre_training():
-    verdict = planned(PRETRAIN / '270m_tst.yaml', 'train_loader.name=finetuning')['verdict']
-    assert (verdict['verdict'], verdict['advice']) == (UNKNOWN, 'Finetune plainly.')
+    lines = run(PRETRAIN / '270m_tst.yaml', 'train_loader.name=finetuning').stdout.splitlines()
+    assert lines[-2].startswith(f'verdict             {REFUSED}. Superposition is for pre-training')
+    assert lines[-1] == 'advice              Finetune plainly.'
 
 
 def test_settings_that_are_not_published_have_no_verdict():
@@ -396,7 +404,7 @@ def test_a_verdict_of_few_steps_is_by_the_nearest_budgets_on_either_side(monkeyp
     # Between budgets that differ, the one of fewer steps tells too, though the other is nearer.
     assert 'of 1,800 and 7,100 steps, it is not sure that these' in judged(400_000, 20, 4_000).why
     # What gained in a run that is far from this one is no promise.
-    assert judged(400_000_000, 20, 7_000).why.endswith('these bags gained, but they are far from this one.')
+    assert judged(4_000_000, 20, 7_000).why.endswith('these bags gained, but they are far from this one.')
     assert judged(400_000, 20, 12_000).verdict == UNKNOWN
     # Bags that were run nowhere are judged by what was.
     other = judge(replace(BAGS, expand='batch'), replace(MODEL, parameters=400_000), 400_000, 300, 0.3, 40, [])
@@ -600,13 +608,13 @@ finally:
         ),
         (None, ['270m_tst'], '270m_tst is the name of a recipe, not a file: composer-tst recipe 270m_tst --output'),
         (None, ['.'], '. is a folder: give the YAML in it'),
-        ('- a\n- b\n', ['a.yaml'], 'a.yaml is a list, not a config of llm-foundry with keys'),
+        ('- a\n- b\n', ['a.yaml'], 'a.yaml is a list: give a config that llm-foundry trains'),
         ('seed: 1\nmodel: {}\nseed: 2\n', ['a.yaml'], 'a.yaml has seed twice, again in line 3: keep one of them'),
-        ('a: [', ['a.yaml'], 'a.yaml is no YAML that OmegaConf reads: '),
+        ('a: [', ['a.yaml'], 'a.yaml is no YAML that OmegaConf reads: mend it: '),
         ('seed: 1\n', ['a.yaml', 'b.yaml'], 'b.yaml is no override and no option: give overrides as KEY=VALUE'),
         ('max_seq_len: 8\nglobal_train_batch_size: 1\nmax_duration: 4800\n', ['a.yaml'], '4800 without a unit'),
         (None, ['a.yaml', '--gpu', 'abacus'], '--gpu abacus: give one of'),
-        (None, ['a.yaml', '--write', '.'], '--write .: it exists'),
+        (None, ['a.yaml', '--write', '.'], '--write . is a folder: name a file'),
     ],
 )
 def test_what_a_glance_tells_is_told_before_anything_heavy_is_imported(

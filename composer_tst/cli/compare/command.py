@@ -34,13 +34,13 @@ def main(
     try:
         if output is not None:
             if output.suffix.lower() not in FORMATS:
-                raise CommandError(f'--output {output}: its suffix is its format, give {", ".join(FORMATS)}.')
+                raise CommandError(f'--output {output}: its suffix is its format, give {", ".join(FORMATS)}')
             from composer_tst.cli.compare.picture import draw  # which alone needs matplotlib
         folders = [baseline, *runs]
         compared = [read_run(folder) for folder in folders]
         for folder in folders:
             if sum(folder.resolve() == other.resolve() for other in folders) > 1:
-                raise CommandError(f'{folder} is given more than once: give each run once.')
+                raise CommandError(f'{folder} is given more than once: give each run once')
         if len({run.name for run in compared}) < len(compared):
             compared = [replace(run, name=str(folder)) for run, folder in zip(compared, folders, strict=True)]
         if output is not None:

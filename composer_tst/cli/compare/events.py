@@ -50,10 +50,10 @@ def read_scalars(folder: Path, wanted: Callable[[str], bool]) -> tuple[dict[str,
         CommandError: If the folder is missing, holds no event file, or holds several runs.
     """
     if not folder.is_dir():
-        raise CommandError(f'{folder} is not a folder; give the one that holds a run and its TensorBoard files.')
+        raise CommandError(f'{folder} is not a folder; give the one that holds a run and its TensorBoard files')
     paths = sorted(path for path in folder.rglob('*tfevents*') if path.is_file())
     if not paths:
-        raise CommandError(f'{folder} holds no TensorBoard event file; add a tensorboard logger to that run.')
+        raise CommandError(f'{folder} holds no TensorBoard event file; add a tensorboard logger to that run')
     files, cut = [], []
     logged: tuple[float, dict[str, str]] = (0.0, {})
     for path in paths:
@@ -72,7 +72,7 @@ def read_scalars(folder: Path, wanted: Callable[[str], bool]) -> tuple[dict[str,
         names = ', '.join(str(place.relative_to(folder)) for place in places)
         raise CommandError(
             f'{folder} holds {len(places)} runs ({names}): give the folder of one, or, if they are parts of one run, '
-            'put their event files into one folder.'
+            'put their event files into one folder'
         )
 
     merged: dict[str, Series] = {}
@@ -120,7 +120,7 @@ def _read_file(
         try:
             event.ParseFromString(record)
         except DecodeError:
-            raise CommandError(f'{path} is damaged: copy it again, or remove it to leave out what it logged.') from None
+            raise CommandError(f'{path} is damaged: copy it again, or remove it to leave out what it logged') from None
         begun = begun if index else event.wall_time
         for value in event.summary.value:
             if wanted(value.tag):

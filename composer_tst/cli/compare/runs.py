@@ -138,7 +138,7 @@ def read_run(folder: Path) -> Run:
             raise CommandError(f'{folder} logged no {tag}, which every Composer run on tokens logs.{cut_short}')
     validation = scalars[eval_tags[0]]
     if not np.isfinite(validation.values[-1]):
-        raise CommandError(f'{folder} diverged: its last validation loss is {validation.values[-1]}.')
+        raise CommandError(f'{folder} diverged: its last validation loss is {validation.values[-1]}')
     nothing = Series(np.empty(0, np.int64), np.empty(0))
     bag_size = scalars.get(BAG_SIZE, nothing)
     return Run(

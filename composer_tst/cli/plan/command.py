@@ -40,7 +40,7 @@ def main(
     """Say what a run will take, and whether superposition is likely to gain in it."""
     from omegaconf import OmegaConf
 
-    from composer_tst.cli.plan.keys import change_settings, check, load, train_split
+    from composer_tst.cli.plan.keys import change_settings, check, load, superposition_settings, train_split
     from composer_tst.cli.plan.stats import read_data
 
     try:
@@ -52,6 +52,8 @@ def main(
             check_new('--write', out)
         config = load(yaml, overrides or [])
         change_settings(config, bag_size, duration)
+        if out and superposition_settings(config) is None:
+            raise CommandError('--write needs a superposition: give --bag-size and --duration, or name it in the YAML')
         check(config)
         data = read_data(stats, train_split(config), config.max_seq_len) if stats else None
 

@@ -15,10 +15,6 @@ SCHEDULER = {'name': 'warmup_stable_decay', 't_warmup': '0.05dur', 't_decay': '0
 
 def fill_in(config: DictConfig, run: Run) -> tuple[DictConfig, list[str]]:
     """The YAML with the steps of the plain run, and a scheduler where it has another; and each change in a line."""
-    if not run.phases:
-        raise CommandError(
-            '--write needs a superposition: give --bag-size and --duration, or the algorithm in the YAML'
-        )
     config = config.copy()
     settings: Any = OmegaConf.to_container(config.algorithms.token_superposition, resolve=True)
     changes = [f'algorithms.token_superposition is {_inline(settings)}']

@@ -50,9 +50,9 @@ def load(path: str, overrides: list[str]) -> DictConfig:
             key = problem.removeprefix('found duplicate key ')
             raise CommandError(f'{path} has {key} twice, again in line {mark.line + 1}: keep one of them') from error
         why = ' '.join(str(error).split())
-        raise CommandError(f'{path} is no YAML that OmegaConf reads: {why}') from error
+        raise CommandError(f'{path} is no YAML that OmegaConf reads: mend it: {why}') from error
     if not isinstance(config, DictConfig):
-        raise CommandError(f'{path} is a list, not a config of llm-foundry with keys')
+        raise CommandError(f'{path} is a list: give a config that llm-foundry trains, with a key in each line')
     return config
 
 

@@ -29,8 +29,8 @@ def read_data(path: str, split: str, length: int) -> Data:
         raise CommandError(f'--stats {path}: it is not what prepare-data writes: give its stats.json')
     if stats['seq_len'] != length:
         raise CommandError(
-            f'--stats {path}: its rows have {stats["seq_len"]} tokens and max_seq_len is {length}: '
-            f'prepare the data with --seq-len {length}'
+            f'max_seq_len is {length}, and the rows of --stats {path} have {stats["seq_len"]} tokens: set max_seq_len: '
+            f'{stats["seq_len"]}, or prepare the data with --seq-len {length}'
         )
     found = stats['splits'].get(split) or {'rows': 0, 'tokens': 0, 'bytes': 0}
     counts: list[Any] = [found.get(key) for key in ('rows', 'tokens', 'bytes')] if isinstance(found, dict) else [None]

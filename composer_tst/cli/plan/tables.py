@@ -50,12 +50,10 @@ def verdict_lines(plan: dict[str, Any]) -> list[str]:
     """Whether the run is likely to gain, by which run that is known, and what to do."""
     found = plan['verdict']
     plain = '' if plan['superposed_share_of_steps'] else f'No superposition here; with {RECIPE}: '
-    return [
-        f'verdict             {plain}{found["verdict"]}. {found["why"]}',
-        f'nearest run         {found["nearest"]}',
-        f'                    {found["distance"]}',
-        f'advice              {found["advice"]}',
-    ]
+    lines = [f'verdict             {plain}{found["verdict"]}. {found["why"]}']
+    if found['nearest']:
+        lines += [f'nearest run         {found["nearest"]}', f'                    {found["distance"]}']
+    return [*lines, f'advice              {found["advice"]}']
 
 
 def all_that_is_known(plan: dict[str, Any]) -> list[str]:

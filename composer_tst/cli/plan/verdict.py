@@ -15,6 +15,7 @@ from composer_tst.cli.plan.published import GRIDS, PAIRS
 from composer_tst.cli.plan.units import si, times
 
 GAINS, UNKNOWN, WORSE = 'likely gains', 'not known', 'likely worse than plain training'
+REFUSED = 'training refuses it'
 PUBLISHED_STEPS, PUBLISHED_TOKENS = 20_000, 12  # the fewest of published runs, the latter per parameter
 FEW_STEPS = 2_000  # with fewer, nothing gained here
 
@@ -46,11 +47,13 @@ def judge(
             verdict, why, row = UNKNOWN, 'These settings are not published.', nearest([*grids, *rows, *others])
         else:
             row = nearest(grids)
-            verdict = GAINS if row.change < 0 else WORSE
-            why = 'Runs of this size, on as many tokens in as many steps, are published.'
+            verdict, how = (GAINS, 'gained') if row.change < 0 else (WORSE, 'ended worse')
+            why = f'The nearest published run with these bags {how}.'
     else:
         verdict, why, near = _by_budgets(measured, model, *budget)
         row = nearest([*grids, *rows, *others] if verdict == UNKNOWN else [from_measured(each) for each in near])
+        if row.who == 'published':
+            why = 'No run that is known is near this one.'
     long = max(steps, FEW_STEPS) if verdict == GAINS else steps  # what gained is not advised against
     advised = advice(model, budget[0], long, other=(bag, round(share, 2)) != (6, 0.3))
     return Verdict(verdict, why, _row(row, row not in [*grids, *rows]), _distance(row, model, *budget), advised)
@@ -58,8 +61,8 @@ def judge(
 
 def of_finetuning(verdict: Verdict) -> Verdict:
     """The verdict on a run that only looks like one of pre-training."""
-    why = 'Superposition is for pre-training; finetuning with it was not measured.'
-    return replace(verdict, verdict=UNKNOWN, why=why, advice='Finetune plainly.')
+    why = 'Superposition is for pre-training, and the loader is one of finetuning.'
+    return replace(verdict, verdict=REFUSED, why=why, nearest='', advice='Finetune plainly.')
 
 
 def is_published(model: Model, tokens_per_parameter: float, steps: int) -> bool:
@@ -68,7 +71,7 @@ def is_published(model: Model, tokens_per_parameter: float, steps: int) -> bool:
     longest = max(steps for *_, steps, _ in GRIDS)
     return (
         PUBLISHED_STEPS <= steps <= FAR * longest
-        and tokens_per_parameter * SAME_SCALE > PUBLISHED_TOKENS
+        and tokens_per_parameter >= PUBLISHED_TOKENS
         and min(sizes) / FAR <= model.parameters <= max(sizes) * FAR
     )
 
@@ -78,8 +81,12 @@ def advice(model: Model, tokens_per_parameter: float, steps: int, other: bool = 
     if steps < FEW_STEPS:
         return f'In fewer than {FEW_STEPS:,} steps train plainly.'
     if is_published(model, tokens_per_parameter, steps):
-        return f'Use algorithms: {RECIPE}.'
-    return f'Try {"these bags, or " if other else ""}algorithms: {RECIPE} beside a plain run of as many steps.'
+        return f'Use algorithms: {RECIPE}. --write NEW.yaml writes the YAML, with the scheduler for it.'
+    these = 'these bags, or ' if other else ''
+    return (
+        f'Find the batch size at which plain training is best. Then try {these}algorithms: {RECIPE} beside a plain run '
+        'of as many steps.'
+    )
 
 
 def _by_budgets(
@@ -113,8 +120,7 @@ def _by_budgets(
     nearest = ' and '.join(f'{count:,}' for count in sorted({budget.steps for budget in budgets}))
     there = f'In the runs measured nearest, of {nearest} steps'
     if all(each.change > 2 * each.deviation for each in near):
-        fewer = steps <= SAME_SCALE * max(budget.steps for budget in budgets)
-        return WORSE if fewer else UNKNOWN, f'{there}, {who} ended worse.', near
+        return WORSE if steps < FEW_STEPS else UNKNOWN, f'{there}, {who} ended worse.', near
     if any(each.change >= -2 * each.deviation for each in near):
         return UNKNOWN, f'{there}, it is not sure that {"these bags" if these else "anything tried"} gained.', near
     close = _same(steps, every[0].steps) and _same(tokens_per_parameter, every[0].tokens_per_parameter)
