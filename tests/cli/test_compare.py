@@ -336,7 +336,7 @@ def test_curves_are_named_at_their_ends_and_names_do_not_cover_each_other(tmp_pa
     axes = Figure().subplots()
     axes.set_ylim(0, 10)
     picture._name_ends(axes, runs)
-    assert [text.get_text() for text in axes.texts] == ['baseline', 'a-run-of-a-very…']
+    assert [text.get_text() for text in axes.texts] == ['baseline', '…-very-long-name']
     first, second = (text.xy[1] for text in axes.texts)  # pyright: ignore[reportAttributeAccessIssue]
     assert first == runs[0].final_loss
     assert second - first == pytest.approx(0.55)

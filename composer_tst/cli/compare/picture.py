@@ -29,7 +29,7 @@ DASHES = ('-', (0, (6, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = ('o', 's', '^', 'D')
 QUIET = '#6b6b6b'
 REMARKS_SHOWN = 4
-LONGEST_NAME = 16
+LONGEST_NAME, LONGEST_AT_END = 24, 16  # letters of a run's name: in title and legend, and beside its curve
 AT_EQUAL_DATA = 'At equal data a plain run has taken more steps:\na step on bags reads more.'
 STYLE: dict = {
     'axes.axisbelow': True,
@@ -101,7 +101,9 @@ def title(runs: Sequence[Run]) -> str:
     return f'{of_several}{_plain(best.name)} ends {"lowest, " if of_several else ""}{against}{marked}'
 
 
-def _plain(name: str) -> str:
+def _plain(name: str, longest: int = LONGEST_NAME) -> str:
+    """A run's name, of a long one its end: where names differ."""
+    name = name if len(name) <= longest else f'…{name[1 - longest :]}'
     return name.replace('$', r'\$')  # else mathematics
 
 
@@ -176,9 +178,8 @@ def _name_ends(axes: Axes, runs: Sequence[Run]) -> None:
     for index, run in sorted(enumerate(runs), key=lambda each: each[1].final_loss):
         y = lowest = max(run.final_loss, lowest)
         lowest += height
-        name = run.name if len(run.name) <= LONGEST_NAME else f'{run.name[: LONGEST_NAME - 1]}…'
         axes.annotate(
-            _plain(name), (run.final_step, y), (6, 0), textcoords='offset points', va='center',
+            _plain(run.name, LONGEST_AT_END), (run.final_step, y), (6, 0), textcoords='offset points', va='center',
             color=look_of(index).color, fontsize=8.5, annotation_clip=False,
         )  # fmt: skip
 

@@ -124,7 +124,7 @@ def read_run(folder: Path) -> Run:
     if len(eval_tags) > 1:
         raise CommandError(
             f'{folder} logged several validation losses and none labelled eval ({", ".join(eval_tags)}); '
-            'label the one to compare eval in the eval loader.'
+            'label the one to compare eval in the eval loader'
         )
     cut_short = f' {cut[0]}' if cut else ''  # which may be why
     if not eval_tags:
