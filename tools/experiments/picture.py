@@ -40,7 +40,7 @@ def draw(path: Path, record: Record) -> None:
                     _point(axes, scale, setting, 1.05 ** (2 * number - 1), found)
         for name, steps, gain in ELSEWHERE:
             axes.plot(steps, gain, 'x', color=QUIET, ms=6)
-            side: dict[str, Any] = {'xytext': (0, -13), 'ha': 'center'} if 'reproduced' in name else {'xytext': (6, -3)}
+            side: dict[str, Any] = {'xytext': (4, -13)} if 'reproduced' in name else {'xytext': (6, -3)}
             axes.annotate(name, (steps, gain), **side, textcoords='offset points', color=QUIET, fontsize=8)
         axes.axhline(0, color='#3c3c3c', lw=1)
         axes.set_xscale('log')
