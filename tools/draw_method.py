@@ -106,7 +106,7 @@ def drawing() -> str:
     """The whole of it."""
     parts = [
         *step(LEFT, 'A plain step', 'each position reads a token and predicts the next', 1),
-        *step(RIGHT, 'A superposed step', 'each reads a bag of s = 3 as the mean of its embeddings', 3),
+        *step(RIGHT, 'A superposed step', 'each position reads the mean of a bag, of s = 3 tokens', 3),
         text(LEFT + 44 + 1.5 * SLOT, LOSS, 'cross-entropy with the next token'),
         text(RIGHT + 44 + 1.5 * SLOT, LOSS, 'multi-hot cross-entropy with the next bag, as a set'),
         *losses(),
