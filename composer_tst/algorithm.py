@@ -11,8 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from composer.core import Algorithm, Callback, Event, State, Time, TimeUnit
+from composer.core import Algorithm, Callback, Event, State, Time
 from composer.loggers import Logger
 from composer.utils import dist
 
@@ -25,24 +24,25 @@ from composer_tst.compatibility import (
     check_loader,
     check_model,
     forget_losses,
-    put_first,
     takes,
     unwrapped,
 )
-from composer_tst.loader import Drawing, row_length_of
+from composer_tst.loader import TrainLoader
 from composer_tst.messages import (
+    last_line,
     report_change,
-    report_course,
     report_dropped,
-    report_end,
     report_moved_ends,
     report_no_recovery,
+    report_plan,
     report_shares,
+    say,
 )
+from composer_tst.ops.draw import ids_of
 from composer_tst.ops.fold import is_full, lay_out
-from composer_tst.schedule import Plan, Progress, Schedule, check_epochs_end, plan_steps, same
+from composer_tst.schedule import Plan, Progress, Schedule, check_epochs_end, same
 from composer_tst.settings import SETTINGS, Settings, Weighting, check_resumed_settings, parse_settings, refuse_unknown
-from composer_tst.surgery import Microbatches, MicrobatchSize, put_train_metrics_aside, take_off
+from composer_tst.surgery import Microbatches, MicrobatchSize, put_train_metrics_aside, restore_model
 
 log = logging.getLogger(__name__)
 
@@ -109,11 +109,11 @@ class TokenSuperposition(Algorithm):
     ):
         refuse_unknown('token_superposition', unknown, SETTINGS)
         self.settings = parse_settings(bag_size, duration, superpose, expand, weighting, phases)
-        self._of = _Trainer()
+        self._run = _TrainingRun()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the settings, and no Trainer."""
-        return {**vars(self), '_of': _Trainer()}
+        return {**vars(self), '_run': _TrainingRun()}
 
     def __repr__(self) -> str:
         """The settings."""
@@ -123,16 +123,16 @@ class TokenSuperposition(Algorithm):
     @property
     def schedule(self) -> Schedule:
         """The phases, and which of them have ended."""
-        return Schedule(self.settings, self._of.progress)
+        return Schedule(self.settings, self._run.progress)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know, in plain Python types."""
-        return {**super().state_dict(), 'settings': self.settings.as_dict(), **self._of.progress.state_dict()}
+        return {**super().state_dict(), 'settings': self.settings.as_dict(), **self._run.progress.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where a checkpoint left off; the settings are compared once all of it is loaded."""
-        self._of.progress = Progress.from_state_dict(state)
-        self._of.saved_settings = state['settings']
+        self._run.progress = Progress.from_state_dict(state)
+        self._run.saved_settings = state['settings']
 
     def match(self, event: Event, state: State | None = None) -> bool:
         """Whether there is something to do at this event."""
@@ -150,10 +150,9 @@ class TokenSuperposition(Algorithm):
         do(state, logger)
 
     def _at(self, event: Event) -> Callable[[State, Logger], None] | None:
-        """The method named as the event: of the fit, of a superposed step, or of the algorithm."""
-        fit = self._of.fit
-        step = getattr(fit, 'microbatches', None) if fit is not None and fit.superposed else None
-        for part in (fit, step, self):
+        """The method named as the event: of the fit, of a superposed microbatch, or of the algorithm."""
+        fit = self._run.fit
+        for part in (fit, fit and fit.microbatches, self):
             if method := getattr(part, event.value, None):
                 return method
         return None
@@ -169,51 +168,50 @@ class TokenSuperposition(Algorithm):
             logging.getLogger('composer_tst').setLevel(level)
         check_algorithms(state.algorithms, TokenSuperposition)
         check_callbacks(state.callbacks)
-        take_off(state.model)
+        restore_model(state.model)
         check_model(unwrapped(state.model))
-        put_first(state, self)
-        ours = self if self._of.state is None else copy.copy(self)
-        state.algorithms[0] = ours
-        ours._of.state = weakref.ref(state)
-        state.callbacks.append(_UndoAtClose(ours._of))
+        ours = self if self._run.state is None else copy.copy(self)
+        # Composer runs the events named AFTER_ from last to first: we fold last, after SeqLengthWarmup and Alibi.
+        state.algorithms.remove(self)
+        state.algorithms.insert(0, ours)
+        ours._run.state = weakref.ref(state)
+        state.callbacks.append(_UndoAtClose(ours._run))
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Refuse a checkpoint that was trained with other settings."""
-        self._of.max_duration = state.max_duration
-        saved, self._of.saved_settings = self._of.saved_settings, None
-        batch = int(state.timestamp.batch)
+        run, batch = self._run, int(state.timestamp.batch)
+        run.max_duration = state.max_duration
+        saved, run.saved_settings = run.saved_settings, None
         if saved is None or batch == 0:
             return
         begun = self.schedule.phases_begun(batch)
-        under_way = begun > len(self._of.progress.ended)
-        changes = check_resumed_settings(saved, self.settings.as_dict(), begun, under_way)
+        changes = check_resumed_settings(saved, self.settings, begun, under_way=begun > len(run.progress.ended))
         if changes:
             log.info('Superposition resumes with other settings, where they change nothing of the past: %s.', changes)
-            progress = self._of.progress
-            progress.max_duration, progress.ends = None, progress.ends[: len(self.settings.phases)]
+            run.progress.max_duration, run.progress.ends = None, run.progress.ends[: len(self.settings.phases)]
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Begin a fit; what one that failed has left changed is put right first."""
-        if self._of.state is None or self._of.state() is not state:  # added to a Trainer that was made before
+        if self._run.state is None or self._run.state() is not state:  # added to a Trainer that was made before
             self.init(state, logger)
             ours: Any = state.algorithms[0]  # a copy, if this one is another Trainer's
-            ours._of.max_duration = state.max_duration
+            ours._run.max_duration = state.max_duration
             if ours is not self:
                 ours.fit_start(state, logger)
                 return
-        self._of.close()
+        self._run.close()
         if int(state.timestamp.batch) == 0:  # the clock begins, or begins again
-            self._of.progress = Progress()
-        self._of.fit = Fit(self.settings, self._of.progress, state)
-        self._of.fit.start(self._of.max_duration, fresh=not self._of.has_drawn)
+            self._run.progress = Progress()
+        self._run.fit = Fit(self.settings, self._run, state)
+        self._run.fit.start()
 
     def eval_batch_start(self, state: State, logger: Logger) -> None:
         """Refuse an eval batch that Composer would fail on without saying why."""
-        check_eval_batch(state.batch, state.model)
+        check_eval_batch(state.batch, unwrapped(state.model))
 
 
 @dataclass
-class _Trainer:
+class _TrainingRun:
     """What an algorithm has of the Trainer that it is part of.
 
     Attributes:
@@ -221,21 +219,20 @@ class _Trainer:
         max_duration: That of the Trainer, None if each fit has its own.
         progress: How far training has come.
         saved_settings: Those of a checkpoint that is being loaded.
+        has_drawn: Whether this Trainer has drawn data.
         fit: The one under way.
-        has_drawn: Whether data were drawn before it.
     """
 
     state: weakref.ref[State] | None = None
     max_duration: Time | None = None
     progress: Progress = field(default_factory=Progress)
     saved_settings: Mapping[str, Any] | None = None
-    fit: Fit | None = None
     has_drawn: bool = False
+    fit: Fit | None = None
 
     def close(self) -> None:
         """Undo what a fit has changed, if it has not done so itself."""
         if self.fit is not None:
-            self.has_drawn |= self.fit.has_drawn
             self.fit.close()
             self.fit = None
 
@@ -243,13 +240,13 @@ class _Trainer:
 class _UndoAtClose(Callback):
     """Composer closes callbacks, also after a fit that has failed, but not algorithms."""
 
-    def __init__(self, trainer: _Trainer):
-        self._trainer = trainer
+    def __init__(self, run: _TrainingRun):
+        self._run = run
 
     def close(self, state: State, logger: Logger) -> None:
         """Undo what a fit has left changed."""
         if not sys.is_finalizing():
-            self._trainer.close()
+            self._run.close()
 
 
 class Fit:
@@ -257,192 +254,149 @@ class Fit:
 
     Args:
         settings: What the user set.
-        progress: How far training has come; kept up to date at the end of each step and epoch.
+        run: The algorithm's part in the Trainer; its progress is kept up to date at the end of each step and epoch.
         state: The Trainer's.
 
     Attributes:
         schedule: The phases.
-        microbatches: What superposed microbatches go through; not there before a phase begins.
-        has_drawn: Whether a batch was drawn.
+        microbatches: What superposed microbatches go through; None in recovery.
     """
 
-    microbatches: Microbatches
-
-    def __init__(self, settings: Settings, progress: Progress, state: State):
-        self.schedule = Schedule(settings, progress)
-        self.has_drawn = False
-        self._settings = settings
-        self._progress = progress
+    def __init__(self, settings: Settings, run: _TrainingRun, state: State):
+        assert state.max_duration is not None
+        self.schedule = Schedule(settings, run.progress)
+        self.microbatches: Microbatches | None = None
+        self._run = run
+        self._progress = run.progress
         self._state = state
+        self._max_duration: Time = state.max_duration
+        self._whole = same(run.max_duration, state.max_duration)
+        self._more_comes = run.max_duration is not None and not self._whole
         self._undo = ExitStack()
-        self._undo_at_next_batch = ExitStack()
-        self._positions = 0
-        self._dropped = 0
-        self._warned_of_tail = False
-        self._seen_first = False
+        self._at_next_batch = ExitStack()
+        self._loader = TrainLoader(state, self.schedule, not run.has_drawn, self._undo)
+        self._microbatch_size = MicrobatchSize(state)
         self._plan: Plan | None = None
-        self._bag_size_changed = False
+        self._seen_first = self._warned_of_tail = False
+        self._positions = self._dropped = 0
 
-    @property
-    def superposed(self) -> bool:
-        """Whether the coming step is superposed."""
-        return not self.schedule.finished
-
-    @property
-    def _draws(self) -> int:
-        """The loader batches that the coming step draws."""
-        return self._settings.draws(self.schedule.bag_size)
-
-    def _draws_ahead(self, ahead: int) -> int:
-        """The draws of the step ``ahead`` steps after the coming one, if phases end at steps that are known."""
-        step, ended = int(self._state.timestamp.batch) + ahead, len(self._progress.ended)
-        for phase, end in zip(self.schedule.phases[ended:], self._progress.ends[ended:], strict=True):
-            if end.unit != TimeUnit.BATCH or step < end.value:
-                return self._settings.draws(phase.bag_size)
-        return 1
-
-    def start(self, of_trainer: Time | None, fresh: bool) -> None:
+    def start(self) -> None:
         """Begin, at FIT_START.
-
-        Args:
-            of_trainer: The Trainer's ``max_duration``, None if each fit has its own.
-            fresh: Whether this Trainer has not drawn yet: a dataset's state from a checkpoint is still to be taken up.
 
         Raises:
             ValueError: If the run cannot be superposed as set.
         """
-        state, progress = self._state, self._progress
-        assert state.max_duration is not None
-        self._whole = same(of_trainer, state.max_duration)
-        self._more_comes = of_trainer is not None and not self._whole
+        progress, now = self._progress, self._state.timestamp
         if progress.began is None:
-            progress.began, progress.s_tokens = int(state.timestamp.batch), int(state.timestamp.token)
-        joins_rows = self._settings.expand == 'sequence'
-        self._drawing = Drawing(state, progress, joins_rows, fresh, self._undo, self._draws_ahead)
-        if self.superposed:
-            self._place_phases(state.max_duration)
-        if self.superposed:
+            progress.began, progress.s_tokens = int(now.batch), int(now.token)
+        if not self.schedule.finished:
+            self._place_phases()
+        if not self.schedule.finished:
             self._superpose()
-        self._drawing.begin(self._draws)
+        self._loader.begin()
 
-    def _place_phases(self, max_duration: Time) -> None:
+    def _place_phases(self) -> None:
         """Fix when the phases to come end, and begin with the one whose time it is.
 
         The moments that a checkpoint has stand, as long as the length of training does: a resumed run is the run that
         did not stop, also where it reads other amounts than were planned.
         """
-        schedule, progress, now = self.schedule, self._progress, self._state.timestamp
+        schedule, now = self.schedule, self._state.timestamp
         self._plan = self._expect()
-        if not same(progress.max_duration, max_duration):
-            before = list(progress.ends)
-            schedule.resolve(max_duration, self._plan)
+        if not same(self._progress.max_duration, self._max_duration):
+            before = schedule.ends_to_come
+            schedule.resolve(self._max_duration, self._plan)
             report_moved_ends(schedule, before)
-        self._check_phases()
+        schedule.check(now, self._plan, self._whole, self._more_comes)
         bag_size = schedule.bag_size
         if schedule.advance(now):
-            report_change(bag_size, schedule.bag_size, now, progress.dropped)
+            report_change(bag_size, schedule.bag_size, now, self._progress.dropped)
 
-    def _expect(self) -> Plan | None:
-        """The steps of the phases to come, as far as is known what a batch holds."""
-        state, phases = self._state, self.schedule.phases[len(self._progress.ended) :]
-        assert state.max_duration is not None
-        check_loader(state.dataloader)
-        draws = [self._settings.draws(phase.bag_size) for phase in phases]
-        self._drawing.check_length(max(draws))
-        data, now = self._drawing.data()
-        check_epochs_end(phases, state.max_duration, data)
-        return plan_steps(phases, draws, state.max_duration, data, now)
-
-    def _check_phases(self) -> None:
-        self.schedule.check(self._state.timestamp, self._plan, self._whole, self._more_comes)
+    def _expect(self, first: Any = None) -> Plan | None:
+        """The steps of the phases to come, as far as is known what a batch holds, perhaps by the first of them."""
+        check_loader(self._state.dataloader)
+        self._loader.check_length()
+        data = self._loader.data(first)
+        check_epochs_end(self.schedule.phases_to_come, self._max_duration, data)
+        return self.schedule.plan(self._max_duration, data, self._state.timestamp)
 
     def _superpose(self) -> None:
         """Change the model, the train metrics and the microbatch size, until recovery."""
-        state = self._state
-        self.microbatches = Microbatches(state, self._settings)
-        self._undo.callback(self.microbatches.remove)
+        self._undo.callback(self._leave_model)
+        self.microbatches = Microbatches(self._state, self.schedule.settings)
         # Composer computes them at the end of an epoch, also one that superposition ends with.
-        self._undo_at_next_batch.callback(put_train_metrics_aside(state))
-        self._microbatch_size = MicrobatchSize(state)
+        self._undo.callback(self._at_next_batch.callback, put_train_metrics_aside(self._state))
         self._undo.callback(self._microbatch_size.scale, 1)
-        self._enter_phase()
+        self._enter_phase(self.microbatches)
 
-    def _enter_phase(self) -> None:
-        bag_size = self.schedule.bag_size
-        self.microbatches.enter_phase(bag_size)
-        self._microbatch_size.scale(self._settings.microbatch_scale(bag_size))
-        self._drawing.set_draws(self._draws)
+    def _leave_model(self) -> None:
+        if self.microbatches is not None:
+            self.microbatches.restore()
+            self.microbatches = None
+
+    def _enter_phase(self, microbatches: Microbatches) -> None:
+        bag_size, settings = self.schedule.bag_size, self.schedule.settings
+        microbatches.enter_phase(bag_size)
+        self._microbatch_size.scale(settings.microbatch_scale(bag_size))
 
     def epoch_start(self, state: State, logger: Logger) -> None:
         """Draw from the loader there is now."""
-        if self._draws > 1:
+        if self.schedule.draws > 1:
             check_loader(state.dataloader)
-        self._drawing.begin_epoch(self._draws)
+        self._loader.begin_epoch()
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         """Make the batch of a superposed step the rows that the model will see; leave one in recovery alone."""
-        self.has_drawn = True
-        self._drawing.take(state.batch, self.superposed, self._progress.ends[len(self._progress.ended) :])
-        if (
-            self._bag_size_changed
-        ):  # KillLossSpike notes the last loss after our BATCH_END: callbacks come after algorithms
-            self._bag_size_changed = False
-            forget_losses(state.callbacks)
-        if self.superposed:
-            self._lay_out(state)
+        self._run.has_drawn = True
+        self._loader.take(state.batch)
+        self._at_next_batch.close()
+        if self.microbatches is not None:
+            self._lay_out(state, self.microbatches)
         else:
-            self.close()  # the train metrics come back, and in a run that is resumed in recovery, the loader
-            ids = state.batch.get('input_ids') if isinstance(state.batch, Mapping) else None
-            self._positions, self._dropped = (ids.numel() if isinstance(ids, torch.Tensor) else 0), 0
+            self.close()  # in a run that is resumed in recovery, the loader comes back
+            ids = ids_of(state.batch)
+            self._positions, self._dropped = 0 if ids is None else ids.numel(), 0
 
-    def _lay_out(self, state: State) -> None:
+    def _lay_out(self, state: State, microbatches: Microbatches) -> None:
         first, self._seen_first = not self._seen_first, True
         if first:
             self._announce(state)
-        settings, bag_size, given = self._settings, self.schedule.bag_size, state.batch
+        settings, bag_size, given = self.schedule.settings, self.schedule.bag_size, state.batch
         # Pinned as the loader's own batches were: from other memory, each copy to the GPU would wait for it.
         pin = state.device.name == 'gpu' and bool(getattr(state.dataloader, 'pin_memory', False))
-        layout = lay_out(
-            given,
-            bag_size,
-            settings.expand,
-            settings.superpose,
-            settings.weights(bag_size),
-            pin,
-            takes(unwrapped(state.model)),
-        )
-        check_batch(layout.batch, given, bag_size, settings.superpose, state.model)
+        model, weights = unwrapped(state.model), settings.weights(bag_size)
+        layout = lay_out(given, bag_size, settings.expand, settings.superpose, weights, pin, takes(model))
+        check_batch(layout.batch, given, bag_size, settings.superpose, model)
         if first:
             check_first_batch(state, settings.microbatch_scale(bag_size))
         if layout.dropped and not self._warned_of_tail:
             self._warned_of_tail = True
             report_dropped(layout.dropped, given['input_ids'].shape[1], bag_size, settings.expand)
         mask = layout.batch.get('attention_mask')
-        self.microbatches.begin_batch(full=mask is not None and is_full(mask))
+        microbatches.begin_batch(full=mask is not None and is_full(mask))
         state.batch, self._positions, self._dropped = layout
 
     def _announce(self, state: State) -> None:
         """Say what the run is going to do, now that its first batch shows what a batch holds."""
-        self._drawing.row_length = row_length_of(state.batch)
-        before, self._plan = self._plan, self._expect()
-        report_shares(self.schedule, self._plan, draws_more=self._settings.expand != 'none')
-        report_course(self.schedule, self._settings, self._plan, self._drawing.data()[0])
+        before, self._plan = self._plan, self._expect(state.batch)
+        report_shares(self.schedule, self._plan)
+        report_plan(self.schedule, self._plan)
         if before is None:
-            self._check_phases()
+            self.schedule.check(state.timestamp, self._plan, self._whole, self._more_comes)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Count and log a step, and end a phase whose time has come."""
         progress, bag_size = self._progress, self.schedule.bag_size
         metrics: dict[str, Any] = {}
-        if self.superposed:
+        if self.microbatches is not None:
             metrics = self.microbatches.end_batch()
-            if self._settings.superpose != 'output':
+            if self.schedule.settings.superpose != 'output':
                 # SpeedMonitor counts the FLOPs of a batch by its rows and positions.
                 state.batch = {**state.batch, 'input_ids': state.batch['input_ids'].unflatten(1, (-1, bag_size))}
         # Ranks draw equally many rows, in the last step of an epoch too.
         progress.s_tokens += self._positions * dist.get_world_size()
         progress.dropped += self._dropped * dist.get_world_size()
-        self._drawing.count(steps=1)
+        self._loader.count(steps=1)
         metrics |= {
             'superposition/bag_size': bag_size,
             'superposition/data_tokens': int(state.timestamp.token) - progress.dropped,
@@ -453,37 +407,36 @@ class Fit:
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         """Check that an epoch was whole, and end a phase whose time has come."""
-        self.has_drawn = True  # an epoch without a step takes up a dataset's state, too
-        self._drawing.end_epoch(self.superposed, self._draws)
+        self._run.has_drawn = True  # an epoch without a step takes up a dataset's state, too
+        self._loader.end_epoch()
         logger.log_metrics({'superposition/samples_left_out': self._progress.left_out})
         self._advance()
 
     def iteration_end(self, state: State, logger: Logger) -> None:
         """Begin another epoch, where an iteration ends in the middle of one."""
-        self._drawing.end_iteration()
+        self._loader.end_iteration()
 
     def _advance(self) -> None:
-        if not self.superposed:
-            return
         before = self.schedule.bag_size
-        if not self.schedule.advance(self._state.timestamp):
+        if self.microbatches is None or not self.schedule.advance(self._state.timestamp):
             return
-        if self.superposed:
-            self._enter_phase()
-        else:
+        if self.schedule.finished:
             self._undo.close()
-            self._drawing.set_draws(1)
-        self._bag_size_changed = True
+        else:
+            self._enter_phase(self.microbatches)
+        # KillLossSpike notes the last loss after our BATCH_END: callbacks come after algorithms.
+        self._at_next_batch.callback(forget_losses, self._state.callbacks)
         report_change(before, self.schedule.bag_size, self._state.timestamp, self._progress.dropped)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Say what was read, and put back what is changed."""
-        if self.superposed and not self._more_comes:
-            report_no_recovery(self.schedule, state.timestamp)
-        report_end(self._progress, state.timestamp)
+        progress, now = self._progress, state.timestamp
+        if not self.schedule.finished and not self._more_comes:
+            report_no_recovery(self.schedule, now)
+        say([last_line(int(now.batch), int(now.token) - progress.dropped, progress.s_tokens)])
         self.close()
 
     def close(self) -> None:
         """Undo what is changed, wherever the fit has ended; once."""
         self._undo.close()
-        self._undo_at_next_batch.close()
+        self._at_next_batch.close()

@@ -112,16 +112,6 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
             )
 
 
-def put_first(state: State, algorithm: Algorithm) -> None:
-    """Move an algorithm to the front, wherever the user listed it.
-
-    Composer runs the events named ``AFTER_`` from last to first. So the first algorithm folds the batch last, after
-    SeqLengthWarmup and Alibi have cut or reshaped its rows of plain tokens.
-    """
-    state.algorithms.remove(algorithm)
-    state.algorithms.insert(0, algorithm)
-
-
 def check_loader(loader: Any) -> None:
     """Refuse llm-foundry's finetuning loader, which trains on the responses to prompts alone.
 
@@ -146,13 +136,12 @@ def check_batch(batch: Mapping[str, Any], given: Mapping[str, Any], bag_size: in
         given: The batch that they are made of.
         bag_size: Tokens in a bag.
         superpose: ``both``, ``input`` or ``output``.
-        model: The model, wrapped or not.
+        model: The ComposerModel.
 
     Raises:
         ValueError: If the model needs labels and there are none; a label is below 0 but not -100; or MPT's flash
             attention would leave positions out.
     """
-    model = getattr(model, 'module', model)
     if 'labels' not in given and isinstance(model, HuggingFaceModel):
         raise ValueError(f'The batch has no labels (it has {", ".join(given)}): have the collator add them.')
     labels = batch['labels']
@@ -293,11 +282,8 @@ def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> None:
         )
     if tokens:
         log.warning(
-            'The loss of %s leaves out %d of %d targets in the first rows: superposed steps train on all that labels '
-            'have.',
-            name,
-            int(ignored.sum()),
-            int((expected != IGNORE_INDEX).sum()),
+            f'The loss of {name} leaves out {int(ignored.sum())} of {int((expected != IGNORE_INDEX).sum())} targets in '
+            'the first rows: superposed steps train on all that labels have.'
         )
     cross_entropy = functional.cross_entropy(leaf[trained], predicted[trained])
     _say_what_is_left_out(model, loss, cross_entropy)
@@ -307,17 +293,14 @@ def _say_what_is_left_out(model: Any, loss: torch.Tensor, cross_entropy: torch.T
     rtol = 1e-4 if loss.dtype == torch.float32 else 1e-2
     if not torch.isclose(loss.float(), cross_entropy.float(), rtol=rtol, atol=1e-5, equal_nan=True):
         log.warning(
-            'The loss of %s is more than a cross-entropy: %.4g on the first rows, where its cross-entropy is %.4g. '
-            'Superposed steps leave the rest out, and recovery trains on it.',
-            type(model).__name__,
-            float(loss),
-            float(cross_entropy),
+            f'The loss of {type(model).__name__} is more than a cross-entropy: {float(loss):.4g} on the first rows, '
+            f'where its cross-entropy is {float(cross_entropy):.4g}. Superposed steps leave the rest out, and recovery '
+            'trains on it.'
         )
 
 
 def check_eval_batch(batch: Any, model: Any) -> None:
     """Refuse, with a ValueError, an eval batch without the labels that Composer's Hugging Face models pop from it."""
-    model = getattr(model, 'module', model)
     if getattr(type(model), 'eval_forward', None) is not HuggingFaceModel.eval_forward or not isinstance(
         batch, Mapping
     ):

@@ -5,20 +5,20 @@ import itertools
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 import wrapt
-from composer.core import State, Time, Timestamp, TimeUnit
+from composer.core import State, Timestamp, TimeUnit
 from composer.utils import dist
 from streaming import StreamingDataset
 
-from composer_tst.ops.draw import merge_batches, next_batches
-from composer_tst.ops.fold import is_full, is_plain
-from composer_tst.schedule import Data, Moment, Progress, too_short
+from composer_tst.ops.draw import ids_of, join_batches, merge_batches, next_batches
+from composer_tst.ops.fold import is_full
+from composer_tst.schedule import Data, Progress, Schedule, too_short
 
 log = logging.getLogger(__name__)
 
@@ -109,46 +109,41 @@ class BagLoader(wrapt.ObjectProxy):
         joins_rows: Whether a step's rows are joined in groups of as many as it draws batches.
         limit: The batches to draw in an epoch, or None for all.
         resumption: Where the first epoch begins.
+        draws_at: The loader batches that a step draws, by its number in the run. Somebody may read ahead of the step.
+        clock: What the Trainer's clock shows.
+        ended: What to call when an epoch has no further step.
 
     Attributes:
-        draws: The loader batches that the coming step draws; to be set before it is drawn.
-        draws_ahead: The same of the step that is as many after it, for when somebody reads ahead.
         drawn: The loader batches drawn in this epoch.
         left_out: The samples left out so far, on this rank.
         pending: What was drawn and not trained on yet, to be taken step by step. It travels beside the batches, which
             somebody else may wrap, copy or hold back.
         retired: Whether another stand-in, around this one, joins the batches: this one hands them on.
-        begun: Whether an epoch was begun.
         trained_on: Whether a step of this epoch was trained on. Another ``iter()`` then only looks at the data, and
-            the counts are put back.
-        clock: What the Trainer's clock shows.
-        passing_over: Whether the steps drawn are ones that the trainer is to pass over. Set it to False where it trains
-            on one of them: the epoch then goes on from there.
-        ended: What is called when an epoch has no further step.
+            counts nothing.
+        replaying: Whether the steps drawn are ones that the trainer is to pass over. Set it to False where it trains on
+            one of them: the epoch then goes on from there.
     """
 
-    # What the class has, wrapt keeps on the stand-in; all else is the loader's.
-    draws = 1
-    drawn = 0
-    left_out = 0
-    pending: deque[Drawn] = deque()  # noqa: RUF012  each has its own
-    retired = False
-    begun = trained_on = False
-    passing_over = False
-    joins_rows = False
-    limit: int | None = None
-    resumption = Resumption()
-    draws_ahead: Callable[[int], int] | None = None
-    clock: Callable[[], Timestamp] = staticmethod(Timestamp)
-    ended: Callable[[], None] = staticmethod(lambda: None)
-    warned = False
+    # What the class names, wrapt keeps on the stand-in; all else is the loader's.
+    joins_rows = retired = trained_on = replaying = False
+    drawn = left_out = 0
+    limit = resumption = draws_at = clock = ended = pending = cast(Any, None)
 
-    def __init__(self, loader: Iterable[Any], joins_rows: bool, limit: int | None, resumption: Resumption):
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        joins_rows: bool,
+        limit: int | None,
+        resumption: Resumption,
+        draws_at: Callable[[int], int],
+        clock: Callable[[], Timestamp] = Timestamp,
+        ended: Callable[[], None] = lambda: None,
+    ):
         super().__init__(loader)
-        self.joins_rows = joins_rows
-        self.limit = limit
-        self.resumption = resumption
-        self.pending = deque()
+        self.joins_rows, self.limit, self.resumption = joins_rows, limit, resumption
+        self.draws_at, self.clock, self.ended = draws_at, clock, ended
+        self.pending: deque[Drawn] = deque()
 
     def __copy__(self) -> Any:
         return copy.copy(self.__wrapped__)
@@ -165,14 +160,10 @@ class BagLoader(wrapt.ObjectProxy):
             yield from self.__wrapped__
             return
         if self.trained_on and int(self.clock().batch_in_epoch) > 0:
-            before = self.pending, self.drawn, self.left_out
-            self.pending, self.drawn = deque(), 0
-            try:
-                yield from self._steps(iter(self.__wrapped__))
-            finally:
-                self.pending, self.drawn, self.left_out = before
+            a_look = (self.joins_rows, self.limit, Resumption(), self.draws_at, self.clock)
+            yield from BagLoader(self.__wrapped__, *a_look)
             return
-        self.begun, self.trained_on = True, False
+        self.trained_on = False
         self.pending.clear()
         drawn, steps, _ = self.resumption
         self.drawn = 0 if steps else drawn
@@ -181,53 +172,51 @@ class BagLoader(wrapt.ObjectProxy):
             # All of the epoch was drawn before. But as it begins, a dataset counts its epochs and takes up its state.
             next(batches, None)
         else:
-            yield from self._pass_over(batches, drawn, steps)
+            yield from self._replay(batches, drawn, steps)
             yield from self._steps(batches)
         self.resumption, self.trained_on = Resumption(), False
         self.ended()
 
-    def _pass_over(self, batches: Iterator[Any], drawn: int, steps: int) -> Iterator[Any]:
-        """As many steps as the trainer passes over, until ``drawn`` batches are drawn."""
+    def _replay(self, batches: Iterator[Any], drawn: int, steps: int) -> Iterator[Any]:
+        """Draw as many steps as the trainer passes over, until ``drawn`` batches are drawn."""
         group: list[Any] = []
-        self.passing_over = steps > 0
-        for step in range(steps):
-            # A trainer that does not pass over them trains on the first.
-            draws = min(self.draws, drawn - steps + 1) if step == 0 else 1
+        self.replaying = steps > 0
+        # A trainer that does not pass over them trains on the first.
+        draws = max(1, min(self.draws_at(int(self.clock().batch)), drawn - steps + 1))
+        for _ in range(steps):
             if self.drawn < drawn:
-                group = self._draw(batches, max(1, draws))
+                group = self._draw(batches, draws)
             if not group:  # the epoch is shorter than it was
                 return
             yield merge_batches(group) if len(group) > 1 else group[0]
-            if not self.passing_over:
+            if not self.replaying:
                 return
+            draws = 1
         # The trainer has put back the random numbers of the coming step.
         with same_random_numbers():
             self._draw(batches, drawn - self.drawn)
-        self.passing_over = False
+        self.replaying = False
 
     def _steps(self, batches: Iterator[Any]) -> Iterator[Any]:
-        begun = int(self.clock().batch)
-        for yielded in itertools.count():
-            ahead = begun + yielded - int(self.clock().batch)
-            draws = self.draws_ahead(ahead) if ahead > 0 and self.draws_ahead else self.draws
+        for step in itertools.count(int(self.clock().batch)):
+            draws = self.draws_at(max(step, int(self.clock().batch)))
             group = self._draw(batches, draws)
             if not group:
                 return
-            if draws == 1:
-                self._note(draws, group[0])
-                yield group[0]
+            batch = group[0]
+            if draws > 1:
+                drops_tail = bool(getattr(self.__wrapped__, 'drop_last', False))
+                batch, left_out = join_batches(group, draws, self.joins_rows, drops_tail)
+                if left_out and not self.left_out:
+                    log.warning(
+                        f'{left_out} samples on this rank are left out, because they do not fill a step that reads '
+                        f'{draws} batches; superposition/samples_left_out counts them from here.'
+                    )
+                self.left_out += left_out
+            if batch is None:
                 continue
-            batch = merge_batches(group)
-            rows = len(batch['input_ids'])
-            used = self._usable_rows(rows, complete=len(group) == draws, draws=draws)
-            self._leave_out(rows - used, draws)
-            if used:
-                batch = {key: value if is_plain(value) else value[:used] for key, value in batch.items()}
-                self._note(draws, batch)
-                yield batch
-
-    def _note(self, draws: int, batch: Any) -> None:
-        self.pending.append(Drawn(draws, shape_of(batch), self.drawn, self.left_out))
+            self.pending.append(Drawn(draws, shape_of(batch), self.drawn, self.left_out))
+            yield batch
 
     def _draw(self, batches: Iterator[Any], count: int) -> list[Any]:
         # A StreamingDataset may have a batch more than its loader's length: no epoch draws it.
@@ -237,27 +226,11 @@ class BagLoader(wrapt.ObjectProxy):
         self.drawn += len(group)
         return group
 
-    def _usable_rows(self, rows: int, complete: bool, draws: int) -> int:
-        if not complete and getattr(self.__wrapped__, 'drop_last', False):
-            return 0
-        return rows - rows % draws if self.joins_rows else rows
-
-    def _leave_out(self, rows: int, draws: int) -> None:
-        self.left_out += rows
-        if rows and not self.warned:
-            self.warned = True
-            log.warning(
-                '%d samples on this rank are left out, because they do not fill a step that reads %d batches; '
-                'superposition/samples_left_out counts them from here.',
-                rows,
-                draws,
-            )
-
 
 def shape_of(batch: Any) -> tuple[int, ...] | None:
     """The rows of a batch and their length, None if they cannot be told."""
-    ids = batch.get('input_ids') if isinstance(batch, Mapping) else None
-    return tuple(ids.shape) if isinstance(ids, torch.Tensor) else None
+    ids = ids_of(batch)
+    return None if ids is None else tuple(ids.shape)
 
 
 @contextmanager
@@ -294,67 +267,51 @@ def check_epoch_is_whole(loader: Any, length: int, drawn: int) -> None:
         )
 
 
-class Drawing:
-    """Puts a :class:`~composer_tst.loader.BagLoader` into the state where it is needed, and counts.
+class TrainLoader:
+    """The train loader of a fit: puts a :class:`BagLoader` in its place where one is needed, and counts what is drawn.
 
     Args:
         state: The Trainer's.
-        progress: Where the counts are kept.
-        joins_rows: Whether the rows of a step are joined.
+        schedule: The phases of the run, and its progress, where the counts are kept.
         fresh: Whether this Trainer has not drawn yet: a dataset's state from a checkpoint is still to be taken up.
         undo: Where to register what puts the train loader back.
-        draws_ahead: The loader batches that the step draws which is as many after the coming one.
-
-    Attributes:
-        row_length: Tokens in a row of the first batch, None before it, or if some are padding.
     """
 
-    def __init__(
-        self,
-        state: State,
-        progress: Progress,
-        joins_rows: bool,
-        fresh: bool,
-        undo: ExitStack,
-        draws_ahead: Callable[[int], int],
-    ):
+    def __init__(self, state: State, schedule: Schedule, fresh: bool, undo: ExitStack):
         self._state = state
-        self._draws_ahead = draws_ahead
-        self._taken: Drawn | None = None
-        self._counted = 0  # of the samples that the loader has left out
-        self._progress = progress
-        self._joins_rows = joins_rows
+        self._schedule = schedule
+        self._progress = schedule.progress
         self._undo = undo
-        self._loader: BagLoader | None = None
+        self._joins_rows = schedule.settings.expand == 'sequence'
+        self._stand_in: BagLoader | None = None
+        self._taken: Drawn | None = None
+        self._counted = 0  # of the samples that the stand-in has left out
         self._length: int | None = None
         self._cut_short = False
-        self.row_length: int | None = None
         time, given = state.timestamp, None
         if 'train' in state.dataset_resumption:
             given = samples_given(getattr(state.dataloader, 'dataset', None), time) if fresh else 0
-        steps, length = int(time.batch_in_epoch), state.dataloader_len
-        length = None if length is None else int(length)
-        self._resumption = where_epoch_stands(steps, progress, given, self._batch_samples(), length)
+        steps = int(time.batch_in_epoch)
+        self._resumption = where_epoch_stands(steps, self._progress, given, self._batch_samples(), self._batches())
         self._steps = steps or int(bool(given))  # of the epoch: whether there are any is what counts
-        progress.drawn = self._resumption.drawn
+        self._progress.drawn = self._resumption.drawn
 
-    def begin(self, draws: int) -> None:
+    def begin(self) -> None:
         """Stand in for the train loader, where a step draws several batches or an epoch is under way."""
         drawn, steps, _ = self._resumption
-        if draws > 1 or (drawn > 0 and drawn != steps):
-            self._install(draws)
+        if self._schedule.draws > 1 or (drawn > 0 and drawn != steps):
+            self._install()
 
-    def begin_epoch(self, draws: int) -> None:
+    def begin_epoch(self) -> None:
         """Draw from a loader that was set since the last epoch, as llm-foundry's CurriculumLearning does."""
-        if draws > 1 and not isinstance(self._state.dataloader, BagLoader):
-            self.check_length(draws)
-            self._resumption = Resumption()
-            if self._loader is not None:  # perhaps in what was set, around it
-                self._resumption = Resumption() if self._loader.begun else self._loader.resumption
-                self._loader.retired = True
-            self._install(draws)
-        elif draws == 1 and self._state.dataloader is not self._loader:
-            self._loader = None
+        if self._state.dataloader is self._stand_in:
+            return
+        replaced, self._stand_in = self._stand_in, None
+        if self._schedule.draws > 1:
+            self.check_length()
+            if replaced is not None:  # perhaps in what was set, around it
+                replaced.retired = True
+            self._install()
 
     def end_iteration(self) -> None:
         """Take note of an iteration in tokens that ends in the middle of an epoch: what follows begins another."""
@@ -366,28 +323,33 @@ class Drawing:
         """Nothing of the coming epoch is drawn."""
         self._progress.drawn, self._steps = 0, 0
         self._resumption = Resumption()
-        if self._loader is not None:
-            self._loader.resumption = Resumption()
+        if self._stand_in is not None:
+            self._stand_in.resumption = Resumption()
 
-    def _install(self, draws: int) -> None:
-        state = self._state
+    def _install(self) -> None:
+        state, limit = self._state, self._batches()
         assert state.dataloader is not None
-        limit = None if state.dataloader_len is None else int(state.dataloader_len)
-        loader = BagLoader(state.dataloader, self._joins_rows, limit, self._resumption)
-        loader.draws, loader.draws_ahead, loader.ended = draws, self._draws_ahead, self._let_end
-        loader.clock = lambda: state.timestamp
+        loader = self._stand_in = BagLoader(
+            state.dataloader,
+            self._joins_rows,
+            limit,
+            self._resumption,
+            self._schedule.draws_at,
+            lambda: state.timestamp,
+            self._let_end,
+        )
+        self._counted = 0
         state.set_dataloader(loader, state.dataloader_label, -1 if limit is None else limit)
-        self._loader, self._counted = loader, 0
 
-        def put_back() -> None:
+        def restore() -> None:
             """The epoch under way goes on with what it has begun to iterate."""
             if state.dataloader is loader:
-                limit = -1 if state.dataloader_len is None else int(state.dataloader_len)
-                state.set_dataloader(loader.__wrapped__, state.dataloader_label, limit)
+                limit = self._batches()
+                state.set_dataloader(loader.__wrapped__, state.dataloader_label, -1 if limit is None else limit)
             else:  # perhaps in what stands around it
                 loader.retired = True
 
-        self._undo.callback(put_back)
+        self._undo.callback(restore)
 
     def _let_end(self) -> None:
         """Have Composer end the epoch whose last step is done.
@@ -400,36 +362,27 @@ class Drawing:
             self._length = int(state.dataloader_len)
             state.dataloader_len = int(state.timestamp.batch_in_epoch)
 
-    def set_draws(self, draws: int) -> None:
-        """Have the coming steps draw as many loader batches."""
-        if self._loader is not None:
-            self._loader.draws = draws
-
-    def check_length(self, draws: int) -> None:
+    def check_length(self) -> None:
         """Refuse, with a ValueError, a loader whose epoch has fewer batches than a step draws."""
-        batches = self._state.dataloader_len
-        if batches is not None and int(batches) < draws:
-            raise too_short(int(batches), draws)
+        batches, draws = self._batches(), self._schedule.draws
+        if batches is not None and batches < draws:
+            raise too_short(batches, draws)
 
-    def take(self, batch: Any, superposed: bool, ends: Sequence[Time]) -> None:
-        """Take what was drawn for the step that the trainer trains on.
-
-        Args:
-            batch: Its batch.
-            superposed: Whether the step is superposed.
-            ends: When the phases to come end.
+    def take(self, batch: Any) -> None:
+        """Take what was drawn for the step that the trainer trains on ``batch``.
 
         Raises:
             ValueError: If that is not the data of the step: the loader was replaced, or reads ahead of a moment that
                 shows only then, or the trainer has not passed over the steps it has done.
         """
-        loader, self._taken = self._loader, None
+        loader, self._taken = self._stand_in, None
         if loader is None:
             return
+        superposed, draws = not self._schedule.finished, self._schedule.draws
         loader.trained_on = True
-        if loader.passing_over:
-            loader.passing_over = False
-            if superposed and loader.drawn != loader.draws:
+        if loader.replaying:
+            loader.replaying = False
+            if superposed and loader.drawn != draws:
                 raise ValueError(
                     f'The run is at step {int(self._state.timestamp.batch_in_epoch)} of the epoch but its data at step '
                     '0: set spin_dataloaders: true, or use a StreamingDataset, which resumes itself.'
@@ -443,40 +396,39 @@ class Drawing:
                     'ITERATION_START, and hand each batch on once.'
                 )
             return
+        name = type(self._state.dataloader).__name__
         taken = self._taken = loader.pending.popleft()
-        unknown = [end for end in ends if end.unit in (TimeUnit.TOKEN, TimeUnit.SAMPLE)]
+        unknown = [end for end in self._schedule.ends_to_come if end.unit in (TimeUnit.TOKEN, TimeUnit.SAMPLE)]
         if loader.pending and unknown:
             raise ValueError(
-                f'{type(self._state.dataloader).__name__} reads ahead of the step, and a phase ends at '
-                f'{unknown[0].to_timestring()}, which shows only then: give duration and until in ba, or do not read '
-                'ahead of the train loader.'
+                f'{name} reads ahead of the step, and a phase ends at {unknown[0].to_timestring()}, which shows only '
+                'then: give duration and until in ba, or do not read ahead of the train loader.'
             )
         shape = shape_of(batch)
         # Rows of another length are those of an algorithm that has cut or reshaped them.
         same_length = shape is not None and taken.shape is not None and shape[1:] == taken.shape[1:]
         wrapped = self._state.dataloader is not loader
-        if taken.draws != loader.draws or (superposed and wrapped and same_length and shape != taken.shape):
+        if taken.draws != draws or (superposed and wrapped and same_length and shape != taken.shape):
             raise ValueError(
-                f'{type(self._state.dataloader).__name__} hands a step a batch {shape}, and what was drawn next is '
-                f'{taken.shape} of {taken.draws} loader batches, where the step needs {loader.draws}: have what wraps '
-                'the train loader hand each of its batches on, whole and in order.'
+                f'{name} hands a step a batch {shape}, and what was drawn next is {taken.shape} of {taken.draws} '
+                f'loader batches, where the step needs {draws}: have what wraps the train loader hand each of its '
+                'batches on, whole and in order.'
             )
 
     def count(self, steps: int) -> None:
         """Keep what was drawn, at the end of a step or, with no further step, of an epoch."""
-        progress, loader = self._progress, self._loader
+        progress, loader = self._progress, self._stand_in
         progress.batch_samples = self._batch_samples()
         self._steps += steps
         if loader is None:
             progress.drawn = (progress.drawn or 0) + steps
         else:
-            taken, self._taken = self._taken, None
-            left_out = taken.left_out if taken else loader.left_out
-            progress.drawn = taken.drawn if taken else loader.drawn
-            progress.left_out += (left_out - self._counted) * dist.get_world_size()
-            self._counted = left_out
+            counts, self._taken = self._taken or loader, None
+            progress.drawn = counts.drawn
+            progress.left_out += (counts.left_out - self._counted) * dist.get_world_size()
+            self._counted = counts.left_out
 
-    def end_epoch(self, superposed: bool, draws: int) -> None:
+    def end_epoch(self) -> None:
         """Check the epoch that has ended.
 
         Raises:
@@ -487,42 +439,40 @@ class Drawing:
         if self._length is not None:
             state.dataloader_len, self._length = self._length, None
         self.count(steps=0)
-        if self._loader is not None and self._loader.pending:
+        if self._stand_in is not None and self._stand_in.pending:
             raise ValueError(
-                f'{type(state.dataloader).__name__} has left out {len(self._loader.pending)} batches of the epoch: '
+                f'{type(state.dataloader).__name__} has left out {len(self._stand_in.pending)} batches of the epoch: '
                 'have what wraps the train loader hand each of its batches on, whole and in order.'
             )
-        drawn = self._progress.drawn or 0
-        if state.dataloader_len is not None and self._resumption.known:
-            check_epoch_is_whole(state.dataloader, int(state.dataloader_len), drawn)
-        if superposed and not self._steps:
-            raise too_short(drawn, draws)
+        drawn, batches = self._progress.drawn or 0, self._batches()
+        if batches is not None and self._resumption.known:
+            check_epoch_is_whole(state.dataloader, batches, drawn)
+        if not self._schedule.finished and not self._steps:
+            raise too_short(drawn, self._schedule.draws)
         self._begin_anew()
+
+    def _batches(self) -> int | None:
+        """Loader batches in an epoch, None if there is no end."""
+        return None if self._state.dataloader_len is None else int(self._state.dataloader_len)
 
     def _batch_samples(self) -> int | None:
         """Samples of a loader batch, all ranks together, None if the loader does not say."""
         rows: int | None = getattr(self._state.dataloader, 'batch_size', None)
         return None if rows is None else rows * dist.get_world_size()
 
-    def data(self) -> tuple[Data, Moment]:
-        """What the loader tells of itself, and where the run stands."""
-        state, loader, time = self._state, self._state.dataloader, self._state.timestamp
-        samples = self._batch_samples()
-        row_length = self.row_length
-        data = Data(
-            None if state.dataloader_len is None else int(state.dataloader_len),
+    def data(self, first: Any = None) -> Data:
+        """What the loader tells of itself, and its first batch of how long a row is."""
+        loader, samples, length = self._state.dataloader, self._batch_samples(), row_length_of(first)
+        return Data(
+            self._batches(),
             samples,
-            None if samples is None or row_length is None else samples * row_length,
+            None if samples is None or length is None else samples * length,
             uses_tail=not getattr(loader, 'drop_last', False),
             joined_rows=getattr(loader, 'batch_size', None) if self._joins_rows else None,
         )
-        drawn = self._progress.drawn or 0
-        return data, Moment(int(time.batch), int(time.epoch), drawn, int(time.sample), int(time.token))
 
 
 def row_length_of(batch: Any) -> int | None:
     """Tokens in a row of a batch, None if they cannot be told or some are padding."""
-    ids = batch.get('input_ids') if isinstance(batch, Mapping) else None
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not is_full(batch.get('attention_mask')):
-        return None
-    return ids.shape[1]
+    ids = ids_of(batch)
+    return None if ids is None or ids.ndim != 2 or not is_full(batch.get('attention_mask')) else ids.shape[1]

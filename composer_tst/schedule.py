@@ -1,8 +1,9 @@
 """Which bag size a step has, when each phase ends, how many steps a run takes, and how far it has come."""
 
+import itertools
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -40,14 +41,12 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """Where a run stands: steps, epochs, loader batches drawn in this epoch, and samples and tokens in all."""
+class Stretch:
+    """Steps of one bag size, one after another, and the loader batches that they read."""
 
-    step: int = 0
-    epoch: int = 0
-    drawn: int = 0
-    samples: int = 0
-    tokens: int = 0
+    bag_size: int
+    steps: int
+    batches: int
 
 
 @dataclass(frozen=True)
@@ -55,16 +54,32 @@ class Plan:
     """The steps a run is expected to take.
 
     Attributes:
-        ends: The step at which each phase ends.
-        total: The steps in the run.
-        read: The loader batches that the steps of each phase read, and then those of recovery.
+        stretches: Those of each phase and, last, of recovery. Some may have no steps.
+        data: What the train loader gives.
+        start: The step with which the first of them begins.
         epochs: The epochs that the run goes through, those before it begins too; None if they have no end.
     """
 
-    ends: list[int]
-    total: int
-    read: list[int] = field(default_factory=list, compare=False)
-    epochs: float | None = field(default=None, compare=False)
+    stretches: list[Stretch]
+    data: Data
+    start: int = 0
+    epochs: float | None = None
+
+    @property
+    def ends(self) -> list[int]:
+        """The step at which each phase ends."""
+        steps = (stretch.steps for stretch in self.stretches)
+        return list(itertools.accumulate(steps, initial=self.start))[1:-1]
+
+    @property
+    def total(self) -> int:
+        """The steps in the run."""
+        return self.start + sum(stretch.steps for stretch in self.stretches)
+
+    @property
+    def batches(self) -> int:
+        """The loader batches that its steps read."""
+        return sum(stretch.batches for stretch in self.stretches)
 
 
 def same(time: Time | None, other: Time | None) -> bool:
@@ -78,7 +93,12 @@ def share_of(duration: Time, whole: int) -> int:
 
 
 def plan_steps(
-    phases: Sequence[Phase], draws: Sequence[int], max_duration: Time, data: Data, now: Moment
+    phases: Sequence[Phase],
+    draws: Callable[[int], int],
+    max_duration: Time,
+    data: Data,
+    now: Timestamp | None = None,
+    drawn: int = 0,
 ) -> Plan | None:
     """Work out at which step each phase ends and how many steps the run takes.
 
@@ -87,10 +107,11 @@ def plan_steps(
 
     Args:
         phases: The phases to come, in order.
-        draws: Loader batches read for one step of each phase.
+        draws: Loader batches read for one step of a bag size.
         max_duration: The length of training, in ba, tok, sp or ep.
         data: What a loader batch and an epoch hold.
-        now: Where the run stands.
+        now: Where the run stands; by default at its beginning.
+        drawn: Loader batches drawn in this epoch.
 
     Returns:
         Plan | None: None if a time is given in a unit whose amount in a loader batch is not known.
@@ -98,29 +119,26 @@ def plan_steps(
     Raises:
         ValueError: If an epoch is too short for a step.
     """
-    known = {
-        TimeUnit.BATCH: True,
-        TimeUnit.DURATION: True,
-        TimeUnit.EPOCH: data.batches is not None,
-        TimeUnit.SAMPLE: data.samples is not None,
-        TimeUnit.TOKEN: data.tokens is not None,
-    }
-    if not all(known[time.unit] for time in (max_duration, *(phase.until for phase in phases))):
+    needed = {TimeUnit.EPOCH: data.batches, TimeUnit.SAMPLE: data.samples, TimeUnit.TOKEN: data.tokens}
+    if any(needed.get(time.unit, 0) is None for time in (max_duration, *(phase.until for phase in phases))):
         return None
+    now = now or Timestamp()
 
     def walk(total: int) -> Plan:
         """The plan if shares of the duration are those of ``total``."""
         unit = TimeUnit.BATCH if max_duration.unit == TimeUnit.EPOCH else max_duration.unit
-        ends = [
-            Time(share_of(phase.until, total), unit) if phase.until.unit == TimeUnit.DURATION else phase.until
+        placed = [
+            replace(phase, until=Time(share_of(phase.until, total), unit))
+            if phase.until.unit == TimeUnit.DURATION
+            else phase
             for phase in phases
         ]
-        return _walk(ends, draws, max_duration, data, now)
+        return _walk(placed, draws, max_duration, data, now, drawn)
 
     if max_duration.unit != TimeUnit.EPOCH:
         return walk(int(max_duration.value))
     # The more steps are superposed, the fewer an epoch has: bisect for the total whose shares give that total.
-    low, high = now.step, _walk([], [], max_duration, data, now).total
+    low, high = int(now.batch), _walk([], draws, max_duration, data, now, drawn).total
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if walk(middle).total <= middle else (middle + 1, high)
@@ -141,49 +159,55 @@ def check_epochs_end(phases: Sequence[Phase], max_duration: Time, data: Data) ->
             )
 
 
-def simulate(ends: Sequence[Time], draws: Sequence[int], max_duration: Time, data: Data) -> Plan:
-    """A whole run whose phases end at moments that are known.
+def _walk(
+    phases: Sequence[Phase],
+    draws: Callable[[int], int],
+    max_duration: Time,
+    data: Data,
+    now: Timestamp,
+    drawn: int,
+) -> Plan:
+    """Go through a run whose phases end at moments that are known, as many steps at a time as are alike."""
+    phases = [*phases, Phase(1, max_duration)]  # recovery
+    of_batch = {TimeUnit.SAMPLE: data.samples or 0, TimeUnit.TOKEN: data.tokens or 0}
+    counts = {unit: int(now.get(unit).value) for unit in (TimeUnit.BATCH, TimeUnit.EPOCH, *of_batch)}
+    steps, batches = [0] * len(phases), [0] * len(phases)
+    phase = 0
 
-    Args:
-        ends: When each phase ends; no shares of the duration.
-        draws: Loader batches read for one step of each phase.
-        max_duration: The length of training.
-        data: What a loader batch and an epoch hold.
-    """
-    return _walk(ends, draws, max_duration, data, Moment())
+    def reached(moment: Time) -> bool:
+        return counts[moment.unit] >= moment.value
 
+    def steps_to(moment: Time, reads: int) -> float:
+        of_step = 1 if moment.unit == TimeUnit.BATCH else of_batch.get(moment.unit, 0) * reads
+        # An epoch ends where its batches do.
+        return math.ceil((moment.value - counts[moment.unit]) / of_step) if of_step else math.inf
 
-def _walk(ends: Sequence[Time], draws: Sequence[int], max_duration: Time, data: Data, now: Moment) -> Plan:
-    """Go through a run, as many steps at a time as are alike."""
-    found: list[int] = []
-    read = [0] * (len(ends) + 1)
-    steps_in_epoch = now.drawn  # or batches: nonzero if the epoch has had a step
-    while True:
-        while len(found) < len(ends) and _reached(ends[len(found)], now):
-            found.append(now.step)
-        if _reached(max_duration, now):
-            # Phases that the run does not come to end behind its end.
-            epochs = None if data.batches is None else now.epoch + now.drawn / data.batches
-            return Plan(found + [now.step] * (len(ends) - len(found)), now.step, read, epochs)
-        superposed = len(found) < len(ends)
-        drawn = draws[len(found)] if superposed else 1
-        moments = [ends[len(found)], max_duration] if superposed else [max_duration]
-        steps: float = min(_steps_to(moment, now, drawn, data) for moment in moments)
-        if data.batches is not None:
-            left = data.batches - now.drawn
-            if left < drawn:
-                used = data.tail(left, drawn)
-                steps_in_epoch += used
-                read[len(found)] += used
-                if not steps_in_epoch:
-                    raise too_short(data.batches, drawn)
-                now = replace(_after(now, 1, used, data) if used else now, epoch=now.epoch + 1, drawn=0)
-                steps_in_epoch = 0
-                continue
-            steps = min(steps, left // drawn)
-        now = _after(now, int(steps), drawn, data)
-        read[len(found)] += int(steps) * drawn
-        steps_in_epoch += int(steps)
+    while not reached(max_duration):
+        while reached(phases[phase].until):
+            phase += 1
+        reads = draws(phases[phase].bag_size)
+        some = min(steps_to(moment, reads) for moment in (phases[phase].until, max_duration))
+        left = math.inf if data.batches is None else data.batches - drawn
+        epoch_ends = left < reads
+        if epoch_ends:
+            tail = data.tail(int(left), reads)
+            if not drawn + tail:
+                raise too_short(int(left), reads)
+            some, reads = min(1, tail), tail
+        elif data.batches is not None:
+            some = min(some, left // reads)
+        counts[TimeUnit.BATCH] += int(some)
+        for unit, amount in of_batch.items():
+            counts[unit] += int(some) * reads * amount
+        steps[phase] += int(some)
+        batches[phase] += int(some) * reads
+        drawn += int(some) * reads
+        if epoch_ends:
+            counts[TimeUnit.EPOCH] += 1
+            drawn = 0
+    epochs = None if data.batches is None else counts[TimeUnit.EPOCH] + drawn / data.batches
+    sizes = [each.bag_size for each in phases]
+    return Plan([Stretch(*each) for each in zip(sizes, steps, batches, strict=True)], data, int(now.batch), epochs)
 
 
 def too_short(batches: int, drawn: int) -> ValueError:
@@ -191,37 +215,6 @@ def too_short(batches: int, drawn: int) -> ValueError:
     return ValueError(
         f'The train loader has {batches} batches but one superposed step reads {drawn}: '
         'use a smaller bag_size, more data, or a smaller batch.'
-    )
-
-
-def _reached(moment: Time, now: Moment) -> bool:
-    amounts = {
-        TimeUnit.BATCH: now.step,
-        TimeUnit.EPOCH: now.epoch,
-        TimeUnit.SAMPLE: now.samples,
-        TimeUnit.TOKEN: now.tokens,
-    }
-    return amounts[TimeUnit(moment.unit)] >= moment.value
-
-
-def _steps_to(moment: Time, now: Moment, drawn: int, data: Data) -> float:
-    if moment.unit == TimeUnit.BATCH:
-        return moment.value - now.step
-    if moment.unit == TimeUnit.SAMPLE and data.samples:
-        return math.ceil((moment.value - now.samples) / (drawn * data.samples))
-    if moment.unit == TimeUnit.TOKEN and data.tokens:
-        return math.ceil((moment.value - now.tokens) / (drawn * data.tokens))
-    return math.inf  # an epoch ends where its batches do
-
-
-def _after(now: Moment, steps: int, drawn: int, data: Data) -> Moment:
-    read = steps * drawn
-    return Moment(
-        now.step + steps,
-        now.epoch,
-        now.drawn + read,
-        now.samples + read * (data.samples or 0),
-        now.tokens + read * (data.tokens or 0),
     )
 
 
@@ -255,15 +248,10 @@ class Progress:
     def state_dict(self) -> dict[str, Any]:
         """The same in plain Python types."""
         return {
-            'began': self.began,
+            **vars(self),
             'ended': list(self.ended),
             'ends': [end.to_timestring() for end in self.ends],
             'max_duration': None if self.max_duration is None else self.max_duration.to_timestring(),
-            's_tokens': self.s_tokens,
-            'left_out': self.left_out,
-            'dropped': self.dropped,
-            'drawn': self.drawn,
-            'batch_samples': self.batch_samples,
         }
 
     @classmethod
@@ -279,17 +267,12 @@ class Progress:
                 'drew: resume it with that version, or load it by load_path with load_ignore_keys: [state/algorithms].'
             )
         longest = state['max_duration']
-        return cls(
-            state['began'],
-            list(state['ended']),
-            [Time.from_timestring(end) for end in state['ends']],
-            None if longest is None else Time.from_timestring(longest),
-            state['s_tokens'],
-            state['left_out'],
-            state['dropped'],
-            state['drawn'],
-            state.get('batch_samples'),  # which earlier checkpoints do not have
-        )
+        all_of_it: dict[str, Any] = {'batch_samples': None, **state}  # which earlier checkpoints do not have
+        kept = {name: all_of_it[name] for name in vars(cls())}
+        kept['ended'] = list(state['ended'])
+        kept['ends'] = [Time.from_timestring(end) for end in state['ends']]
+        kept['max_duration'] = None if longest is None else Time.from_timestring(longest)
+        return cls(**kept)
 
 
 class Schedule:
@@ -299,18 +282,40 @@ class Schedule:
     """
 
     def __init__(self, settings: Settings, progress: Progress):
-        self.phases = settings.phases
+        self.settings = settings
         self.progress = progress
+
+    @property
+    def phases_to_come(self) -> tuple[Phase, ...]:
+        """The phases that have not ended, the one under way first."""
+        return self.settings.phases[len(self.progress.ended) :]
+
+    @property
+    def ends_to_come(self) -> list[Time]:
+        """When each of them ends."""
+        return self.progress.ends[len(self.progress.ended) :]
 
     @property
     def finished(self) -> bool:
         """Whether the last phase has ended."""
-        return len(self.progress.ended) >= len(self.phases)
+        return not self.phases_to_come
 
     @property
     def bag_size(self) -> int:
         """Bag size of the coming step: 1 in the recovery phase."""
-        return 1 if self.finished else self.phases[len(self.progress.ended)].bag_size
+        return 1 if self.finished else self.phases_to_come[0].bag_size
+
+    @property
+    def draws(self) -> int:
+        """The loader batches that the coming step reads."""
+        return self.settings.draws(self.bag_size)
+
+    def draws_at(self, batch: int) -> int:
+        """The same of a later step, as far as phases end at steps that are known."""
+        for phase, end in zip(self.phases_to_come, self.ends_to_come, strict=True):
+            if end.unit != TimeUnit.BATCH or batch < end.value:
+                return self.settings.draws(phase.bag_size)
+        return 1
 
     def phases_begun(self, batch: int) -> int:
         """How many phases have taken a step once ``batch`` steps are done; recovery counts as one."""
@@ -318,6 +323,24 @@ class Schedule:
             return 0
         ended = self.progress.ended
         return len(ended) + (batch > [self.progress.began, *ended][-1])
+
+    def plan(self, max_duration: Time, data: Data, now: Timestamp) -> Plan | None:
+        """The expected steps of the phases to come, None if they cannot be known."""
+        drawn = self.progress.drawn or 0
+        return plan_steps(self.phases_to_come, self.settings.draws, max_duration, data, now, drawn)
+
+    def whole(self, plan: Plan) -> Plan:
+        """A plan of the phases to come, and the steps done before it: plain ones, and those of phases."""
+        assert self.progress.began is not None
+        sizes = [1, *(phase.bag_size for phase in self.settings.phases)]
+        marks = [0, self.progress.began, *self.progress.ended, plan.start]
+        *done, under_way = (
+            Stretch(size, stop - start, (stop - start) * self.settings.draws(size))
+            for size, (start, stop) in zip(sizes, itertools.pairwise(marks), strict=False)
+        )
+        first, *rest = plan.stretches
+        first = Stretch(first.bag_size, under_way.steps + first.steps, under_way.batches + first.batches)
+        return replace(plan, stretches=[*done, first, *rest], start=0)
 
     def resolve(self, max_duration: Time, plan: Plan | None) -> None:
         """Fix the moment each phase to come ends, now that the length of training is known.
@@ -329,9 +352,8 @@ class Schedule:
         Raises:
             ValueError: If a share of epochs cannot be placed without a plan.
         """
-        ended = self.progress.ended
-        ends = [Time(batch, TimeUnit.BATCH) for batch in ended]
-        for index, phase in enumerate(self.phases[len(ended) :]):
+        ends = [Time(batch, TimeUnit.BATCH) for batch in self.progress.ended]
+        for index, phase in enumerate(self.phases_to_come):
             end = phase.until
             if end.unit == TimeUnit.DURATION and max_duration.unit != TimeUnit.EPOCH:
                 end = Time(share_of(end, int(max_duration.value)), max_duration.unit)
@@ -360,41 +382,33 @@ class Schedule:
         Raises:
             ValueError: If that is so for certain.
         """
-        longest = self.progress.max_duration
+        longest, last = self.progress.max_duration, self.progress.ends[-1]
         assert longest is not None
-        to_come = range(len(self.progress.ended), len(self.phases))
-        last = self.progress.ends[-1]
         past = last.unit == longest.unit and last >= longest
         if not more_comes and (past or (plan is not None and plan.ends[-1] >= plan.total)):
             problem = (
-                f'Superposition lasts until {self.phases[-1].until.to_timestring()} but training ends at '
+                f'Superposition lasts until {self.settings.phases[-1].until.to_timestring()} but training ends at '
                 f'{longest.to_timestring()}, so there would be no recovery phase: end it earlier or train longer.'
             )
             _refuse_or_warn(problem, past or longest.unit != TimeUnit.TOKEN, whole)
         if plan is None:
             return
-        start, previous_end = int(now.batch), Time(int(now.batch), TimeUnit.BATCH)
-        with_steps = self.phases_begun(int(now.batch))
-        for index, end in zip(to_come, plan.ends, strict=True):
-            moment, phase = self.progress.ends[index], self.phases[index]
-            if index < with_steps:
-                start, previous_end = max(start, end), moment
-                continue
+        start, before = plan.start, TimeUnit.BATCH
+        has_steps = self.phases_begun(plan.start) > len(self.progress.ended)  # the phase under way
+        for phase, moment, end in zip(self.phases_to_come, self.ends_to_come, plan.ends, strict=True):
+            never = moment.value <= 0
             # One that is past already is left out, and said to be.
-            if end <= start and moment.value > 0 and now.get(moment.unit) < moment:
+            if end <= start and not has_steps and (never or now.get(moment.unit) < moment):
+                why = f'it begins at step {start} and ends at step {end} of {plan.total}'
+                if never:
+                    why = f'it is less than one step of {longest.to_timestring()}'
                 problem = (
                     f'The phase with bag_size {phase.bag_size} until {phase.until.to_timestring()} has no steps: '
-                    f'it begins at step {start} and ends at step {end} of {plan.total}: '
-                    f'give it until at least {start + 1}ba.'
+                    f'{why}: give it until at least {start + 1}ba.'
                 )
-                certain = previous_end.unit == moment.unit or moment.unit != TimeUnit.TOKEN
-                _refuse_or_warn(problem, certain, whole)
-            elif moment.value <= 0:
-                raise ValueError(
-                    f'The phase with bag_size {phase.bag_size} until {phase.until.to_timestring()} has no steps: it '
-                    f'is less than one step of {longest.to_timestring()}: give it until at least {start + 1}ba.'
-                )
-            start, previous_end = max(start, end), moment
+                certain = never or moment.unit == before or moment.unit != TimeUnit.TOKEN
+                _refuse_or_warn(problem, certain, whole or never)
+            start, before, has_steps = max(start, end), moment.unit, False
 
     def advance(self, timestamp: Timestamp) -> bool:
         """End the phases whose moment has come.
@@ -406,10 +420,7 @@ class Schedule:
             bool: Whether any phase ended.
         """
         before = len(self.progress.ended)
-        while not self.finished:
-            end = self.progress.ends[len(self.progress.ended)]
-            if timestamp.get(end.unit) < end:
-                break
+        while self.phases_to_come and timestamp.get(self.ends_to_come[0].unit) >= self.ends_to_come[0]:
             self.progress.ended.append(int(timestamp.batch))
         return len(self.progress.ended) > before
 

@@ -207,28 +207,22 @@ def target_weights(weighting: Weighting, bag_size: int) -> torch.Tensor:
         ValueError: If the name is unknown, or the sequence has the wrong length, a negative or non-finite
             number, or sums to zero.
     """
-    if isinstance(weighting, str):
-        if weighting not in _RULES:
-            raise ValueError(f'weighting is {weighting!r}: use one of {", ".join(_RULES)}, or a list of numbers.')
-        values = [_RULES[weighting](k) for k in range(1, bag_size + 1)]
-    else:
-        try:
-            values = [float(w) for w in weighting]
-        except (TypeError, ValueError):
-            raise ValueError(
-                f'weighting is {weighting!r}: use one of {", ".join(_RULES)}, or a list of numbers.'
-            ) from None
-        if len(values) != bag_size:
-            raise ValueError(
-                f'weighting has {len(values)} numbers but bag_size is {bag_size}: give one number for each target.'
-            )
-        if any(not math.isfinite(w) or w < 0 for w in values) or sum(values) == 0:
-            raise ValueError(f'weighting is {values}: give finite numbers that are not negative and do not all vanish.')
+    try:
+        rule = _RULES[weighting] if isinstance(weighting, str) else None
+        values = [float(w) for w in weighting] if rule is None else [rule(k) for k in range(1, bag_size + 1)]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f'weighting is {weighting!r}: use one of {", ".join(_RULES)}, or a list of numbers.') from None
+    if len(values) != bag_size:
+        raise ValueError(
+            f'weighting has {len(values)} numbers but bag_size is {bag_size}: give one number for each target.'
+        )
+    if any(not math.isfinite(w) or w < 0 for w in values) or sum(values) == 0:
+        raise ValueError(f'weighting is {values}: give finite numbers that are not negative and do not all vanish.')
     weights = torch.tensor(values, dtype=torch.float64)
     return (weights / weights.sum()).float()
 
 
-def check_resumed_settings(saved: Mapping[str, Any], current: Mapping[str, Any], begun: int, under_way: bool) -> str:
+def check_resumed_settings(saved: Mapping[str, Any], settings: Settings, begun: int, under_way: bool) -> str:
     """Compare the settings in a checkpoint with those of the run that resumes from it.
 
     What has been trained cannot be changed: the bag sizes of the phases that have begun (recovery counts as one, of
@@ -236,9 +230,8 @@ def check_resumed_settings(saved: Mapping[str, Any], current: Mapping[str, Any],
     phases to come, or the end of one that has ended, is harmless.
 
     Args:
-        saved: The checkpoint's ``phases`` (a list of ``{bag_size, until}``), ``superpose``, ``expand`` and
-            ``weighting``.
-        current: The same of the run.
+        saved: The checkpoint's, as :meth:`Settings.as_dict` gives them.
+        settings: Those of the run.
         begun: How many phases have taken a step, recovery included.
         under_way: Whether the last of them may take more.
 
@@ -248,29 +241,23 @@ def check_resumed_settings(saved: Mapping[str, Any], current: Mapping[str, Any],
     Raises:
         ValueError: If a setting differs that has already been trained with.
     """
-    before, now = _phases(saved), _phases(current)
-    for index in range(begun):
-        _refuse_if_changed('bag_size', _bag_size_of(before, index), _bag_size_of(now, index))
+    before, current = parse_phases(None, None, saved['phases']), settings.as_dict()
+    recovery = Phase(1, Time(1.0, TimeUnit.DURATION))
+    trained = list(itertools.zip_longest(before, settings.phases, fillvalue=recovery))[:begun]
+    for was, now in trained:
+        _refuse_if_changed('bag_size', was.bag_size, now.bag_size)
     if under_way and begun <= len(before):
-        name = 'duration' if len(before) == len(now) == 1 else 'until'
-        _refuse_if_changed(name, before[begun - 1].until.to_timestring(), now[begun - 1].until.to_timestring())
+        name = 'duration' if len(before) == len(settings.phases) == 1 else 'until'
+        _refuse_if_changed(name, *(phase.until.to_timestring() for phase in trained[-1]))
     names = ('superpose', 'expand', 'weighting')
     if begun:
         for name in names:
             _refuse_if_changed(name, saved[name], current[name])
-
-    changes = [f'{name} is {current[name]} and was {saved[name]}' for name in names if current[name] != saved[name]]
-    if saved['phases'] != current['phases']:
-        changes.append(f'phases is {current["phases"]} and was {saved["phases"]}')
-    return '; '.join(changes)
-
-
-def _phases(settings: Mapping[str, Any]) -> list[Phase]:
-    return parse_phases(None, None, settings['phases'])
-
-
-def _bag_size_of(phases: list[Phase], index: int) -> int:
-    return phases[index].bag_size if index < len(phases) else 1
+    return '; '.join(
+        f'{name} is {current[name]} and was {saved[name]}'
+        for name in (*names, 'phases')
+        if current[name] != saved[name]
+    )
 
 
 def _refuse_if_changed(name: str, saved: Any, current: Any) -> None:

@@ -25,7 +25,7 @@ from composer_tst.settings import Settings
 log = logging.getLogger(__name__)
 
 
-def take_off(model: nn.Module) -> None:
+def restore_model(model: nn.Module) -> None:
     """Leave a model as it was, also where a run that ended in the middle of a pass left it changed."""
     restore(model)
     model = unwrapped(model)
@@ -61,7 +61,7 @@ class Microbatches:
     """
 
     def __init__(self, state: State, settings: Settings):
-        take_off(state.model)
+        restore_model(state.model)
         self._state = state
         self._settings = settings
         self._model = unwrapped(state.model)
@@ -91,7 +91,7 @@ class Microbatches:
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """Undo what a try at this batch that failed, anywhere, has left: Composer tries smaller microbatches."""
         if self._batch is not None:
-            self.remove()
+            self.restore()
             state.batch = self._batch
         self._batch = state.batch
         self._router_losses.clear()
@@ -138,7 +138,8 @@ class Microbatches:
         Raises:
             ValueError: If the model was called with another batch, or has changed ids in place.
         """
-        self._take_call_off()
+        if self._call is not None:
+            self._call.take_off()
         if self._pass is None:
             raise ValueError(
                 f'{self._name} was not called with the microbatch of BEFORE_FORWARD: set state.model before FIT_START.'
@@ -149,20 +150,14 @@ class Microbatches:
                 'change tokens in the data, or at BEFORE_FORWARD.'
             )
 
-    def _take_call_off(self) -> None:
-        if self._call is not None:
-            self._call.take_off()
-            self._call = None
-
     def before_loss(self, state: State, logger: Logger) -> None:
         """Have the model's loss of ``state.outputs`` be the multi-hot cross-entropy, until :meth:`after_loss`."""
         own = vars(self._model).get('loss', type(self._model).loss)
         if own is not self._own_loss and not is_known(own):
             self._own_loss = own
             log.warning(
-                'The %s has a loss of its own: superposed steps train on the multi-hot cross-entropy instead of it, '
-                'and recovery trains on it.',
-                self._name,
+                f'The {self._name} has a loss of its own: superposed steps train on the multi-hot cross-entropy '
+                'instead of it, and recovery trains on it.'
             )
         vars(self._model)['loss'] = _Loss(self.loss, self._model, state)
 
@@ -201,13 +196,10 @@ class Microbatches:
         losses = self._router_losses
         return {'superposition/router_loss': torch.stack(losses).mean()} if losses else {}
 
-    def remove(self) -> None:
+    def restore(self) -> None:
         """Leave the model as it was, wherever a pass has ended."""
-        self._take_call_off()
-        if self._pass is not None:
-            self._pass.abandon()
-            self._pass = self._targets = None
-        take_off(self._state.model)
+        self._pass = None
+        restore_model(self._state.model)
 
     def loss(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         """Multi-hot cross-entropy of logits ``(B, P, V)`` and the targets ``(B, P, s)``, and any router loss: a scalar.
@@ -289,11 +281,11 @@ def put_train_metrics_aside(state: State) -> Callable[[], None]:
     """
     metrics, state.train_metrics = state.train_metrics, {}
 
-    def give_back() -> None:
+    def restore() -> None:
         if not state.train_metrics:
             state.train_metrics = metrics
 
-    return give_back
+    return restore
 
 
 class MicrobatchSize:

@@ -51,25 +51,14 @@ class draw:
         while True:
             bag_size = check_bag_size(self._bag_size_at(self._step))
             group = next_batches(batches, bag_size)
+            batch = group[0] if group else None
             if bag_size > 1 and group:
-                group = self._joined(group, bag_size)
-            if not group:
+                batch, left_out = join_batches(group, bag_size)
+                self.left_out += left_out
+            if batch is None:
                 return
             self._step, self.bag_size = self._step + 1, bag_size
-            yield group[0]
-
-    def _joined(self, group: list[Any], bag_size: int) -> list[Any]:
-        """The batches of a step as one, in a list; an empty one if they make none."""
-        check_batches(group)
-        rows = sum(len(batch['input_ids']) for batch in group)
-        used = rows - rows % bag_size if len(group) == bag_size else 0
-        self.left_out += rows - used
-        if not used:
-            return []
-        batch = merge_batches(group)
-        if used < rows:
-            batch = {key: value if is_plain(value) else value[:used] for key, value in batch.items()}
-        return [batch]
+            yield batch
 
 
 def check_batches(batches: Sequence[Any]) -> None:
@@ -93,6 +82,12 @@ def check_batches(batches: Sequence[Any]) -> None:
             )
 
 
+def ids_of(batch: Any) -> torch.Tensor | None:
+    """The token ids of a batch, None if it has no tensor of them."""
+    ids = batch.get('input_ids') if isinstance(batch, Mapping) else None
+    return ids if isinstance(ids, torch.Tensor) else None
+
+
 def next_batches(batches: Iterator[Any], count: int) -> list[Any]:
     """The next batches of a loader, fewer at its end.
 
@@ -102,13 +97,39 @@ def next_batches(batches: Iterator[Any], count: int) -> list[Any]:
     group: list[Any] = []
     drawn: list[tuple[torch.Tensor, int]] = []
     for batch in itertools.islice(batches, max(0, count)):
-        ids = batch.get('input_ids') if isinstance(batch, Mapping) else None
-        if isinstance(ids, torch.Tensor) and not ids.is_inference():
+        ids = ids_of(batch)
+        if ids is not None and not ids.is_inference():
             drawn.append((ids, ids._version))
         group.append(batch)
     if any(ids._version != version for ids, version in drawn):
         raise ValueError('The loader writes each batch over the one before: have it give a copy.')
     return group
+
+
+def join_batches(
+    batches: Sequence[Mapping[str, Any]], bag_size: int, joins_rows: bool = True, drops_tail: bool = True
+) -> tuple[dict[str, Any] | None, int]:
+    """Join the loader batches of one step.
+
+    Args:
+        batches: As many as a bag has tokens, or fewer at the end of an epoch.
+        bag_size: Tokens in a bag, ``s``.
+        joins_rows: Whether ``s`` rows are to be joined into one, so that rows which do not fill such a group are left
+            out.
+        drops_tail: Whether fewer batches than ``s`` make no step.
+
+    Returns:
+        tuple: The batch, None if there is none, and the rows that are left out.
+    """
+    check_batches(batches)
+    rows = sum(len(batch['input_ids']) for batch in batches)
+    used = rows - rows % bag_size if joins_rows else rows
+    if not used or (drops_tail and len(batches) < bag_size):
+        return None, rows
+    merged = merge_batches(batches)
+    if used < rows:
+        merged = {key: value if is_plain(value) else value[:used] for key, value in merged.items()}
+    return merged, rows - used
 
 
 def merge_batches(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

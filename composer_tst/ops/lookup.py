@@ -113,7 +113,7 @@ def swap(table: Any, bags: tuple[Tensor, Tensor | None]) -> None:
     table.__class__ = _LOOKUP_CLASSES[plain]
 
 
-def give_back(table: Any) -> None:
+def swap_back(table: Any) -> None:
     """Leave an embedding as it was."""
     if isinstance(table, BagLookup):
         plain = table.superposed_class
@@ -124,7 +124,7 @@ def give_back(table: Any) -> None:
 def _as_plain(table: BagLookup, call: Callable[[], Any]) -> Any:
     """Do something to a table while it is itself."""
     bags = table.superposed_bags
-    give_back(table)
+    swap_back(table)
     try:
         return call()
     finally:

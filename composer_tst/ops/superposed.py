@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from composer_tst.ops.embedding import NOT_FOR_BAGS
-from composer_tst.ops.lookup import BASE, BagLookup, give_back, swap
+from composer_tst.ops.lookup import BASE, BagLookup, swap, swap_back
 from composer_tst.ops.watch import FirstCall, is_watched, take_stand_ins_off, version_of, watch_again
 
 # What a batch has for the loss and for counting, and a model's forward does not take.
@@ -72,7 +72,7 @@ class superposed:
                 for table in self._tables:
                     swap(table, (self._ids.flatten(0, 1), mask))
             except BaseException:
-                self.abandon()
+                self.restore()
                 raise
         if (self._tables or self._ids.ndim == 2) and not is_watched(self._model, bool(self._tables)):
             self._first_call = FirstCall(self._model, self._given, self._tables)
@@ -80,7 +80,7 @@ class superposed:
         return {'input_ids': self._given, **self._rest}
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
-        self.abandon()
+        self.restore()
         if kind is not None or not self._tables:
             return
         name = type(self._model).__name__
@@ -106,10 +106,10 @@ class superposed:
         """Whether the ids that the model was given were changed in place."""
         return version_of(self._given) != self._version
 
-    def abandon(self) -> None:
+    def restore(self) -> None:
         """Leave the model as it was, wherever the pass has ended."""
         for table in self._tables:
-            give_back(table)
+            swap_back(table)
         if self._first_call is not None:
             self._first_call.take_off()
 
@@ -142,7 +142,7 @@ def find_embedding(model: nn.Module) -> nn.Embedding:
 def restore(model: nn.Module) -> None:
     """Leave a model as it was, wherever a pass has ended, and watch its next one."""
     for module in model.modules():
-        give_back(module)
+        swap_back(module)
     take_stand_ins_off(model)
     watch_again(model)
 

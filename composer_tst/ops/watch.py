@@ -206,7 +206,7 @@ def leaving_no_trace(model: nn.Module, holders: Iterable[Any] = ()) -> Iterator[
             random.setstate(states[0])
             if numpy:
                 numpy.random.set_state(states[1])
-            kept.put_back()
+            kept.restore()
 
 
 class _Kept:
@@ -232,12 +232,12 @@ class _Kept:
         for value in own.values():
             self.note(value)
 
-        def put_back() -> None:
+        def restore() -> None:
             for name in vars(module).keys() - own.keys() - _OF_MODULES:
                 del vars(module)[name]
             vars(module).update(own)
 
-        self._undo.append(put_back)
+        self._undo.append(restore)
 
     def note(self, value: Any) -> None:
         """Note a value that may be changed in place, and all that it holds."""
@@ -258,7 +258,7 @@ class _Kept:
             if not isinstance(value, tuple):
                 self._undo.append(functools.partial(_fill_again, value, copy.copy(value)))
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Have all values as they were."""
         for undo in self._undo:
             undo()

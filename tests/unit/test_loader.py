@@ -28,9 +28,7 @@ def numbers(count: int, **settings: Any) -> DataLoader:
 def bag_loader(
     loader: Iterable, draws: int, joins: bool = True, limit: int | None = None, resumption: Resumption | None = None
 ) -> BagLoader:
-    bags = BagLoader(loader, joins, limit, resumption or Resumption())
-    bags.draws = draws
-    return bags
+    return BagLoader(loader, joins, limit, resumption or Resumption(), lambda step: draws)
 
 
 def drawn(loader: Iterable) -> list[list[int]]:
@@ -41,11 +39,8 @@ def test_a_step_reads_as_many_batches_as_asked_in_order():
     loader = numbers(12)
     assert drawn(bag_loader(loader, 3)) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
     assert drawn(bag_loader(loader, 2, limit=4)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    bags = bag_loader(loader, 3)
-    steps = iter(bags)
-    first = next(steps)['input_ids'][:, 0].tolist()
-    bags.draws = 2
-    assert [first, *drawn(steps)] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9], [10, 11]]
+    bags = BagLoader(loader, True, None, Resumption(), lambda step: 3 if step < 1 else 2)
+    assert drawn(bags) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9], [10, 11]]
     assert bags.drawn == 6
 
 
@@ -182,8 +177,8 @@ def test_a_trainer_that_passes_over_no_step_trains_from_the_beginning_of_the_epo
     bags = bag_loader(numbers(24), 2, resumption=Resumption(3 * steps, steps))
     iterator = iter(bags)
     first = next(iterator)['input_ids'][:, 0].tolist()
-    assert bags.passing_over
-    bags.passing_over = False
+    assert bags.replaying
+    bags.replaying = False
     assert [first, *drawn(iterator)] == [[*range(at, at + 4)] for at in range(0, 24, 4)]
 
 

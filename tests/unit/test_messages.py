@@ -4,10 +4,30 @@ from dataclasses import replace
 
 import pytest
 
-from composer_tst.messages import Course, first_lines, last_line, no_save_folder, unknown_course, warnings_of
+from composer_tst.messages import (
+    data_repeat,
+    first_lines,
+    last_line,
+    no_save_folder,
+    recovery_is_short,
+    unknown_course,
+)
+from composer_tst.schedule import Data, Plan, Stretch
 
 # The quickstart: 3,000 steps of 16 rows of 64, phases of 8, 4 and 2 until 300, 600 and 900.
-QUICKSTART = Course([8, 4, 2], [300, 600, 900], 3000, [8, 4, 2], tokens_a_batch=16 * 64, batches_an_epoch=22000)
+PHASES = [Stretch(8, 300, 2400), Stretch(4, 300, 1200), Stretch(2, 300, 600)]
+QUICKSTART = Plan([Stretch(1, 0, 0), *PHASES, Stretch(1, 2100, 2100)], Data(22000, tokens=16 * 64), epochs=6300 / 22000)
+
+
+def one_phase(superposed: int, plain: int, epoch: int) -> Plan:
+    """A run of bags of 4 over epochs of some loader batches."""
+    read = superposed * 4 + plain
+    return Plan([Stretch(4, superposed, superposed * 4), Stretch(1, plain, plain)], Data(epoch), epochs=read / epoch)
+
+
+def warnings_of(plan: Plan) -> list[str]:
+    """What may be amiss with it."""
+    return [*data_repeat(plan), *recovery_is_short(plan)]
 
 
 def test_the_first_lines_say_what_the_run_is_going_to_do():
@@ -24,7 +44,7 @@ def test_the_first_lines_say_what_the_run_is_going_to_do():
 
 
 def test_what_is_not_known_is_left_out():
-    does, reads, _ = first_lines(replace(QUICKSTART, tokens_a_batch=None, batches_an_epoch=None))
+    does, reads, _ = first_lines(replace(QUICKSTART, data=Data(), epochs=None))
     assert 'bags of 2 for 300 steps; plain tokens' in does
     assert 'data tokens' not in does
     assert reads == 'It reads 2.10 times the data of a plain run of as many steps.'
@@ -33,7 +53,8 @@ def test_what_is_not_known_is_left_out():
 
 
 def test_a_superposition_that_begins_within_a_run_has_plain_steps_before_it():
-    does, reads, _ = first_lines(Course([4], [50], 100, [4], began=20, batches_an_epoch=100))
+    stretches = [Stretch(1, 20, 20), Stretch(4, 30, 120), Stretch(1, 50, 50)]
+    does, reads, _ = first_lines(Plan(stretches, Data(100), epochs=1.9))
     assert does == (
         'Superposition from step 20 to step 50 of 100: plain tokens for 20 steps; bags of 4 for 30 steps; plain tokens '
         'for 50 steps.'
@@ -43,22 +64,21 @@ def test_a_superposition_that_begins_within_a_run_has_plain_steps_before_it():
 
 
 def test_without_more_data_a_run_reads_what_a_plain_one_does():
-    assert (
-        first_lines(Course([4], [30], 100, [1]))[1] == 'It reads 1.00 times the data of a plain run of as many steps.'
-    )
+    plan = Plan([Stretch(4, 30, 30), Stretch(1, 70, 70)], Data())
+    assert first_lines(plan)[1] == 'It reads 1.00 times the data of a plain run of as many steps.'
 
 
 @pytest.mark.parametrize(
     ('changed', 'warning'),
     [
         # 12 batches, bags of 4 for half of 40 steps: (20 * 4 + 20) / 12 = 8.33
-        (Course([4], [20], 40, [4], batches_an_epoch=12), 'The run reads its data 8.3 times (a plain run of these'),
+        (one_phase(20, 20, 12), 'The run reads its data 8.3 times (a plain run of these'),
         # 160 / 159 is more than once and must not be rounded to it
-        (Course([4], [20], 100, [4], batches_an_epoch=159), 'The run reads its data 1.007 times'),
-        (replace(QUICKSTART, total=1799), 'Recovery has 899 of 1,799 steps, less than half'),
+        (one_phase(20, 80, 159), 'The run reads its data 1.007 times'),
+        (replace(QUICKSTART, stretches=[*PHASES, Stretch(1, 899, 899)]), 'Recovery has 899 of 1,799 steps, less'),
     ],
 )  # fmt: skip
-def test_what_may_be_amiss_is_a_warning_with_its_number(changed: Course, warning: str):
+def test_what_may_be_amiss_is_a_warning_with_its_number(changed: Plan, warning: str):
     (found,) = warnings_of(changed)
     assert found.startswith(warning)
 
@@ -66,11 +86,11 @@ def test_what_may_be_amiss_is_a_warning_with_its_number(changed: Course, warning
 @pytest.mark.parametrize(
     'fine',
     [
-        Course([4], [20], 100, [4], batches_an_epoch=160),
-        replace(QUICKSTART, total=1800),
+        one_phase(20, 80, 160),
+        replace(QUICKSTART, stretches=[*PHASES, Stretch(1, 900, 900)]),
     ],
 )
-def test_what_is_just_right_is_none(fine: Course):
+def test_what_is_just_right_is_none(fine: Plan):
     assert warnings_of(fine) == []
 
 

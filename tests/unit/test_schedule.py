@@ -6,16 +6,34 @@ from typing import Any
 import pytest
 from composer.core import Time, Timestamp, TimeUnit
 
-from composer_tst.schedule import Data, Moment, Plan, Progress, Schedule, plan_steps, same, share_of
+from composer_tst.schedule import Data, Plan, Progress, Schedule, plan_steps, same, share_of
 from composer_tst.settings import Phase, Settings
 
 ROWS, LENGTH = 8, 16
 
 
-def walk(untils: list[Time], draws: list[int], max_duration: str, epoch: int, drop_last: bool, joins: bool) -> Plan:
-    """Take one step after another, as the trainer would; the step that each phase ends at, and the steps in all."""
+def as_many(bag_size: int) -> int:
+    """The loader batches that a step reads where bags are of more data."""
+    return bag_size
+
+
+def steps_of(plan: Plan | None) -> tuple[list[int], int]:
+    """The step that each phase ends at, and the steps in all."""
+    assert plan is not None
+    return plan.ends, plan.total
+
+
+def walk(
+    untils: list[Time], draws: list[int], max_duration: str, epoch: int, drop_last: bool, joins: bool
+) -> tuple[list[int], int, list[int]]:
+    """Take one step after another, as the trainer would.
+
+    Returns:
+        tuple: The step that each phase ends at, the steps in all, and the batches that each phase and recovery read.
+    """
     longest = Time.from_timestring(max_duration)
     ends: list[int] = []
+    reads = [0] * (len(untils) + 1)
     step = epochs = drawn = read = 0
 
     def reached(moment: Time) -> bool:
@@ -30,12 +48,13 @@ def walk(untils: list[Time], draws: list[int], max_duration: str, epoch: int, dr
         rows = found * ROWS
         if found and (found == needed or (not drop_last and (not joins or rows >= needed))):
             step, drawn, read = step + 1, drawn + found, read + found
+            reads[len(ends)] += found
             if drawn < epoch:
                 continue
         epochs, drawn = epochs + 1, 0
     while len(ends) < len(untils):
         ends.append(step)
-    return Plan(ends, step)
+    return ends, step, reads
 
 
 @pytest.mark.parametrize('drop_last', [False, True])
@@ -53,8 +72,10 @@ def test_the_plan_is_what_happens_step_by_step(
     moments = [Time.from_timestring(until) for until in untils]
     phases = [Phase(s, moment) for s, moment in zip(draws, moments, strict=True)]
     data = Data(epoch, ROWS, ROWS * LENGTH, uses_tail=not drop_last, joined_rows=ROWS if joins else None)
-    plan = plan_steps(phases, draws, Time.from_timestring(max_duration), data, Moment())
-    assert plan == walk(moments, draws, max_duration, epoch, drop_last, joins)
+    plan = plan_steps(phases, as_many, Time.from_timestring(max_duration), data)
+    assert plan is not None
+    read = [stretch.batches for stretch in plan.stretches]
+    assert (*steps_of(plan), read) == walk(moments, draws, max_duration, epoch, drop_last, joins)
 
 
 @pytest.mark.parametrize(('epoch', 'drop_last'), [(100, True), (100, False), (10, True), (13, True), (13, False)])
@@ -62,10 +83,10 @@ def test_the_plan_is_what_happens_step_by_step(
 def test_a_share_of_epochs_is_one_of_the_steps_they_come_to(share: str, epochs: int, epoch: int, drop_last: bool):
     phases = [Phase(6, Time.from_timestring(share))]
     data = Data(epoch, uses_tail=not drop_last)
-    plan = plan_steps(phases, [6], Time.from_timestring(f'{epochs}ep'), data, Moment())
+    plan = plan_steps(phases, as_many, Time.from_timestring(f'{epochs}ep'), data)
     assert plan is not None
     end = Time(plan.ends[0], TimeUnit.BATCH)
-    assert walk([end], [6], f'{epochs}ep', epoch, drop_last, False) == plan
+    assert walk([end], [6], f'{epochs}ep', epoch, drop_last, False)[:2] == steps_of(plan)
     # Each superposed step takes up to 6 plain ones, so the share can be met to as many.
     assert abs(plan.ends[0] / plan.total - float(share[:-3])) < 6 / plan.total
 
@@ -73,9 +94,9 @@ def test_a_share_of_epochs_is_one_of_the_steps_they_come_to(share: str, epochs: 
 @pytest.mark.parametrize(('max_duration', 'unit'), [('64000tok', 'tok'), ('4000sp', 'sp')])
 def test_a_share_of_data_is_one_of_data(max_duration: str, unit: str):
     phases = [Phase(6, Time.from_timestring('0.3dur'))]
-    plan = plan_steps(phases, [6], Time.from_timestring(max_duration), Data(None, ROWS, ROWS * LENGTH), Moment())
+    plan = plan_steps(phases, as_many, Time.from_timestring(max_duration), Data(None, ROWS, ROWS * LENGTH))
     moment = Time(int(0.3 * int(max_duration[: -len(unit)])), unit)
-    assert plan == walk([moment], [6], max_duration, 10**9, True, False)
+    assert steps_of(plan) == walk([moment], [6], max_duration, 10**9, True, False)[:2]
 
 
 @pytest.mark.parametrize(('share', 'whole', 'part'), [('0.29dur', 100, 29), ('0.57dur', 100, 57), ('0.3dur', 9, 2)])
@@ -86,15 +107,16 @@ def test_a_share_is_exact(share: str, whole: int, part: int):
 def test_there_is_no_plan_where_the_loader_does_not_tell_its_amounts():
     for until in ('1000tok', '1000sp', '3ep'):
         phases = [Phase(4, Time.from_timestring(until))]
-        assert plan_steps(phases, [4], Time.from_timestring('10ba'), Data(), Moment()) is None
+        assert plan_steps(phases, as_many, Time.from_timestring('10ba'), Data()) is None
 
 
 def test_an_epoch_too_short_for_a_step_is_refused():
     phases = [Phase(4, Time.from_timestring('5ba'))]
     for data in (Data(3), Data(3, uses_tail=True, joined_rows=1)):
         with pytest.raises(ValueError, match='The train loader has 3 batches but one superposed step reads 4'):
-            plan_steps(phases, [4], Time.from_timestring('10ba'), data, Moment())
-    assert plan_steps(phases, [4], Time.from_timestring('10ba'), Data(3, uses_tail=True), Moment()) == Plan([5], 10)
+            plan_steps(phases, as_many, Time.from_timestring('10ba'), data)
+    plan = plan_steps(phases, as_many, Time.from_timestring('10ba'), Data(3, uses_tail=True))
+    assert steps_of(plan) == ([5], 10)
 
 
 def schedule_of(*pairs: tuple[int, str], **progress: Any) -> Schedule:
@@ -107,9 +129,8 @@ def place(
 ) -> Plan | None:
     """Fix and check the ends of the phases to come, as a run does when it starts."""
     longest, now = Time.from_timestring(max_duration), now or Timestamp()
-    moment = Moment(int(now.batch), int(now.epoch), int(now.batch_in_epoch), int(now.sample), int(now.token))
-    phases = schedule.phases[len(schedule.progress.ended) :]
-    plan = plan_steps(phases, [phase.bag_size for phase in phases], longest, data or Data(), moment)
+    schedule.progress.drawn = int(now.batch_in_epoch)
+    plan = schedule.plan(longest, data or Data(), now)
     schedule.resolve(longest, plan)
     schedule.check(now, plan, whole)
     return plan
@@ -202,7 +223,7 @@ def test_what_has_begun_is_what_has_taken_a_step():
 def test_a_phase_whose_moment_is_past_is_left_out():
     """Superposition added to a run under way, after 50 plain steps."""
     schedule = schedule_of((4, '40ba'), (2, '60ba'), began=50)
-    assert place(schedule, '200ba', Data(100), at_batch(50)) == Plan([50, 60], 200)
+    assert steps_of(place(schedule, '200ba', Data(100), at_batch(50))) == ([50, 60], 200)
     assert schedule.advance(at_batch(50))
     assert schedule.bag_size == 2
     assert schedule.progress.ended == [50]
@@ -212,11 +233,28 @@ def test_the_plan_of_a_run_under_way_goes_on_from_where_it_stands():
     # 50 plain batches, 10 steps of 4, and of 150 batches worth of tokens 60 are left, in steps of 2.
     schedule = schedule_of((4, '60ba'), (2, f'{150 * 128}tok'), began=50)
     now = Timestamp(batch=50, batch_in_epoch=50, token=50 * 128)
-    assert place(schedule, '200ba', Data(tokens=128), now) == Plan([60, 90], 200)
+    assert steps_of(place(schedule, '200ba', Data(tokens=128), now)) == ([60, 90], 200)
     # Of 2 epochs of 100 batches 50 are read: e - 50 steps of 6 and T - e of one read 150, where e is 0.3 T.
     plan = place(schedule_of((6, '0.3dur'), began=50), '2ep', Data(100), at_batch(50))
-    assert plan == Plan([54], 180)
+    assert steps_of(plan) == ([54], 180)
     assert 50 + 4 * 6 + 126 == 200
+
+
+def test_a_plan_and_what_was_done_before_it_are_the_whole_run():
+    """10 plain steps, 20 of bags of 4, 5 of bags of 2 that has 15 more."""
+    schedule = schedule_of((4, '30ba'), (2, '50ba'), began=10, ended=[30])
+    now = at_batch(35)
+    plan = place(schedule, '100ba', Data(200), now)
+    assert plan is not None
+    assert [(each.bag_size, each.steps, each.batches) for each in plan.stretches] == [(2, 15, 30), (1, 50, 50)]
+    whole = schedule.whole(plan)
+    assert [(each.bag_size, each.steps, each.batches) for each in whole.stretches] == [
+        (1, 10, 10),
+        (4, 20, 80),
+        (2, 20, 40),
+        (1, 50, 50),
+    ]
+    assert steps_of(whole) == ([10, 30, 50], 100)
 
 
 def test_all_that_is_saved_comes_back():

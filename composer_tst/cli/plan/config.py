@@ -30,10 +30,9 @@ class Run:
     expand: str
     weighting: Any
 
-    @property
-    def draws(self) -> list[int]:
-        """Loader batches that one step of each phase reads."""
-        return [phase.bag_size if self.expand != 'none' else 1 for phase in self.phases]
+    def draws(self, bag_size: int) -> int:
+        """Loader batches that one step reads."""
+        return bag_size if self.expand != 'none' else 1
 
 
 def read_run(config: DictConfig) -> Run:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.plan.config import Run
 from composer_tst.cli.plan.model import Model
-from composer_tst.schedule import Data, Moment, Plan, plan_steps
+from composer_tst.schedule import Data, Plan, plan_steps
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ def steps_of(run: Run, rows_in_data: int | None = None) -> Plan | None:
     batches = max(1, rows_in_data // run.rows) if rows_in_data else None
     data = Data(batches, samples=run.rows, tokens=run.rows * run.length)
     try:
-        return plan_steps(run.phases, run.draws, run.max_duration, data, Moment())
+        return plan_steps(run.phases, run.draws, run.max_duration, data)
     except ValueError as error:
         raise CommandError(str(error)) from error
 
 
 def cost_phases(run: Run, model: Model, rows_in_data: int | None) -> list[PhaseCost]:
     """The phases of a run, recovery last."""
-    draws, plan = run.draws, steps_of(run, rows_in_data)
+    plan = steps_of(run, rows_in_data)
     if plan is None:
         raise CommandError('a time is given in epochs, which needs --stats to know the length of one')
     for phase, start, end in zip(run.phases, [0, *plan.ends], plan.ends, strict=False):
@@ -43,9 +43,8 @@ def cost_phases(run: Run, model: Model, rows_in_data: int | None) -> list[PhaseC
                 f'{end} of {plan.total}: give it steps, and leave some for recovery'
             )
     costs = []
-    bags = [(phase.bag_size, drawn) for phase, drawn in zip(run.phases, draws, strict=True)]
-    for (bag, drawn), start, end in zip([*bags, (1, 1)], [0, *plan.ends], [*plan.ends, plan.total], strict=True):
-        rows, length = run.rows, run.length
+    for stretch in plan.stretches:
+        bag, rows, length = stretch.bag_size, run.rows, run.length
         fewest = bag if run.superpose == 'output' else 2 * bag
         if run.expand != 'sequence' and bag > 1 and length < fewest:
             raise CommandError(
@@ -53,11 +52,10 @@ def cost_phases(run: Run, model: Model, rows_in_data: int | None) -> list[PhaseC
                 f'for bags of {bag}: use expand: sequence, a smaller bag_size, or longer rows'
             )
         if bag > 1 and run.superpose != 'output' and run.expand != 'sequence':
-            rows, length = rows * drawn, length // bag
-        steps = end - start
+            rows, length = rows * run.draws(bag), length // bag
         costs.append(
             PhaseCost(
-                bag, steps, steps * drawn * run.rows * run.length, steps * rows * length,
+                bag, stretch.steps, stretch.batches * run.rows * run.length, stretch.steps * rows * length,
                 float(rows * length * model.flops(length)),
             )
         )  # fmt: skip

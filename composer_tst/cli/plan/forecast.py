@@ -61,7 +61,7 @@ def make_plan(config: DictConfig, run: Run, model: Model, data: Data | None, spe
         'share_of_tokens': _share_of_tokens(run),
         'expected': None,
         'measured': [],
-        'remarks': remarks(config, run, costs, data),
+        'remarks': remarks(config, run, data),
     }
     if superposed:
         bag = sum(cost.steps * cost.bag_size for cost in superposed) / sum(cost.steps for cost in superposed)

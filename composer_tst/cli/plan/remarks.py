@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from bisect import bisect_left
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,18 +12,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.plan.config import Run
-from composer_tst.cli.plan.cost import PhaseCost
+from composer_tst.cli.plan.cost import steps_of
 from composer_tst.cli.plan.stats import Data
-from composer_tst.messages import Course, warnings_of
+from composer_tst.messages import recovery_is_short
+from composer_tst.schedule import Plan
 
 
-def remarks(config: DictConfig, run: Run, costs: list[PhaseCost], data: Data | None) -> list[str]:
+def remarks(config: DictConfig, run: Run, data: Data | None) -> list[str]:
     """What training would warn of, but for data that repeat, which a plan says elsewhere."""
-    if not run.phases:
+    plan = steps_of(run, data.rows if data else None)
+    if not run.phases or plan is None:
         return []
-    *ends, total = itertools.accumulate(cost.steps for cost in costs)
-    course = Course([phase.bag_size for phase in run.phases], ends, total, run.draws)
-    return [*_of_the_rate(course.superposed_until, *_turns(config, run, course, data)), *warnings_of(course)]
+    return [*_of_the_rate(plan.ends[-1], *_turns(config, run, plan, data)), *recovery_is_short(plan)]
 
 
 def _of_the_rate(end: int, warmup_ends: int | None, decay_begins: int | None) -> list[str]:
@@ -43,7 +42,7 @@ def _of_the_rate(end: int, warmup_ends: int | None, decay_begins: int | None) ->
     return found
 
 
-def _turns(config: DictConfig, run: Run, course: Course, data: Data | None) -> tuple[int | None, int | None]:
+def _turns(config: DictConfig, run: Run, plan: Plan, data: Data | None) -> tuple[int | None, int | None]:
     from llmfoundry import registry
     from llmfoundry.utils.builders import build_scheduler
 
@@ -57,7 +56,7 @@ def _turns(config: DictConfig, run: Run, course: Course, data: Data | None) -> t
         raise CommandError(f'scheduler: {error}') from error
 
     def rate(step: int) -> float:
-        batches = course.batches_before(step)
+        batches = _batches_before(plan, step)
         now = Timestamp(batch=step, sample=batches * run.rows, token=batches * run.rows * run.length)
         state = SimpleNamespace(
             max_duration=run.max_duration,
@@ -68,11 +67,20 @@ def _turns(config: DictConfig, run: Run, course: Course, data: Data | None) -> t
         return float(scheduler(state))
 
     try:
-        return turns(rate, course.total)
+        return turns(rate, plan.total)
     except (RuntimeError, ValueError) as error:
         if data is None:
             return None, None  # it may need the length of an epoch, which only training knows
         raise CommandError(f'scheduler: {error}') from error
+
+
+def _batches_before(plan: Plan, step: int) -> int:
+    """Loader batches that the steps before this one read."""
+    read = 0
+    for stretch in plan.stretches:
+        done = min(step, stretch.steps)
+        read, step = read + (stretch.batches * done // stretch.steps if done else 0), step - done
+    return read
 
 
 # Steps at which a schedule is asked; between the two nearest to a turn, it is sought.
