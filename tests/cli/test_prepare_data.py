@@ -129,7 +129,9 @@ def test_a_bad_document_ends_the_run_and_nothing_is_visible(corpus: Path, tokeni
     arguments = [corpus, '--output', tmp_path / 'out', '--seq-len', L, '--tokenizer', tokenizer_dir]
     result = prepare(*arguments)
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].startswith(f'error: {corpus}/20.txt: invalid UTF-8 (invalid start byte) (with --skip-bad')
+    assert result.stderr.splitlines()[-1].startswith(
+        f'error: {corpus}/20.txt: invalid UTF-8 (invalid start byte) (with --skip-bad'
+    )
     assert 'Traceback' not in result.output
     assert not list((tmp_path / 'out').glob('*/index.json'))
 

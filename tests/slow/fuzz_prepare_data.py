@@ -36,7 +36,18 @@ from fsspec.asyn import reset_lock
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from composer_tst.cli.prepare_data import command, convert, documents, output, parts, s3, shards, streams, tokenizer
+from composer_tst.cli.prepare_data import (
+    command,
+    convert,
+    documents,
+    output,
+    parts,
+    report,
+    s3,
+    shards,
+    streams,
+    tokenizer,
+)
 
 SPLITS = ['train=1', 'train=0.8,val=0.2', 'val=0.3,train=0.6,a-b=0.1']
 NAMES = ['out', 'out[1]', 'o?t', 'a*b', 'deep/er/out', 'x#y%20z', 'é']
@@ -413,7 +424,7 @@ def fuzz(number: int, minutes: float) -> int:
     deadline = time.monotonic() + 60 * minutes
     count, kinds = 0, dict.fromkeys([*ACTIONS, 'spark'], 0)
     command.parallel = serial  # pyright: ignore
-    command.in_worker = lambda function, *arguments: function(*arguments)
+    command.in_worker = report.in_worker = lambda function, *arguments: function(*arguments)
     output.GRACE, s3.FIRST_PAUSE = 1.0, 0.01
     with tempfile.TemporaryDirectory() as folder, serve() as (url, _), spark_session():
         client = boto3.client('s3', endpoint_url=url)

@@ -14,11 +14,11 @@ from composer_tst.cli.prepare_data.convert import Job, convert, convert_part
 from composer_tst.cli.prepare_data.documents import look
 from composer_tst.cli.prepare_data.errors import told
 from composer_tst.cli.prepare_data.inputs import list_sources, parse_address
-from composer_tst.cli.prepare_data.output import BEGUN, FORMAT, VERSION, Output, begun_with, locked, part_folder
+from composer_tst.cli.prepare_data.output import BEGUN, FORMAT, VERSION, Output, begun_with, locked
 from composer_tst.cli.prepare_data.parts import Settings, parse_splits, plan_parts, sample_texts
-from composer_tst.cli.prepare_data.report import describe, summarize
+from composer_tst.cli.prepare_data.report import describe, finish
 from composer_tst.cli.prepare_data.s3 import is_s3
-from composer_tst.cli.prepare_data.shards import INDEX, LONGEST_ROW, check_options, merge
+from composer_tst.cli.prepare_data.shards import LONGEST_ROW, check_options
 from composer_tst.cli.prepare_data.tokenizer import TextTokenizer, files_of, load_tokenizer
 from composer_tst.cli.prepare_data.tokenizer import train_tokenizer as train
 from composer_tst.cli.prepare_data.workers import in_worker, parallel
@@ -109,34 +109,10 @@ def main(
                 out.verify(records)
             for name, text in files_of(job.tokenizer).items() if not loaded else ():
                 out.publish(text.encode(), TOKENIZER, name)
-            stats = _finish(job, records)
+            stats = finish(job, records)
         saved = f'copy {out.at(TOKENIZER)} here' if is_s3(path) else out.at(TOKENIZER)
         print(describe(stats, left_out, path, tokenizer or saved), flush=True)
 
 
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _finish(job: Job, records: list[dict]) -> dict:
-    """Write what is not a shard, the indexes last; return what there is.
-
-    Raises:
-        CommandError: if there is no row.
-    """
-    indexes = {
-        split: in_worker(merge, some)
-        for split, _ in job.settings.splits
-        if (some := {part_folder(r['part']): i for r in records if (i := r['splits'][split]['index'])})
-    }
-    stats = summarize(job, records, indexes)
-    bad = [line for record in records for line in record['bad']]
-    if not indexes:
-        first = f' (of {len(bad):,} bad documents the first: {bad[0]})' if bad else ''
-        raise CommandError(f'the input is too small: no split fills a row of --seq-len {job.settings.seq_len}{first}')
-    if bad:
-        job.output.publish(''.join(f'{line}\n' for line in bad).encode(), 'bad_documents.txt')
-    job.output.publish(json.dumps(stats, indent=2).encode(), 'stats.json')
-    for split, index in indexes.items():
-        job.output.publish(index.encode(), split, INDEX)
-    return stats

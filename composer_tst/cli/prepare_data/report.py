@@ -1,40 +1,56 @@
-"""The end of a run: what there is, in numbers and in words."""
+"""The end of a run: what is not a shard, and what there is, in numbers and in words."""
 
 import json
 
 import yaml
 
+from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.convert import Job
+from composer_tst.cli.prepare_data.output import part_folder
 from composer_tst.cli.prepare_data.s3 import is_s3
+from composer_tst.cli.prepare_data.shards import INDEX, merge
+from composer_tst.cli.prepare_data.workers import in_worker
 
 
-def summarize(job: Job, records: list[dict], indexes: dict[str, str]) -> dict:
-    """Sum up a data set: what `stats.json` holds.
+def finish(job: Job, records: list[dict]) -> dict:
+    """Write what is not a shard, the index of each split that has rows last; return what `stats.json` holds.
 
-    Args:
-        indexes: the index of each split that has rows.
+    It holds for each split: documents, documents of which some or all tokens were dropped, rows, tokens (in rows),
+    dropped tokens, shards, and bytes (of the shards as stored); and the length of rows, the vocabulary and the bad
+    documents.
 
-    Returns:
-        For each split: documents, documents of which some or all tokens were dropped, rows, tokens (in rows), dropped
-        tokens, shards, and bytes (of the shards as stored); and the length of rows, the vocabulary and the bad
-        documents.
+    Raises:
+        CommandError: if there is no row.
     """
-    splits = {}
+    bad = [line for record in records for line in record['bad']]
+    indexes, splits = {}, {}
     for name, _ in job.settings.splits:
-        counts = [record['splits'][name]['counts'] for record in records]
-        shards = json.loads(indexes[name])['shards'] if name in indexes else []
+        parts = {part_folder(record['part']): record['splits'][name] for record in records}
+        if some := {folder: part['index'] for folder, part in parts.items() if part['index']}:
+            indexes[name] = in_worker(merge, some)
+        shards = json.loads(indexes[name])['shards'] if some else []
+        counts = [part['counts'] for part in parts.values()]
         splits[name] = {
             **{key: sum(count[key] for count in counts) for key in counts[0]},
             'shards': len(shards),
             'bytes': sum((shard['zip_data'] or shard['raw_data'])['bytes'] for shard in shards),
         }
-    return {
+    if not indexes:
+        first = f' (of {len(bad):,} bad documents the first: {bad[0]})' if bad else ''
+        raise CommandError(f'the input is too small: no split fills a row of --seq-len {job.settings.seq_len}{first}')
+    stats = {
         'seq_len': job.settings.seq_len,
         'vocab_size': max(job.tokenizer.backend.get_vocab(with_added_tokens=True).values()) + 1,
         'eos_token_id': job.tokenizer.eos_id,
-        'bad_documents': sum(len(record['bad']) for record in records),
+        'bad_documents': len(bad),
         'splits': splits,
     }
+    if bad:
+        job.output.publish(''.join(f'{line}\n' for line in bad).encode(), 'bad_documents.txt')
+    job.output.publish(json.dumps(stats, indent=2).encode(), 'stats.json')
+    for split, index in indexes.items():
+        job.output.publish(index.encode(), split, INDEX)
+    return stats
 
 
 def describe(stats: dict, left_out: str, path: str, tokenizer: str) -> str:

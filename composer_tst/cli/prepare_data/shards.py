@@ -53,14 +53,15 @@ def check_options(settings: Settings) -> None:
     Raises:
         CommandError: if the compression or a hash is unknown.
     """
-    compressions, hashes = streaming('compression').get_compressions(), streaming('hashing').get_hashes()
-    for option, given, known in (
-        ('--compression', [settings.compression] if settings.compression else [], compressions),
-        ('--hashes', settings.hashes, hashes),
-    ):
-        for name in set(given) - known:
-            there = ', '.join(sorted({each.partition(':')[0] for each in known}))
-            raise CommandError(f'{option} {name}: there are {there}')
+    known = {
+        '--compression': streaming('compression').get_compressions(),
+        '--hashes': streaming('hashing').get_hashes(),
+    }
+    given = {'--compression': {settings.compression} - {None}, '--hashes': set(settings.hashes)}
+    for option, names in given.items():
+        for name in names - known[option]:
+            there = sorted({each.partition(':')[0] for each in known[option]})
+            raise CommandError(f'{option} {name}: there are {", ".join(there)}')
 
 
 class RowWriter:
