@@ -141,17 +141,12 @@ class Output:
         files = {path: file for record in records for path, file in _files_of(record).items()}
         total = sum(size for size, _ in files.values())
         with progress(total, 'bytes', 'verify', delay=5, unit_scale=True) as bar, ThreadPoolExecutor() as pool:
-            for (path, (size, digest)), found in zip(files.items(), pool.map(self._digest, files), strict=True):
+            digests = pool.map(lambda path: sha256(self.read(path) or b'').hexdigest(), files)
+            for (path, (size, digest)), found in zip(files.items(), digests, strict=True):
                 if found != digest:
-                    problem = 'does not hold what was written (by its sha256)' if found else 'is not there'
-                    raise CommandError(
-                        f'verify: {self.at(path)} {problem}: move it away, and the same command makes it anew'
-                    )
+                    advice = 'move it away, and the same command makes it anew'
+                    raise CommandError(f'verify: {self.at(path)} is gone or does not hold what was written: {advice}')
                 bar.update(size)
-
-    def _digest(self, path: str) -> str:
-        data = self.read(path)
-        return '' if data is None else sha256(data).hexdigest()
 
 
 def part_folder(number: int) -> str:

@@ -88,13 +88,10 @@ def asked(action: str, path: str, call: Callable[[], T]) -> T:
         except FileExpired as error:
             raise changed(path) from error
         except Exception as error:  # of s3fs, aiobotocore, aiohttp, asyncio
-            if isinstance(error, (PermissionError, ValueError)):
-                raise CommandError(f'cannot {action} {path}: {reason(error)}') from error
-            if tries == TRIES:
-                raise CommandError(
-                    f'cannot {action} {path}: {reason(error)}, {TRIES} times; when it can be reached, the same command '
-                    'goes on from here'
-                ) from error
+            is_refused = isinstance(error, (PermissionError, ValueError))
+            if is_refused or tries == TRIES:
+                again = f', {TRIES} times; when it can be reached, the same command goes on from here'
+                raise CommandError(f'cannot {action} {path}: {reason(error)}{"" if is_refused else again}') from error
         time.sleep(pause)
         tries, pause = tries + 1, pause * 2
 
