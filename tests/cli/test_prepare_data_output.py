@@ -22,7 +22,7 @@ from common.preparing import (
     write_jsonl,
 )
 
-from composer_tst.cli.prepare_data import output, parts, run, tokenizer
+from composer_tst.cli.prepare_data import command, output, parts, tokenizer
 
 pytest_plugins = ['common.preparing_fixtures']
 
@@ -175,7 +175,7 @@ def test_other_inputs_or_settings_are_refused_by_name(
         change = [write_jsonl(tmp_path / 'b.jsonl', TEXTS)]
     sentence = refuse(*common, *change, '--output', f'{place.root}/out')
     assert f'out was begun with another {named}' in sentence
-    assert 'name another output' in sentence
+    assert 'make it anew with another --output' in sentence
     assert place.files() == before
 
 
@@ -218,10 +218,10 @@ def test_other_versions_are_refused_by_name(
     succeed(*common, '--output', f'{place.root}/out')
     here = importlib.metadata.version('tokenizers')
     real = importlib.metadata.version
-    monkeypatch.setattr(run, 'version', lambda name: '9.9' if name == 'tokenizers' else real(name))
+    monkeypatch.setattr(command, 'version', lambda name: '9.9' if name == 'tokenizers' else real(name))
     sentence = refuse(*common, '--output', f'{place.root}/out', '--verify')
     assert f'was begun with another version of tokenizers ({here}, now 9.9)' in sentence
-    assert 'run with the same, or name another output' in sentence
+    assert 'run with the same, or make it anew with another --output' in sentence
 
 
 def test_what_a_refused_run_only_began_is_taken_up_by_the_corrected_command(
@@ -250,8 +250,10 @@ def test_an_output_of_the_older_command_is_refused_with_what_to_do(place: Folder
     before = place.files()
     for more in ([], ['--verify']):
         sentence = refuse(*common, '--output', f'{place.root}/out', *more)
-        assert 'was made by an earlier version of this command: training reads it as it is; to verify it' in sentence
-        assert 'make it anew with the same command and another --output' in sentence
+        assert sentence.endswith(
+            f'out was begun with another version of this program (earlier, now {output.FORMAT}): run with the same, or '
+            'make it anew with another --output'
+        )
     assert place.files() == before
 
 
@@ -270,7 +272,7 @@ def test_a_disk_without_locks_is_said_and_the_run_goes_on(
 
     monkeypatch.setattr('fcntl.flock', refused)
     result = succeed(*common, '--output', tmp_path / 'out')
-    assert f'the disk of {tmp_path}/out has no locks: see to it that no second run writes there' in result.stderr
+    assert f'there is no lock on {tmp_path}/out (No locks available): see to it that no second run' in result.stderr
 
 
 def test_an_object_that_marks_the_folder_is_no_reason_to_refuse(place: Folder | Bucket, common: list[object]):
@@ -282,14 +284,14 @@ def test_an_object_that_marks_the_folder_is_no_reason_to_refuse(place: Folder | 
 
 
 def test_a_screen_that_cannot_be_written_to_is_no_fault_of_the_program(common: list[object], tmp_path: Path):
-    command = [*COMMAND, *map(str, common), '--output', str(tmp_path / 'out')]
+    line = [*COMMAND, *map(str, common), '--output', str(tmp_path / 'out')]
     with open('/dev/full', 'w') as full:
-        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        result = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith('error: cannot write to the screen what was done, which is whole')
+    assert result.stderr.splitlines()[-1].startswith('error: No space left on device')
     assert (tmp_path / 'out' / 'train' / 'index.json').exists()
     # Without any stderr, as of a service.
-    result = subprocess.run(['bash', '-c', '"$@" 2>&-', '_', *command[:-1], str(tmp_path / 'again')])
+    result = subprocess.run(['bash', '-c', '"$@" 2>&-', '_', *line[:-1], str(tmp_path / 'again')])
     assert result.returncode == 0
     assert (tmp_path / 'again' / 'train' / 'index.json').exists()
 
@@ -297,13 +299,13 @@ def test_a_screen_that_cannot_be_written_to_is_no_fault_of_the_program(common: l
 @pytest.mark.parametrize(
     ('name', 'value', 'said'),
     [
-        ('S3_ENDPOINT_URL', 'localhost:9000', 'cannot use s3://bucket/out: Invalid endpoint: localhost:9000'),
-        ('AWS_MAX_ATTEMPTS', 'x', 'cannot use s3://bucket/out: '),
+        ('S3_ENDPOINT_URL', 'localhost:9000', 'cannot list s3://bucket/out/: Invalid endpoint: localhost:9000'),
+        ('AWS_MAX_ATTEMPTS', 'x', 'cannot list s3://bucket/out/: '),
     ],
 )
 def test_an_odd_environment_gets_one_sentence(name: str, value: str, said: str, common: list[object], tmp_path: Path):
-    command = [*COMMAND, *map(str, common), '--output', 's3://bucket/out']
-    result = subprocess.run(command, env=os.environ | {name: value}, capture_output=True, text=True)
+    line = [*COMMAND, *map(str, common), '--output', 's3://bucket/out']
+    result = subprocess.run(line, env=os.environ | {name: value}, capture_output=True, text=True)
     assert result.returncode == 1
     assert 'Traceback' not in result.stderr
     assert said in result.stderr.splitlines()[-1]

@@ -6,7 +6,6 @@ import bz2
 import codecs
 import errno
 import gzip
-import hashlib
 import io
 import json
 import lzma
@@ -24,7 +23,7 @@ import zstandard
 from common.preparing import make_text, refuse, source, sources_of, succeed, write_jsonl
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data import documents, parts, streams
+from composer_tst.cli.prepare_data import documents, errors, parts, streams
 
 pytest_plugins = ['common.preparing_fixtures']
 
@@ -116,17 +115,17 @@ GOOD = b'{"text": "good"}\n'
         ('a.txt', b'', 'a.txt: empty document'),
         ('a.jsonl', GOOD + b'{"text": "caf\xe9"}\n', 'a.jsonl, line 2: invalid UTF-8'),
         ('a.jsonl', GOOD * 2 + b'{"text": "x"\n', 'a.jsonl, line 3: malformed JSON'),
-        ('a.jsonl', GOOD + b'["text"]\n', 'a.jsonl, line 2: not a JSON object'),
+        ('a.jsonl', GOOD + b'["text"]\n', 'a.jsonl, line 2: a JSON array, not an object'),
         ('a.jsonl', GOOD + b'\n{"body": "x"}\n', 'a.jsonl, line 3: no text in "text"'),
         ('a.jsonl', GOOD + b'{"text": 3}\n', 'a.jsonl, line 2: "text" is not a string'),
         ('a.jsonl', GOOD + b'{"text": ""}\n', 'a.jsonl, line 2: empty document'),
-        ('a.jsonl', GOOD + b'{"text": "\\ud800"}\n', 'a.jsonl, line 2: invalid Unicode'),
+        ('a.jsonl', GOOD + b'{"text": "\\ud800"}\n', 'a.jsonl, line 2: invalid UTF-8 (surrogates not allowed)'),
         ('a.txt', 'UTF-16'.encode('utf-16-le'), 'a.txt: NUL bytes, as in UTF-16'),
         ('a.txt', codecs.BOM_UTF8, 'a.txt: empty document'),
         ('a.jsonl', GOOD + 'x'.encode('utf-16-le'), 'a.jsonl, line 2: malformed JSON'),
         ('a.jsonl', GOOD + b'{"id": 1, "body": "x"}\n', 'a.jsonl, line 2: no text in "text" (its fields: id, body)'),
-        ('a.json', b'[{"text": "x"}, {"text": "y"}]', 'a.json, line 1: the file is one array, not lines'),
-        ('a.json', b'[\n', 'a.json, line 1: the file is one array over several lines'),
+        ('a.json', b'[{"text": "x"}, {"text": "y"}]', 'a.json, line 1: a JSON array, not an object'),
+        ('a.json', b'[\n', 'a.json, line 1: a JSON array, not an object'),
         ('a.json', GOOD + b'{\n', 'a.json, line 2: malformed JSON'),
         ('a.txt.gz', b'', 'a.txt.gz: damaged gzip data (an empty file)'),
         ('a.jsonl.zst', b'', 'a.jsonl.zst: damaged zstd data (an empty file)'),
@@ -150,8 +149,8 @@ GOOD = b'{"text": "good"}\n'
 def test_bad_documents_stop_with_one_sentence_or_are_counted(tmp_path: Path, name: str, data: bytes, message: str):
     (tmp_path / name).write_bytes(data)
     read = list(documents.read_documents(documents.Piece(source(tmp_path / name)), 'text'))
-    (bad,) = [document for document in read if isinstance(document, documents.BadDocument)]
-    assert f'{bad.where}: {bad.why}'.startswith(f'{tmp_path}/{message}')
+    (bad,) = [document for document in read if isinstance(document, errors.BadDocument)]
+    assert str(bad).startswith(f'{tmp_path}/{message}')
 
 
 def test_how_much_of_a_piece_has_been_read(tmp_path: Path):
@@ -211,22 +210,19 @@ def damaged_parquet(texts: list[str]) -> bytes:
     return bytes(data)
 
 
-def test_damage_in_parquet_is_seen_by_its_checksum_and_costs_one_row_group(tmp_path: Path):
+def test_damage_in_parquet_is_seen_by_its_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(documents, 'BATCH_ROWS', 2)
     texts = [f'text number {number}' for number in range(12)]
     (tmp_path / 'a.parquet').write_bytes(damaged_parquet(texts))
-    read = list(documents.read_documents(documents.Piece(source(tmp_path / 'a.parquet')), 'text'))
-    assert [document.text for document in read if isinstance(document, documents.Document)] == [
-        *texts[:4], *texts[8:],
-    ]  # fmt: skip
-    (bad,) = [document for document in read if isinstance(document, documents.BadDocument)]
-    assert str(bad).startswith(f'{tmp_path}/a.parquet, rows 5 to 8: damaged parquet data (')
+    *read, bad = documents.read_documents(documents.Piece(source(tmp_path / 'a.parquet')), 'text')
+    assert [document.text for document in read] == texts[:4]
+    assert str(bad).startswith(f'{tmp_path}/a.parquet: damaged parquet data (')
 
 
 def test_a_mark_before_text_is_no_text(tmp_path: Path):
     (tmp_path / 'a.txt').write_bytes(codecs.BOM_UTF8 + b'text')
     (document,) = documents.read_documents(documents.Piece(source(tmp_path / 'a.txt')), 'text')
     assert document.text == 'text'
-    assert document.digest == hashlib.blake2b(b'text', digest_size=8).digest()
 
 
 # What is searched
@@ -376,8 +372,8 @@ def test_what_spark_leaves_and_hidden_files_are_left_out_and_said(
     [
         ('a.jsonl', b'{"id": 1, "content": "x"}\n' * 2, 'line 1: no text in "text" (its fields: id, content): name'),
         ('a.parquet', parquet_bytes(['x']).replace(b'text', b'body'), '(its columns: id, body): name the one'),
-        ('a.json', json.dumps([{'text': 'x'}]).encode(), "one array, not lines: make lines of it, as with: jq -c"),
-        ('a.json', json.dumps([{'text': 'x'}], indent=2).encode(), 'one array over several lines: make lines of it'),
+        ('a.json', json.dumps([{'text': 'x'}]).encode(), "if the file is one array, make lines of it, as with: jq -c"),
+        ('a.json', json.dumps([{'text': 'x'}], indent=2).encode(), 'if the file is one array, make lines of it'),
     ],
 )  # fmt: skip
 def test_the_first_documents_are_looked_at_before_anything_is_begun(
@@ -403,7 +399,8 @@ def test_names_that_are_no_utf8_are_read_and_written_down(tmp_path: Path, tokeni
     common = [tmp_path / '*.txt', '--seq-len', 4, '--tokenizer', tokenizer_dir, '--output', tmp_path / 'out']
     assert refuse(*common).startswith(f'{tmp_path}/bad\\udcff.txt: invalid UTF-8')
     succeed(*common, '--skip-bad')
-    assert (tmp_path / 'out' / 'bad_documents.txt').read_text() == f'{tmp_path}/bad\\udcff.txt: invalid UTF-8\n'
+    said = f'{tmp_path}/bad\\udcff.txt: invalid UTF-8 (invalid start byte)\n'
+    assert (tmp_path / 'out' / 'bad_documents.txt').read_text() == said
     assert json.loads((tmp_path / 'out' / 'stats.json').read_text())['splits']['train']['documents'] == 2
 
 
@@ -411,7 +408,7 @@ def test_inputs_that_are_all_bad_are_not_called_too_small(tmp_path: Path, tokeni
     (tmp_path / 'a.jsonl').write_bytes(b'oops\n' * 2)
     common = ['--seq-len', 1, '--tokenizer', tokenizer_dir, '--output', tmp_path / 'out', '--skip-bad']
     sentence = refuse(tmp_path / 'a.jsonl', *common)
-    assert f'(0 documents and 2 bad ones, the first: {tmp_path}/a.jsonl, line 1: malformed JSON' in sentence
+    assert f'(of 2 bad documents the first: {tmp_path}/a.jsonl, line 1: malformed JSON)' in sentence
 
 
 @pytest.mark.parametrize('grown', ['a.txt', 'a.jsonl', 'a.parquet'])
@@ -457,7 +454,7 @@ def read(path: Path) -> tuple[list[str], list[str]]:
     """The documents of a file, and what is bad of it."""
     found = list(documents.read_documents(documents.Piece(source(path)), 'text'))
     good = [document.text for document in found if isinstance(document, documents.Document)]
-    return good, [document.why for document in found if isinstance(document, documents.BadDocument)]
+    return good, [document.why for document in found if isinstance(document, errors.BadDocument)]
 
 
 MEMBERS = [b''.join(b'{"text": "%d in %d"}\n' % (line, member) for line in range(50)) for member in range(3)]

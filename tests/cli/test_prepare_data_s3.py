@@ -25,7 +25,7 @@ from composer.utils.object_store import S3ObjectStore
 from llmfoundry.command_utils import train_from_yaml
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data import documents, output, parts, s3, streams, tokenizer
+from composer_tst.cli.prepare_data import documents, parts, s3, streams, tokenizer
 
 pytestmark = pytest.mark.streaming
 
@@ -320,22 +320,6 @@ def test_two_runs_at_once_of_which_one_is_stopped_and_continued_make_one_data_se
     assert len(read_rows(tmp_path / 'train')) == json.loads(made['stats.json'])['splits']['train']['rows']
 
 
-def test_many_records_are_read_at_once_without_a_warning(client: Any, caplog: pytest.LogCaptureFixture):
-    out = output.Output(f's3://{BUCKET}/many', '')
-    for number in range(50):
-        out.record(output.part_record(number), {'part': number, 'splits': {}})
-    assert len(out.part_records(50, ['train'])) == 50
-    assert not caplog.records
-
-
-def test_lines_from_a_bucket_come_fast(client: Any):
-    """Once, each line copied all that was fetched: 8 MB for each of these lines would take minutes."""
-    put_jsonl(client, 'many.jsonl', ['line'] * 200_000)
-    start = time.monotonic()
-    assert len(texts_of(f's3://{BUCKET}/many.jsonl')) == 200_000
-    assert time.monotonic() - start < 300
-
-
 def test_a_bucket_that_is_not_there_gets_one_sentence(client: Any, tokenizer_dir: str):
     put_jsonl(client, 'one/a.jsonl', TEXTS)
     options = ['--tokenizer', tokenizer_dir, '--seq-len', L, '--text-key', 'body']
@@ -345,9 +329,10 @@ def test_a_bucket_that_is_not_there_gets_one_sentence(client: Any, tokenizer_dir
     ):
         result = prepare(*arguments, *options)
         assert result.exit_code == 1
-        assert 'there is no bucket nowhere' in result.stderr.splitlines()[-1]
+        assert 's3://nowhere/' in result.stderr.splitlines()[-1]
+        assert 'there is no bucket of this name' in result.stderr.splitlines()[-1]
     result = prepare(f's3://{BUCKET}/nothing', '--output', f's3://{BUCKET}/out', *options)
-    assert result.stderr.splitlines()[-1] == f'error: no input: s3://{BUCKET}/nothing matches no file'
+    assert result.stderr.splitlines()[-1] == f'error: no input: s3://{BUCKET}/nothing is not there'
 
 
 @contextmanager
@@ -374,8 +359,9 @@ def test_refused_credentials_get_one_sentence(s3_server: str, client: Any, token
     with credentials_checked(s3_server):
         result = prepare(f's3://{BUCKET}/secret', '--output', tmp_path / 'out', *options)
         assert result.exit_code == 1
-        assert result.stderr.splitlines()[-1] == f'error: cannot use s3://{BUCKET}/secret: Forbidden'
+        assert result.stderr.splitlines()[-1].startswith(f'error: cannot list s3://{BUCKET}/secret: ')
         result = prepare(tmp_path / 'a.txt', '--output', f's3://{BUCKET}/out', *options)
         assert result.exit_code == 1
-        assert result.stderr.splitlines()[-1] == f'error: cannot use s3://{BUCKET}/out: Forbidden'
+        assert result.stderr.splitlines()[-1].startswith(f'error: cannot list s3://{BUCKET}/out/: ')
+        assert ' times' not in result.stderr
     assert not os.path.exists(tmp_path / 'out')

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from typer.testing import CliRunner, Result
 
-from composer_tst.cli.prepare_data import inputs, parts, run, shards, tokenizer, workers
-from composer_tst.cli.prepare_data.command import app
+from composer_tst.cli.prepare_data import command, inputs, parts, shards, tokenizer, workers
 
 if __name__ != '__main__':
     # Tests want a worker at once; a single run imports this in the one worker that needs it.
@@ -39,7 +38,7 @@ TEXTS = [make_text(number) for number in range(40)]
 
 def prepare(*arguments: object) -> Result:
     """Run the command."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(command.app, [str(argument) for argument in arguments])
 
 
 def succeed(*arguments: object) -> Result:
@@ -61,14 +60,14 @@ def refuse(*arguments: object) -> str:
 
 def prepare_until_killed(*arguments: object) -> None:
     """Run the command in a process that dies by SIGKILL when three of its parts are finished."""
-    command = [sys.executable, __file__, str(parts.PART_BYTES), *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True)
+    dying = [sys.executable, __file__, str(parts.PART_BYTES), *map(str, arguments)]
+    run = subprocess.run(dying, capture_output=True, text=True)
     assert run.returncode == -signal.SIGKILL, run.stdout + run.stderr
 
 
 def _prepare_and_die(arguments: list[str]) -> None:
     parts.PART_BYTES = int(arguments[0])
-    parallel = run.parallel
+    parallel = command.parallel
 
     def dying(*args: Any) -> Iterator[Any]:
         for done, result in enumerate(parallel(*args), 1):
@@ -76,8 +75,8 @@ def _prepare_and_die(arguments: list[str]) -> None:
             if done == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    run.parallel = dying
-    app(arguments[1:])
+    command.parallel = dying
+    command.app(arguments[1:])
 
 
 def sources_of(*given: object, form: str = '') -> list[inputs.Source]:

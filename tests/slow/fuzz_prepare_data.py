@@ -37,12 +37,12 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from composer_tst.cli.prepare_data import (
+    command,
     convert,
     documents,
     output,
     parts,
     report,
-    run,
     s3,
     shards,
     streams,
@@ -77,6 +77,11 @@ ACTIONS = [
     'alter',
     'bad record',
 ]
+
+
+def shards_of(index: str) -> list[dict[str, Any]]:
+    """What the index of a part says of its shards; of no rows it is empty."""
+    return json.loads(index)['shards'] if index else []
 
 
 class Killed(Exception):
@@ -329,13 +334,13 @@ class Attack:
             number = record['part']
             bad += record['bad']
             for split in names:
-                count = record['counts'][split]
                 read: list[int] = []
-                made = record['splits'].get(split, {'files': {}, 'index': '{"shards": []}'})
+                made = record['splits'][split]
+                count = made['counts']
                 for file, (size, digest) in made['files'].items():
                     data = own[f'{split}/{number:05}/{file}']
                     assert (len(data), hashlib.sha256(data).hexdigest()) == (size, digest)
-                for entry in json.loads(made['index'])['shards']:
+                for entry in shards_of(made['index']):
                     rows = read_shard(own[f'{split}/{number:05}/{stored(entry)}'], entry)
                     assert rows.shape == (entry['samples'], self.seq_len)
                     read += rows.ravel().tolist()
@@ -362,8 +367,7 @@ class Attack:
             entries = []
             for name in sorted(name for name in own if name.startswith('.records/part.')):
                 record = json.loads(own[name])
-                made = record['splits'].get(split, {'index': '{"shards": []}'})
-                for entry in json.loads(made['index'])['shards']:
+                for entry in shards_of(record['splits'][split]['index']):
                     for kind in ('raw_data', 'zip_data'):
                         if entry[kind]:
                             entry[kind]['basename'] = f'{record["part"]:05}/{entry[kind]["basename"]}'
@@ -419,8 +423,8 @@ def fuzz(number: int, minutes: float) -> int:
     """Attack for some minutes; return how many examples held."""
     deadline = time.monotonic() + 60 * minutes
     count, kinds = 0, dict.fromkeys([*ACTIONS, 'spark'], 0)
-    run.parallel = report.parallel = serial  # pyright: ignore
-    run.in_worker = lambda function, *arguments: function(*arguments)
+    command.parallel = serial  # pyright: ignore
+    command.in_worker = report.in_worker = lambda function, *arguments: function(*arguments)
     output.GRACE, s3.FIRST_PAUSE = 1.0, 0.01
     with tempfile.TemporaryDirectory() as folder, serve() as (url, _), spark_session():
         client = boto3.client('s3', endpoint_url=url)

@@ -4,17 +4,27 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import typer
+
 from composer_tst.cli.main import CommandError
 
 
-class ChangedError(CommandError):
-    """An input that is no longer what was listed."""
+class BadDocument(Exception):
+    """Why something that should have been a document is none, the cure if it is wrong with all of a file, and where."""
 
-    def __init__(self, path: str):
-        super().__init__(
-            f'{path} changed after it was listed: give it time to be complete, then name another output, '
-            'since this one was begun with the file as it was'
-        )
+    def __init__(self, why: str, cure: str = ''):
+        self.why, self.cure, self.where = why, cure, ''
+
+    def __str__(self) -> str:
+        return shown(f'{self.where}: {self.why}')
+
+
+def changed(path: str) -> CommandError:
+    """An input is no longer what was listed."""
+    return CommandError(
+        f'{path} changed after it was listed: give it time to be complete, then name another output, '
+        'since this one was begun with the file as it was'
+    )
 
 
 def shown(text: str) -> str:
@@ -30,9 +40,29 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def explained(action: str, path: str) -> Iterator[None]:
-    """Turn a failure of the disk into a sentence: cannot {action} {path}: no such file."""
+def naming(path: str) -> Iterator[None]:
+    """Have a failure of the disk name what it concerns, as that of a full one does not by itself."""
     try:
         yield
     except OSError as error:
-        raise CommandError(f'cannot {action} {path}: {reason(error)}') from error
+        if error.errno is not None and not error.filename:
+            error.filename = path
+        raise
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """End the command with a sentence where it fails."""
+    try:
+        yield
+        return
+    except KeyboardInterrupt:
+        typer.echo('interrupted: the same command goes on from here', err=True)
+        raise typer.Exit(130) from None
+    except CommandError as error:
+        sentence = str(error)
+    except OSError as error:
+        what = f'cannot use {error.filename}: ' if error.filename else ''
+        sentence = f'{what}{reason(error)}: mend that, and the same command goes on from here'
+    typer.echo(f'error: {shown(sentence)}', err=True)
+    raise typer.Exit(1)

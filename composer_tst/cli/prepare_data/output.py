@@ -7,7 +7,6 @@ set, comes last. Nothing but records is replaced, and nothing outside `scratch` 
 """
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -17,20 +16,25 @@ import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data import s3
-from composer_tst.cli.prepare_data.errors import explained, shown
+from composer_tst.cli.prepare_data.errors import naming, reason, shown
 from composer_tst.cli.prepare_data.s3 import is_s3
+from composer_tst.cli.progress_bar import progress
 
 RECORDS = '.records'
 BEGUN = 'begun.json'
+# Changes whenever the same arguments would make other rows or records than before, and is kept as:
+FORMAT = 5
+VERSION = 'version of this program'
 # What the making of a file system leaves in it.
 LOST_AND_FOUND = 'lost+found'
-# How many records are read at once from a bucket.
+# How many files are read at once.
 THREADS = 32
 # Workers of a run that was killed need a moment to see it, in seconds.
 GRACE = 3.0
@@ -77,10 +81,12 @@ class Output:
         if is_s3(path):
             s3.write(path, data)
             return
-        with explained('write', path):
+        with naming(path):
             new = os.path.join(self.scratch, uuid.uuid4().hex)
             with open(new, 'wb') as file:
                 file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             _move(new, path)
 
     def publish(self, data: bytes, *parts: str) -> None:
@@ -115,7 +121,7 @@ class Output:
         """The records of finished parts all of whose files are there, by the number of the part."""
         there = self.sizes(RECORDS)
         numbers = [number for number in range(parts) if part_record(number) in there]
-        found = {split: self.sizes(split) for split in splits}
+        found = {f'{split}/{path}': size for split in splits for path, size in self.sizes(split).items()}
         # Many at once: thousands of requests to S3, one after another, would take minutes.
         with ThreadPoolExecutor(THREADS) as pool:
             records = pool.map(lambda number: self.recorded(part_record(number)), numbers)
@@ -123,12 +129,24 @@ class Output:
             number: record
             for number, record in zip(numbers, records, strict=True)
             if record.get('part') == number
-            and all(
-                found[split].get(f'{part_folder(number)}/{name}') == size
-                for split, made in record['splits'].items()
-                for name, (size, _) in made['files'].items()
-            )
+            and all(found.get(path) == size for path, (size, _) in _files_of(record).items())
         }
+
+    def verify(self, records: list[dict]) -> None:
+        """Read every file back and compare it with its record.
+
+        Raises:
+            CommandError: at the first file that is missing, damaged, or holds something else.
+        """
+        files = {path: file for record in records for path, file in _files_of(record).items()}
+        total = sum(size for size, _ in files.values())
+        with progress(total, 'bytes', 'verify', delay=5, unit_scale=True) as bar, ThreadPoolExecutor() as pool:
+            digests = pool.map(lambda path: sha256(self.read(path) or b'').hexdigest(), files)
+            for (path, (size, digest)), found in zip(files.items(), digests, strict=True):
+                if found != digest:
+                    advice = 'move it away, and the same command makes it anew'
+                    raise CommandError(f'verify: {self.at(path)} is gone or does not hold what was written: {advice}')
+                bar.update(size)
 
 
 def part_folder(number: int) -> str:
@@ -139,6 +157,15 @@ def part_folder(number: int) -> str:
 def part_record(number: int) -> str:
     """The name of the record of a part."""
     return f'part.{number:05}.json'
+
+
+def _files_of(record: dict[str, Any]) -> dict[str, tuple[int, str]]:
+    """The size and the digest of each file of a part, by its path in the output."""
+    return {
+        f'{split}/{part_folder(record["part"])}/{name}': file
+        for split, made in record['splits'].items()
+        for name, file in made['files'].items()
+    }
 
 
 def begun_with(output: Output, fingerprint: dict[str, Any]) -> dict[str, Any]:
@@ -154,32 +181,27 @@ def begun_with(output: Output, fingerprint: dict[str, Any]) -> dict[str, Any]:
         CommandError: if the output holds anything of others, or was begun with another fingerprint.
     """
     if is_s3(output.path):
-        s3.check_bucket(output.path)
         names = {path.split('/')[0] for path in output.sizes() if path}
-    elif os.path.lexists(output.path) and not os.path.isdir(output.path):
-        raise CommandError(f'output {output.path} exists and is no folder: name another')
     else:
-        names = set(os.listdir(output.path)) if os.path.isdir(output.path) else set()
+        names = set(os.listdir(output.path)) if os.path.lexists(output.path) else set()
     visible = sorted(name for name in names if not name.startswith('.') and name != LOST_AND_FOUND)
     begun = output.recorded(BEGUN)
-    if begun and 'with' not in begun:
-        raise CommandError(
-            f'{output.path} was made by an earlier version of this command: training reads it as it is; to verify it '
-            'or go on with it, make it anew with the same command and another --output'
-        )
     if visible and not begun:
         raise CommandError(
             f'output {output.path} holds {shown(visible[0])} and was not begun by this command: '
             'name an empty or a new folder'
         )
+    before = begun.get('with', {VERSION: 'earlier'})
     changed = [
-        key + (f' ({begun["with"].get(key)}, now {value})' if key.startswith('version') else '')
+        key + (f' ({before.get(key)}, now {value})' if key.startswith('version') else '')
         for key, value in json.loads(json.dumps(fingerprint)).items()
-        if begun and begun['with'].get(key) != value
+        if begun and before.get(key) != value
     ]
     if changed and (visible or any(name.startswith('part.') for name in output.sizes(RECORDS))):
+        # What another version recorded cannot be compared.
+        another = ' and '.join(changed if before.get(VERSION) == FORMAT else changed[:1])
         raise CommandError(
-            f'{output.path} was begun with another {" and ".join(changed)}: run with the same, or name another output'
+            f'{output.path} was begun with another {another}: run with the same, or make it anew with another --output'
         )
     return {} if changed else begun
 
@@ -198,21 +220,20 @@ def locked(path: str) -> Iterator[Output]:
             yield Output(path, scratch)
         return
     scratch = os.path.join(path, RECORDS, 'scratch')
-    with explained('write', path):
-        os.makedirs(os.path.dirname(scratch), exist_ok=True)
+    os.makedirs(os.path.dirname(scratch), exist_ok=True)
     lock = FileLock(os.path.join(path, RECORDS, 'lock'), timeout=GRACE)
     try:
         lock.acquire()
     except Timeout as error:
         raise CommandError(f'another run is writing to {path}: wait for its end, or name another output') from error
     except (OSError, NotImplementedError) as error:
-        if getattr(error, 'errno', None) not in (None, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
+        if isinstance(error, PermissionError):
             raise
-        print(f'the disk of {shown(path)} has no locks: see to it that no second run writes there', file=sys.stderr)
+        no_lock = f'there is no lock on {shown(path)} ({reason(error)})'
+        print(f'{no_lock}: see to it that no second run writes there', file=sys.stderr)
     try:
-        with explained('write', scratch):
-            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-            os.makedirs(scratch, exist_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+        os.makedirs(scratch, exist_ok=True)
         yield Output(path, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -222,10 +243,7 @@ def locked(path: str) -> Iterator[Output]:
 def _move(source: str, path: str) -> None:
     """Rename a file such that it survives a loss of power."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    for name, then in ((source, lambda: os.replace(source, path)), (os.path.dirname(path), lambda: None)):
-        descriptor = os.open(name, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        then()
+    os.replace(source, path)
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)

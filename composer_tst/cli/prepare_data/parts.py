@@ -4,25 +4,30 @@ Parts depend on the inputs alone, never on the number of workers, so every run m
 not run on from one part to the next: the last, incomplete row of a part and split is dropped and counted.
 """
 
-import hashlib
 import math
+import random
 import re
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import accumulate
 
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.documents import Document, Piece, open_parquet, read_documents
+from composer_tst.cli.prepare_data.errors import BadDocument
 from composer_tst.cli.prepare_data.inputs import Source
-from composer_tst.cli.prepare_data.streams import DamagedError, opened, refusing
+from composer_tst.cli.prepare_data.streams import opened, refusing
 
 # About as many bytes of rows as of text, so about four shards.
 PART_BYTES = 64 << 20
 # So that a data set of any size has a number of parts, and of records of them, that is easily handled.
 MOST_PARTS = 10_000
-# What a tokenizer is trained on: BPE finds its merges in far less text than a corpus; in characters.
+# What a tokenizer is trained on, for BPE finds its merges in far less text than a corpus: so many characters of so
+# many parts, and of one document.
 SAMPLE_CHARS = 32 << 20
+SAMPLE_PARTS = 32
 DOCUMENT_CHARS = 1 << 20
-LEAST_PART_CHARS = 1 << 20
 
 SPLIT = re.compile(r'([A-Za-z0-9_][A-Za-z0-9_-]*)=(\d*\.?\d+(?:[eE]-?\d+)?)', re.ASCII)
 
@@ -53,11 +58,10 @@ def parse_splits(text: str) -> Splits:
     """
     found = [SPLIT.fullmatch(item.strip()) for item in text.split(',')]
     splits = tuple((item[1], float(item[2])) for item in found if item)
-    names = {name.lower() for name, _ in splits}  # on some disks, names that differ in case alone are one
-    if len(splits) < len(found) or any(share <= 0 for _, share in splits):
-        problem = 'give NAME=SHARE,NAME=SHARE with shares above 0 and names of letters, digits, _ and -'
-    elif len(names) < len(splits) or 'tokenizer' in names:
-        problem = 'a name is given twice, or is that of the folder of the tokenizer'
+    # On some disks, names that differ in case alone are one; the tokenizer has a folder beside those of the splits.
+    names = {name.lower() for name, _ in splits} - {'tokenizer'}
+    if len(names) < len(found) or any(not share for _, share in splits):
+        problem = 'give NAME=SHARE,NAME=SHARE with names of letters, digits, _ and -, each once, and shares above 0'
     elif not math.isclose(sum(share for _, share in splits), 1.0, abs_tol=1e-6):
         problem = 'the shares do not sum to 1'
     else:
@@ -65,19 +69,15 @@ def parse_splits(text: str) -> Splits:
     raise CommandError(f'--split {text}: {problem}')
 
 
-def choose_split(digest: bytes, splits: Splits) -> str:
-    """Place a document by the 8 bytes of the hash of its text.
+def choose_split(text: str, splits: Splits) -> str:
+    """Place a document by the hash of its text.
 
     The same text goes to the same split whatever its name and whatever else is prepared with it, so no
     document is ever in two splits, and files added later move none.
     """
-    position = int.from_bytes(digest, 'big') / 2**64
-    edge = 0.0
-    for name, share in splits:
-        edge += share
-        if position < edge:
-            return name
-    return splits[-1][0]
+    position = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), 'big') / 2**64
+    edges = list(accumulate(share for _, share in splits))
+    return splits[min(bisect(edges, position), len(splits) - 1)][0]
 
 
 def size_of(part: Part) -> int:
@@ -88,15 +88,15 @@ def size_of(part: Part) -> int:
 def plan_parts(sources: Sequence[Source]) -> list[Part]:
     """Gather small files and cut large ones, where their format allows it, into parts of about one size."""
     part_bytes = max(PART_BYTES, sum(source.size for source in sources) // MOST_PARTS)
-    parts: list[Part] = []
-    gathered, size = [], 0
+    parts: list[list[Piece]] = []
+    size = part_bytes
     for piece in (piece for source in sources for piece in cut_source(source, part_bytes)):
-        gathered.append(piece)
-        size += piece.size
         if size >= part_bytes:
-            parts.append(tuple(gathered))
-            gathered, size = [], 0
-    return [*parts, tuple(gathered)] if gathered else parts
+            parts.append([])
+            size = 0
+        parts[-1].append(piece)
+        size += piece.size
+    return [tuple(part) for part in parts]
 
 
 def cut_source(source: Source, part_bytes: int) -> Iterator[Piece]:
@@ -111,16 +111,17 @@ def cut_source(source: Source, part_bytes: int) -> Iterator[Piece]:
         try:
             with opened(source) as (stream, _), refusing('parquet'):
                 metadata = open_parquet(stream).metadata
-        except DamagedError:
+        except BadDocument:
             # Reading it will report it as a bad document.
             yield Piece(source, size=source.size)
             return
         start, size = 0, 0
         for group in range(metadata.num_row_groups):
+            if size >= part_bytes:
+                yield Piece(source, start, group, size)
+                start, size = group, 0
             size += metadata.row_group(group).total_byte_size
-            if size >= part_bytes or group == metadata.num_row_groups - 1:
-                yield Piece(source, start, group + 1, size)
-                start, size = group + 1, 0
+        yield Piece(source, start, None, size)
 
 
 def sample_texts(parts: Sequence[Part], settings: Settings) -> Iterator[str]:
@@ -131,16 +132,12 @@ def sample_texts(parts: Sequence[Part], settings: Settings) -> Iterator[str]:
     """
     # In whatever order splits are named; of two of one size, that which is called train.
     largest, _ = max(settings.splits, key=lambda split: (split[1], split[0] == 'train', split[0]))
-    left = SAMPLE_CHARS
-    for number in sorted(range(len(parts)), key=lambda number: hashlib.blake2b(b'%d' % number).digest()):
-        part_left = min(left, max(SAMPLE_CHARS // len(parts), LEAST_PART_CHARS))
-        if part_left <= 0:
-            return
-        for document in (each for piece in parts[number] for each in read_documents(piece, settings.text_key)):
-            if isinstance(document, Document) and choose_split(document.digest, settings.splits) == largest:
-                text = document.text[: min(DOCUMENT_CHARS, part_left)]
-                part_left -= len(text)
-                left -= len(text)
-                yield text
-            if part_left <= 0:
-                break
+    some = random.Random(0).sample(parts, min(len(parts), SAMPLE_PARTS))
+    for part in some:
+        left = SAMPLE_CHARS // len(some)
+        for document in (each for piece in part for each in read_documents(piece, settings.text_key)):
+            if isinstance(document, Document) and choose_split(document.text, settings.splits) == largest:
+                yield document.text[: min(DOCUMENT_CHARS, left)]
+                left -= min(DOCUMENT_CHARS, left, len(document.text))
+                if not left:
+                    break

@@ -1,87 +1,63 @@
-"""The end of a run: every file read back, and what there is."""
+"""The end of a run: what is not a shard, and what there is, in numbers and in words."""
 
 import json
-from hashlib import sha256
-from typing import Any
+
+import yaml
 
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.convert import Job
 from composer_tst.cli.prepare_data.output import part_folder
 from composer_tst.cli.prepare_data.s3 import is_s3
-from composer_tst.cli.prepare_data.workers import parallel
-from composer_tst.cli.progress_bar import progress
+from composer_tst.cli.prepare_data.shards import INDEX, merge
+from composer_tst.cli.prepare_data.workers import in_worker
 
 
-def verify(job: Job, records: list[dict]) -> None:
-    """Read every file back and compare it with its record.
+def finish(job: Job, records: list[dict]) -> dict:
+    """Write what is not a shard, the index of each split that has rows last; return what `stats.json` holds.
+
+    It holds for each split: documents, documents of which some or all tokens were dropped, rows, tokens (in rows),
+    dropped tokens, shards, and bytes (of the shards as stored); and the length of rows, the vocabulary and the bad
+    documents.
 
     Raises:
-        CommandError: at the first file that is missing, damaged, or holds something else.
+        CommandError: if there is no row.
     """
-    items = [
-        ((split, part_folder(record['part']), name), *file)
-        for record in records
-        for split, made in record['splits'].items()
-        for name, file in made['files'].items()
-    ]
-    with progress(sum(size for _, size, _ in items), 'bytes', 'verify', delay=5, unit_scale=True) as bar:
-        for size in parallel(_verify_file, job, items):
-            bar.update(size)
-
-
-def _verify_file(job: Job, item: tuple[tuple[str, ...], int, str], report: Any) -> int:
-    """Check one file; return its size."""
-    parts, size, digest = item
-    data = job.output.read(*parts)
-    if data is None:
-        problem = 'is not there'
-    elif sha256(data).hexdigest() != digest:
-        problem = 'does not hold what was written (by its sha256)'
-    else:
-        return size
-    raise CommandError(f'verify: {job.output.at(*parts)} {problem}: move it away, and the same command makes it anew')
-
-
-def summarize(job: Job, records: list[dict], indexes: dict[str, str]) -> dict:
-    """Sum up a data set: what `stats.json` holds.
-
-    Args:
-        indexes: the index of each split that has rows.
-
-    Returns:
-        For each split: documents, rows, tokens (in rows), dropped tokens, documents of which some or all tokens were
-        dropped, shards, and bytes (of the shards as stored); and the length of rows, the vocabulary and the bad
-        documents.
-    """
-    splits = {}
+    bad = [line for record in records for line in record['bad']]
+    indexes, splits = {}, {}
     for name, _ in job.settings.splits:
-        count = {
-            key: sum(record['counts'][name][key] for record in records)
-            for key in ('documents', 'rows', 'ends', 'dropped_tokens')
-        }
-        shards = json.loads(indexes[name])['shards'] if name in indexes else []
+        parts = {part_folder(record['part']): record['splits'][name] for record in records}
+        if some := {folder: part['index'] for folder, part in parts.items() if part['index']}:
+            indexes[name] = in_worker(merge, some)
+        shards = json.loads(indexes[name])['shards'] if some else []
+        counts = [part['counts'] for part in parts.values()]
         splits[name] = {
-            'documents': count['documents'],
-            'cut_documents': count['documents'] - count['ends'],
-            'rows': count['rows'],
-            'tokens': count['rows'] * job.settings.seq_len,
-            'dropped_tokens': count['dropped_tokens'],
+            **{key: sum(count[key] for count in counts) for key in counts[0]},
             'shards': len(shards),
             'bytes': sum((shard['zip_data'] or shard['raw_data'])['bytes'] for shard in shards),
         }
-    return {
+    if not indexes:
+        first = f' (of {len(bad):,} bad documents the first: {bad[0]})' if bad else ''
+        raise CommandError(f'the input is too small: no split fills a row of --seq-len {job.settings.seq_len}{first}')
+    stats = {
         'seq_len': job.settings.seq_len,
-        'vocab_size': job.tokenizer.vocab_size,
+        'vocab_size': max(job.tokenizer.backend.get_vocab(with_added_tokens=True).values()) + 1,
         'eos_token_id': job.tokenizer.eos_id,
-        'bad_documents': sum(len(record['bad']) for record in records),
+        'bad_documents': len(bad),
         'splits': splits,
     }
+    if bad:
+        job.output.publish(''.join(f'{line}\n' for line in bad).encode(), 'bad_documents.txt')
+    job.output.publish(json.dumps(stats, indent=2).encode(), 'stats.json')
+    for split, index in indexes.items():
+        job.output.publish(index.encode(), split, INDEX)
+    return stats
 
 
-def describe(stats: dict, left_out: str) -> str:
-    """The summary in lines for people: a line for each split, what is wrong with it, and what is not in it."""
+def describe(stats: dict, left_out: str, path: str, tokenizer: str) -> str:
+    """The summary in lines for people, what is not in the data set, and the YAML for llm-foundry that trains on it."""
+    length, splits = stats['seq_len'], stats['splits']
     lines = []
-    for name, split in stats['splits'].items():
+    for name, split in splits.items():
         lines.append(f'{name}: ' + ', '.join(f'{key.replace("_", " ")} {count:,}' for key, count in split.items()))
         if not split['rows']:
             lines.append(f'warning: split {name} has no rows: give it a larger share with --split')
@@ -89,19 +65,12 @@ def describe(stats: dict, left_out: str) -> str:
         lines.append(f'bad documents, listed in bad_documents.txt: {stats["bad_documents"]:,}')
     if left_out:
         lines.append(f'left out: {left_out}')
-    return '\n'.join(lines)
-
-
-def describe_loaders(stats: dict, path: str, tokenizer: str) -> str:
-    """The lines of a YAML for llm-foundry that train on a data set."""
-    length = stats['seq_len']
-    name = json.dumps(tokenizer)
-    lines = [f'max_seq_len: {length}', f'tokenizer: {{name: {name}, kwargs: {{model_max_length: {length}}}}}']
-    where = f'remote: {json.dumps(path)}, local: /tmp/mds-cache' if is_s3(path) else f'local: {json.dumps(path)}'
-    rows = {name: split['rows'] for name, split in stats['splits'].items() if split['rows']}
+    config: dict = {'max_seq_len': length, 'tokenizer': {'name': tokenizer, 'kwargs': {'model_max_length': length}}}
+    place = {'remote': path, 'local': '/tmp/mds-cache'} if is_s3(path) else {'local': path}
     # The split named train, or the largest; and another one to evaluate on.
+    rows = {name: split['rows'] for name, split in splits.items() if split['rows']}
     order = sorted(rows, key=lambda name: (name != 'train', -rows[name]))
-    for loader, split, is_train in zip(('train_loader', 'eval_loader'), order, ('true', 'false'), strict=False):
-        dataset = f'{{{where}, split: {split}, max_seq_len: {length}, shuffle: {is_train}}}'
-        lines += [f'{loader}:', '  name: text', f'  dataset: {dataset}', f'  drop_last: {is_train}', '  num_workers: 8']
-    return '\n'.join(['to train on it:', *lines])
+    for loader, split, is_train in zip(('train_loader', 'eval_loader'), order, (True, False), strict=False):
+        dataset = {**place, 'split': split, 'max_seq_len': length, 'shuffle': is_train}
+        config[loader] = {'name': 'text', 'dataset': dataset, 'drop_last': is_train, 'num_workers': 8}
+    return '\n'.join([*lines, 'to train on it:', yaml.safe_dump(config, sort_keys=False)])

@@ -1,5 +1,6 @@
 """Objects in buckets, by s3fs. A store is asked again until its answer is whole."""
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data.errors import ChangedError, reason
+from composer_tst.cli.prepare_data.errors import changed, reason
 
 # What is fetched of an object at once, in bytes.
 BLOCK_BYTES = 8 << 20
@@ -27,17 +28,34 @@ def is_s3(path: str) -> bool:
 
 def filesystem() -> Any:
     """The file system of this process, at `S3_ENDPOINT_URL` if that is set."""
-    return _filesystem(os.environ.get('S3_ENDPOINT_URL'), os.getpid())
+    return _filesystem(os.environ.get('S3_ENDPOINT_URL') or None, os.getpid())
 
 
 @lru_cache(2)
 def _filesystem(endpoint: str | None, process: int) -> Any:
-    from s3fs import S3FileSystem  # only for those who use a bucket
+    from s3fs.core import S3File, S3FileSystem  # only for those who use a bucket
+
+    class Object(S3File):
+        """An object as it was listed, read in ranges."""
+
+        def __init__(self, path: str, size: int, etag: str):
+            self.details = {'name': path, 'size': size, 'ETag': etag}
+            super().__init__(files, path, block_size=BLOCK_BYTES)
+
+        def _fetch_range(self, start: int, end: int) -> bytes:
+            def fetch() -> Any:
+                data: Any = super(Object, self)._fetch_range(start, end)
+                if len(data) != end - start:
+                    raise OSError(f'{len(data):,} of {end - start:,} bytes came')
+                return data
+
+            return asked('read', self.details['name'], fetch)
 
     class S3(S3FileSystem):
         """One that takes every key as it is, with slashes at its end and `?versionId=` in it."""
 
         retries = 1  # `asked` does it, for bodies and listings too
+        opened = Object
 
         @classmethod
         def _strip_protocol(cls, path: str) -> str:
@@ -48,16 +66,8 @@ def _filesystem(endpoint: str | None, process: int) -> Any:
             return bucket, key, None
 
     settings = {'retries': {'mode': 'standard'}, 'read_timeout': READ_SECONDS}
-    return S3(endpoint_url=endpoint, use_listings_cache=False, skip_instance_cache=True, config_kwargs=settings)
-
-
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status of an answer, which s3fs hands on as the cause of its own errors."""
-    while error is not None:
-        if response := getattr(error, 'response', None):
-            return response.get('ResponseMetadata', {}).get('HTTPStatusCode')
-        error = error.__cause__
-    return None
+    files = S3(endpoint_url=endpoint, use_listings_cache=False, skip_instance_cache=True, config_kwargs=settings)
+    return files
 
 
 def asked(action: str, path: str, call: Callable[[], T]) -> T:
@@ -65,39 +75,25 @@ def asked(action: str, path: str, call: Callable[[], T]) -> T:
 
     Raises:
         FileNotFoundError: if what is asked for is not there.
-        ChangedError: if it is not what it was.
-        CommandError: if the store refuses, has no whole answer in `TRIES` times, or the settings of AWS are none.
+        CommandError: if it is not what it was; if the store refuses, or has no whole answer in `TRIES` times.
     """
-    last = None
-    for number in range(TRIES):
-        if last:
-            time.sleep(FIRST_PAUSE * 2 ** (number - 1))
+    from s3fs.utils import FileExpired
+
+    tries, pause = 1, FIRST_PAUSE
+    while True:
         try:
             return call()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
+        except FileExpired as error:
+            raise changed(path) from error
         except Exception as error:  # of s3fs, aiobotocore, aiohttp, asyncio
-            status = _status(error)
-            if status == 404 or isinstance(error, FileNotFoundError):
-                raise FileNotFoundError(path) from error
-            if status in (412, 416):
-                raise ChangedError(path) from error
-            refused = status is not None and status < 500 and status not in (408, 429)
-            if refused or isinstance(error, (PermissionError, ValueError)):
-                raise CommandError(f'cannot {action} {path}: {reason(error)}') from error
-            last = error
-    assert last is not None
-    raise CommandError(
-        f'cannot {action} {path}: {reason(last)}, {TRIES} times; when it can be reached, the same command goes on '
-        'from here'
-    ) from last
-
-
-def check_bucket(path: str) -> None:
-    """Refuse a bucket that is not there or not ours to use: its listing might be merely empty."""
-    bucket = path.split('/')[2]
-    try:
-        asked('use', path, lambda: filesystem().call_s3('head_bucket', Bucket=bucket))
-    except FileNotFoundError as error:
-        raise CommandError(f'cannot use {path}: there is no bucket {bucket}') from error
+            is_refused = isinstance(error, (PermissionError, ValueError))
+            if is_refused or tries == TRIES:
+                again = f', {TRIES} times; when it can be reached, the same command goes on from here'
+                raise CommandError(f'cannot {action} {path}: {reason(error)}{"" if is_refused else again}') from error
+        time.sleep(pause)
+        tries, pause = tries + 1, pause * 2
 
 
 def listing(prefix: str) -> dict[str, tuple[int, str]]:
@@ -107,7 +103,16 @@ def listing(prefix: str) -> dict[str, tuple[int, str]]:
         bucket, key, _ = filesystem().split_path(prefix)
         return filesystem().find(bucket, prefix=key, detail=True)
 
-    return {f's3://{name}': (item['size'], item['ETag']) for name, item in asked('list', prefix, find).items()}
+    try:
+        found = asked('list', prefix, find)
+    except FileNotFoundError as error:
+        raise CommandError(f'cannot use {prefix}: there is no bucket of this name') from error
+    return {f's3://{name}': (item['size'], item['ETag']) for name, item in found.items()}
+
+
+def opened(path: str, size: int, etag: str) -> Any:
+    """An object as a file, which must be as it was listed."""
+    return filesystem().opened(path, size, etag)
 
 
 def read(path: str) -> bytes | None:

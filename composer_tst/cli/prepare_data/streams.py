@@ -12,15 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from composer_tst.cli.prepare_data.errors import ChangedError
+from composer_tst.cli.prepare_data import s3
+from composer_tst.cli.prepare_data.errors import BadDocument, changed, naming
 from composer_tst.cli.prepare_data.inputs import MISSING, Source
-from composer_tst.cli.prepare_data.s3 import is_s3
 
 BLOCK_BYTES = 1 << 20
-
-
-class DamagedError(Exception):
-    """A file that is not there, or whose bytes its format refuses."""
 
 
 class _Members(io.RawIOBase):
@@ -40,28 +36,28 @@ class _Members(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Read up to the buffer's size; EOFError if a member is cut short."""
-        while True:
-            packed = b''
+        unpacked = b''
+        while not unpacked:
             if self.decoder is None or self.decoder.needs_input:
-                packed, self.rest = self.rest or self.stream.read(BLOCK_BYTES), b''
-                if not packed:
-                    if self.decoder is None:
-                        return 0
+                self.rest = self.rest or self.stream.read(BLOCK_BYTES)
+                if not self.rest and self.decoder:
                     raise EOFError('a member is cut short')
+                if not self.rest:
+                    return 0
             if self.decoder is None:
-                packed = packed.lstrip(self.padding)
-                if not packed:
+                self.rest = self.rest.lstrip(self.padding)
+                if not self.rest:
                     continue
                 self.decoder = self.new()
-            unpacked = self.decoder.decompress(packed, len(buffer))
+            unpacked, self.rest = self.decoder.decompress(self.rest, len(buffer)), b''
             if self.decoder.eof:
                 self.rest, self.decoder = self.decoder.unused_data, None
-            if unpacked:
-                buffer[: len(unpacked)] = unpacked
-                return len(unpacked)
+        buffer[: len(unpacked)] = unpacked
+        return len(unpacked)
 
 
 UNPACKERS: dict[str, Callable[[Any], Any]] = {
+    '': lambda stream: stream,
     # Not pyarrow, which refuses the zeros that tapes and tools leave after a member.
     'gzip': lambda stream: gzip.GzipFile(fileobj=stream),
     'zstd': lambda stream: io.BufferedReader(pa.input_stream(stream, compression='zstd'), BLOCK_BYTES),  # pyright: ignore
@@ -74,40 +70,36 @@ REFUSALS = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, pa.ArrowE
 
 def _check(source: Source) -> None:
     """Refuse an input that changed. Of an object, each answer of the store is checked."""
-    if not is_s3(source.path):
+    if not s3.is_s3(source.path):
         found = os.stat(source.path)
         if (found.st_size, str(found.st_mtime_ns)) != (source.size, source.stamp):
-            raise ChangedError(source.path)
-
-
-def _opened(source: Source) -> Any:
-    if not is_s3(source.path):
-        return io.FileIO(source.path)
-    from composer_tst.cli.prepare_data.s3_object import S3Object  # s3fs is for those who use a bucket
-
-    return S3Object(source.path, source.size, source.stamp)
+            raise changed(source.path)
 
 
 @contextmanager
 def opened(source: Source) -> Iterator[tuple[Any, Any]]:
-    """Open a source as a stream of unpacked bytes, beside the file itself; at the end, see whether it changed."""
+    """Open a source as a stream of unpacked bytes, beside the file itself; at the end, see whether it changed.
+
+    Raises:
+        BadDocument: if it is not there, or empty where there should be packed data.
+    """
     if source.stamp == MISSING:
-        raise DamagedError('it is not there')
+        raise BadDocument('it is not there')
     if source.compression and source.size == 0:
-        raise DamagedError(f'damaged {source.compression} data (an empty file)')
+        raise BadDocument(f'damaged {source.compression} data (an empty file)')
     _check(source)
-    with _opened(source) as file:
-        stream = io.BufferedReader(file, BLOCK_BYTES)  # pyright: ignore
-        yield UNPACKERS[source.compression](stream) if source.compression else stream, file
+    path = source.path
+    with naming(path), s3.opened(path, source.size, source.stamp) if s3.is_s3(path) else io.FileIO(path) as file:
+        yield UNPACKERS[source.compression](io.BufferedReader(file, BLOCK_BYTES)), file
     _check(source)
 
 
 @contextmanager
 def refusing(kind: str) -> Iterator[None]:
-    """Turn what a decoder raises into the one word for damaged data, with the decoder's own."""
+    """Turn what a decoder raises into a bad document, with the decoder's own words."""
     try:
         yield
     except REFUSALS as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk
-        raise DamagedError(f'damaged {kind} data ({str(error) or "it ends too early"})') from error
+        raise BadDocument(f'damaged {kind} data ({str(error) or "it ends too early"})') from error

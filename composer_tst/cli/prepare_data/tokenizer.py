@@ -3,14 +3,12 @@
 import json
 import os
 import re
-import tempfile
-import unicodedata
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +19,6 @@ from composer_tst.cli.prepare_data.errors import reason
 
 END_OF_TEXT = '<|endoftext|>'
 PADDING = '<|padding|>'
-# The least are the 256 bytes and the two tokens above.
-VOCABULARY = range(258, 1_000_001)
 # Longer documents are tokenised piece by piece, if the tokenizer allows it; in characters.
 PIECE_CHARS = 1 << 18
 
@@ -38,17 +34,17 @@ KNOWN_PATTERNS = (
     _HEAD + '{1,3}' + _TAIL,
     _HEAD + _TAIL,
 )
-T = TypeVar('T')
 
 
-def _in_a_sentence(call: Callable[[], T], what: str) -> T:
-    """Call the library, whose panics are no `Exception`."""
+@contextmanager
+def _in_a_sentence(what: str) -> Iterator[None]:
+    """Say why the library failed, whose panics are no `Exception`."""
     try:
-        return call()
+        yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
-            raise
-        raise CommandError(f'{what}: {reason(error)}') from error
+        if isinstance(error, Exception) or type(error).__name__ == 'PanicException':
+            raise CommandError(f'{what}: {reason(error)}') from error
+        raise
 
 
 @dataclass(frozen=True)
@@ -71,10 +67,8 @@ class TextTokenizer:
             CommandError: if it cannot be built so.
         """
         definition = _without_special_names(json.loads(self.definition), self.eos_id)
-        backend = _in_a_sentence(
-            lambda: Tokenizer.from_str(json.dumps(definition)),
-            '--tokenizer: its special tokens cannot be told from text that spells them',
-        )
+        with _in_a_sentence('--tokenizer: its special tokens cannot be told from text that spells them'):
+            backend = Tokenizer.from_str(json.dumps(definition))
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
@@ -88,28 +82,24 @@ class TextTokenizer:
         sides, no normalizer looks across, and no added token holds or takes the space.
         """
         definition: dict[str, Any] = json.loads(self.definition)
-        for token in definition['added_tokens']:
-            spaced = re.search(r'\s', unicodedata.normalize('NFKC', token['content']))
-            if not token['special'] and (spaced or token['lstrip'] or token['rstrip']):
-                return False
+        added = [token for token in definition['added_tokens'] if not token['special']]
         before: dict = definition['pre_tokenizer'] or {'type': None}
         first, *rest = before.get('pretokenizers', [before])
         if first['type'] == 'Split':
             splits = first['behavior'] == 'Isolated' and first['pattern'].get('Regex') in KNOWN_PATTERNS
         else:
             splits = first['type'] == 'ByteLevel' and first.get('use_regex', True)
-        # Some other normalizers make a letter and a mark of a letter.
-        looks_at_one = (definition['normalizer'] or {'type': 'NFC'})['type'] == 'NFC'
-        return splits and looks_at_one and all(step['type'] == 'ByteLevel' for step in rest)
+        return (
+            splits
+            and all(step['type'] == 'ByteLevel' for step in rest)
+            # Some other normalizers make a letter and a mark of a letter.
+            and (definition['normalizer'] or {'type': 'NFC'})['type'] == 'NFC'
+            and not any(token['lstrip'] or token['rstrip'] or re.search(r'\s', token['content']) for token in added)
+        )
 
     def __reduce__(self) -> tuple:
         # Not the backend: its own pickling forgets `encode_special_tokens`.
         return TextTokenizer, (self.definition, self.eos_id)
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, texts: list[str]) -> list[NDArray[np.int32]]:
         """Tokenise each text by itself, without end-of-text; one array[T] for each.
@@ -117,10 +107,8 @@ class TextTokenizer:
         Raises:
             CommandError: if the tokenizer cannot, or makes end-of-text of text.
         """
-        encodings = _in_a_sentence(
-            lambda: self.backend.encode_batch_fast(texts, add_special_tokens=False),
-            '--tokenizer: use one with an unknown token or bytes, for it cannot encode some of the text',
-        )
+        with _in_a_sentence('--tokenizer: use one with an unknown token or bytes, for some text is neither'):
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         tokens = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         if any((ids == self.eos_id).any() for ids in tokens):
             raise CommandError(
@@ -129,16 +117,16 @@ class TextTokenizer:
             )
         return tokens
 
-    def pieces(self, text: str) -> Iterator[str]:
-        """Cut a document into pieces whose tokens, one after another, are the tokens of the whole.
+    def pieces(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Cut a document into pieces whose tokens, one after another, are the tokens of the whole; say which is last.
 
         A piece is about `PIECE_CHARS` long. If no cut is proved, the document stays whole.
         """
         start = 0
         while self.is_cut and (cut := CUT.search(text, start + PIECE_CHARS)):
-            yield text[start : cut.start()]
+            yield text[start : cut.start()], False
             start = cut.start()
-        yield text[start:]
+        yield text[start:], True
 
 
 def _without_special_names(definition: dict, eos_id: int) -> dict:
@@ -148,27 +136,23 @@ def _without_special_names(definition: dict, eos_id: int) -> dict:
     WordPiece, and BPE that ignores its merges, still find them in their vocabulary. What is an ordinary word, byte
     or part of others keeps its name, and text that spells it is that token.
     """
-    model = definition['model']
-    vocabulary = model['vocab']
-    is_list = isinstance(vocabulary, list)
-    ids = {token: at for at, (token, _) in enumerate(vocabulary)} if is_list else vocabulary
+    model, added = definition['model'], definition['added_tokens']
+    is_list = isinstance(model['vocab'], list)
+    vocabulary = model['vocab'] if is_list else list(model['vocab'].items())
     pairs = [merge.split(' ', 1) if isinstance(merge, str) else merge for merge in model.get('merges', [])]
-    ordinary = {part for pair in pairs for part in pair} | set(pre_tokenizers.ByteLevel.alphabet())
-    special = {token['content'] for token in definition['added_tokens'] if token['special']}
-    special = {token for token in special if token not in ordinary and not token.isalnum()}
-    special |= {token['content'] for token in definition['added_tokens'] if token['id'] == eos_id} - ordinary
-    special |= {token for token, at in ids.items() if at == eos_id and token not in ordinary}
+    special = {token['content'] for token in added if token['special'] and not token['content'].isalnum()}
+    special |= {token['content'] for token in added if token['id'] == eos_id}
+    special |= {token for at, (token, number) in enumerate(vocabulary) if (at if is_list else number) == eos_id}
+    special -= {part for pair in pairs for part in pair} | set(pre_tokenizers.ByteLevel.alphabet())
     names = {token: f'{token}{uuid.uuid4().hex}' for token in special}
-    if is_list:
-        model['vocab'] = [[names.get(token, token), score] for token, score in vocabulary]
-    else:
-        model['vocab'] = {names.get(token, token): at for token, at in vocabulary.items()}
+    renamed = [(names.get(token, token), value) for token, value in vocabulary]
+    model['vocab'] = renamed if is_list else dict(renamed)
     if 'unk_token' in model:
         model['unk_token'] = names.get(model['unk_token'], model['unk_token'])
     if 'merges' in model:
         # A merge that makes such a token would be a way to it.
         model['merges'] = [pair for pair in pairs if ''.join(pair) not in names]
-    for token in definition['added_tokens']:
+    for token in added:
         token['content'] = names.get(token['content'], token['content'])
     # It adds special tokens, by their names, and none are asked for.
     definition['post_processor'] = None
@@ -191,24 +175,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         'initial_alphabet': pre_tokenizers.ByteLevel.alphabet(),
         'show_progress': False,
     }
-    trainer = trainers.BpeTrainer(**options)
-    _in_a_sentence(lambda: tokenizer.train_from_iterator(texts, trainer), '--train-tokenizer')
+    with _in_a_sentence('--train-tokenizer'):
+        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(**options))
     return TextTokenizer(tokenizer.to_str(), tokenizer.token_to_id(END_OF_TEXT))
 
 
 def files_of(tokenizer: TextTokenizer) -> dict[str, str]:
-    """The files, by name, of which transformers' `PreTrainedTokenizerFast` loads a trained tokenizer."""
-    from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
-
-    saved = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tokenizer.definition),
-        eos_token=END_OF_TEXT,
-        pad_token=PADDING,
-        clean_up_tokenization_spaces=False,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        saved.save_pretrained(folder)
-        return {path.name: path.read_text(encoding='utf-8') for path in sorted(Path(folder).iterdir())}
+    """The files, by name, of which transformers loads a trained tokenizer."""
+    config = {
+        'tokenizer_class': 'PreTrainedTokenizerFast',
+        'eos_token': END_OF_TEXT,
+        'pad_token': PADDING,
+        'clean_up_tokenization_spaces': False,
+    }
+    return {'tokenizer.json': tokenizer.definition, 'tokenizer_config.json': json.dumps(config, indent=2)}
 
 
 def load_tokenizer(name: str) -> TextTokenizer:
@@ -221,12 +201,13 @@ def load_tokenizer(name: str) -> TextTokenizer:
 
     path = os.path.expanduser(name)
     kind = 'this folder does not load' if os.path.isdir(path) else 'there is no such folder, nor a hub name that loads'
-    tokenizer: Any = _in_a_sentence(lambda: AutoTokenizer.from_pretrained(path), f'--tokenizer {name}: {kind}')
+    with _in_a_sentence(f'--tokenizer {name}: {kind}'):
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        definition = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ''
     if tokenizer.eos_token_id is None:
         raise CommandError(f'--tokenizer {name}: it has no end-of-text (eos) token to join documents with')
-    if not tokenizer.is_fast:
+    if not definition:
         raise CommandError(f'--tokenizer {name}: it has no fast version (a tokenizer.json)')
-    definition = _in_a_sentence(tokenizer.backend_tokenizer.to_str, f'--tokenizer {name}')
     loaded = TextTokenizer(definition, tokenizer.eos_token_id)
     if problem := _problem(loaded):
         raise CommandError(f'--tokenizer {name}: {problem}')
@@ -244,12 +225,8 @@ def _problem(loaded: TextTokenizer) -> str:
         return ''
     # No text comes to special tokens, and one of these may be all there is of a byte.
     known = loaded.backend.get_vocab(with_added_tokens=False).keys()
+    missing = {f'<0x{byte:02X}>' for byte in range(256)} - (known if model.get('byte_fallback') else set())
     if '"ByteLevel"' in json.dumps([definition['pre_tokenizer'], definition['normalizer']]):
         missing = set(pre_tokenizers.ByteLevel.alphabet()) - known
-    else:
-        missing = {f'<0x{byte:02X}>' for byte in range(256)} - (known if model.get('byte_fallback') else set())
-    return (
-        f'it would drop {len(missing)} of the 256 bytes: use one with all of them or an unknown token'
-        if missing
-        else ''
-    )
+    advice = 'use one with all of them or an unknown token'
+    return f'it would drop {len(missing)} of the 256 bytes: {advice}' if missing else ''

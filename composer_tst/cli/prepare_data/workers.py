@@ -47,14 +47,13 @@ def parallel(
     Raises:
         CommandError: if a worker dies; and whatever `function` raises.
     """
-    # Those that this process may use, where the system can tell.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    count = max(1, min(cores, len(items)))
+    cores = len(os.sched_getaffinity(0))
+    count = min(cores, len(items))
     queue = _context.SimpleQueue()
     # A worker is born with the environment that the server was started with. If there are fewer items than cores,
     # tokenizers' own threads use the others.
-    threads = {'TOKENIZERS_PARALLELISM': str(count < cores).lower(), 'RAYON_NUM_THREADS': str(cores // count)}
-    pool = ProcessPoolExecutor(count, _context, _start, (function, job, queue, os.environ | threads))
+    more = NO_TORCH | {'TOKENIZERS_PARALLELISM': str(count < cores).lower(), 'RAYON_NUM_THREADS': str(cores // count)}
+    pool = ProcessPoolExecutor(count, _context, _start, (function, job, queue, os.environ | more))
     waiting: set[Any] = set()
     try:
         waiting = {pool.submit(_run, item) for item in items}
@@ -62,8 +61,7 @@ def parallel(
             done, waiting = wait(waiting, TICK_SECONDS, FIRST_COMPLETED)
             while not queue.empty():
                 report(queue.get())
-            for future in done:
-                yield future.result()
+            yield from (future.result() for future in done)
     except BrokenProcessPool as error:
         raise CommandError(
             'a worker died, perhaps killed for want of memory; the same command goes on from here'
@@ -81,7 +79,6 @@ def in_worker(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _call(function: Callable[..., Any], arguments: tuple, report: Callable[[Any], None]) -> Any:
-    os.environ.update(NO_TORCH)
     return function(*arguments)
 
 
