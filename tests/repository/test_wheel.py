@@ -122,7 +122,7 @@ def test_without_the_extra_one_sentence_says_what_to_install(
     assert said() == f"error: composer-tst plan needs typer: pip install '{wheel}[tools]'"
     # It is not there any more, and the package is on no index.
     (there / 'direct_url.json').write_text(json.dumps({'url': 'file:///gone.whl', 'archive_info': {}}))
-    assert said() == "error: composer-tst plan needs typer: pip install 'typer<1'"
+    assert said() == "error: composer-tst plan needs typer: pip install 'typer<1,>=0.19'"
 
 
 def test_the_package_knows_its_version(command: Command):
