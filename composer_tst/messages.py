@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 # A recovery phase below this share of the steps is short: at 0.8 superposed a third of the published gain is left.
 ENOUGH_RECOVERY = Fraction(1, 2)
 JUMP = (
-    'When recovery begins, the training loss jumps, in published runs by 1 to 2 nats: from there on it is the '
-    'next-token loss, which the loss of a bag is not. Compare runs by their validation loss.'
+    'When recovery begins, the training loss becomes another quantity, the next-token loss; in published runs it jumps '
+    'by 1 to 2 nats. Compare runs by their validation loss.'
 )
 
 

@@ -22,6 +22,6 @@ def test_a_plain_trainer_says_what_it_is_going_to_do(tmp_path: Path):
     # 12 loader batches of 48 tokens: 20 steps of 4 and 20 of one.
     assert 'Superposition until step 20 of 40: bags of 4 for 20 steps' in said
     assert 'It reads 2.50 times the data of a plain run of as many steps, 8.3 epochs of this loader.' in said
-    assert 'the training loss jumps, in published runs by 1 to 2 nats' in said
+    assert 'the next-token loss; in published runs it jumps by 1 to 2 nats. Compare runs by their valid' in said
     assert 'The run reads its data 8.3 times' in said
     assert 'Superposition: 40 steps read ' in said

@@ -39,7 +39,7 @@ def test_the_first_lines_say_what_the_run_is_going_to_do():
     )
     # (300 * (8 + 4 + 2) + 2100) / 3000 and / 22000
     assert reads == 'It reads 2.10 times the data of a plain run of as many steps, 0.29 epochs of this loader.'
-    assert jump.startswith('When recovery begins, the training loss jumps, in published runs by 1 to 2 nats')
+    assert jump.startswith('When recovery begins, the training loss becomes another quantity, the next-token loss; in')
     assert warnings_of(QUICKSTART) == []
 
 
