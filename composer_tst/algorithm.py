@@ -60,8 +60,9 @@ class TokenSuperposition(Algorithm):
     are absent while superposed: the multi-hot cross-entropy is logged as ``loss/train/total``.
 
     Logs every step ``superposition/bag_size`` (1 in recovery), and, cumulative over all ranks,
-    ``superposition/data_tokens`` (read, without the tails of rows that ``expand`` ``batch`` and ``none`` drop; with
-    padded rows, the tails of rank 0 stand for those of every rank) and
+    ``superposition/data_tokens`` (read, without the tails of rows that ``expand`` ``batch`` and ``none`` drop and
+    without what another algorithm cuts off; padding counts as it does in Composer's ``time/token``, and if it does not
+    count, the tails of rank 0 stand for those of every rank) and
     ``superposition/s_tokens`` (model positions, padding included). A mixture of
     experts also logs ``superposition/router_loss`` while superposed, the mean over this rank's microbatches. At the end
     of each epoch it logs ``superposition/samples_left_out``, cumulative too: the tails that did not fill a step.
@@ -279,6 +280,7 @@ class Fit:
         self._plan: Plan | None = None
         self._seen_first = self._warned_of_tail = False
         self._positions = self._dropped = 0
+        self._given = self._read = 0  # tokens of a step on this rank, padding too: of its rows, and of the model's
 
     def start(self) -> None:
         """Begin, at FIT_START.
@@ -356,6 +358,7 @@ class Fit:
             self.close()  # in a run that is resumed in recovery, the loader comes back
             ids = ids_of(state.batch)
             self._positions, self._dropped = 0 if ids is None else ids.numel(), 0
+            self._given = self._read = self._positions
 
     def _lay_out(self, state: State, microbatches: Microbatches) -> None:
         first, self._seen_first = not self._seen_first, True
@@ -375,6 +378,7 @@ class Fit:
         mask = layout.batch.get('attention_mask')
         microbatches.begin_batch(full=mask is not None and is_full(mask))
         state.batch, self._positions, self._dropped = layout
+        self._given, self._read = given['input_ids'].numel(), layout.batch['input_ids'].numel()
 
     def _announce(self, state: State) -> None:
         """Say what the run is going to do, now that its first batch shows what a batch holds."""
@@ -395,7 +399,7 @@ class Fit:
                 state.batch = {**state.batch, 'input_ids': state.batch['input_ids'].unflatten(1, (-1, bag_size))}
         # Ranks draw equally many rows, in the last step of an epoch too.
         progress.s_tokens += self._positions * dist.get_world_size()
-        progress.dropped += self._dropped * dist.get_world_size()
+        progress.dropped += self._not_read()
         self._loader.count(steps=1)
         metrics |= {
             'superposition/bag_size': bag_size,
@@ -404,6 +408,15 @@ class Fit:
         }
         logger.log_metrics(metrics)
         self._advance()
+
+    def _not_read(self) -> int:
+        """The tokens of the step, all ranks together, that Composer's clock has counted and the model has not read."""
+        before, ranks = self._state.previous_timestamp, dist.get_world_size()
+        assert before is not None
+        counted = int(self._state.timestamp.token) - int(before.token)
+        if not self._given or counted < self._given * ranks:  # padding does not count
+            return self._dropped * ranks
+        return counted - self._read * ranks
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         """Check that an epoch was whole, and end a phase whose time has come."""

@@ -230,7 +230,7 @@ class Progress:
         max_duration: The length of training that these moments are of.
         s_tokens: Model positions so far, all ranks together.
         left_out: Samples drawn and left out so far, all ranks together.
-        dropped: Tokens drawn but dropped at the ends of rows so far, all ranks together.
+        dropped: Tokens that Composer's clock has counted and the model has not read so far, all ranks together.
         drawn: Loader batches drawn in this epoch, None if that is not known.
         batch_samples: Samples of each of these, all ranks together, None if that is not known.
     """
