@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from composer.core import Algorithm, Callback, Event, State, Time
@@ -40,7 +40,7 @@ from composer_tst.messages import (
 )
 from composer_tst.ops.draw import ids_of
 from composer_tst.ops.fold import is_full, lay_out
-from composer_tst.schedule import Plan, Progress, Schedule, check_epochs_end, same
+from composer_tst.schedule import Data, Plan, Progress, Schedule, check_epochs_end, same
 from composer_tst.settings import SETTINGS, Settings, Weighting, check_resumed_settings, parse_settings, refuse_unknown
 from composer_tst.surgery import Microbatches, MicrobatchSize, put_train_metrics_aside, restore_model
 
@@ -304,23 +304,25 @@ class Fit:
         did not stop, also where it reads other amounts than were planned.
         """
         schedule, now = self.schedule, self._state.timestamp
-        self._plan = self._expect()
+        data = self._data()
         if not same(self._progress.max_duration, self._max_duration):
             before = schedule.ends_to_come
-            schedule.resolve(self._max_duration, self._plan)
+            schedule.resolve(self._max_duration, schedule.plan(self._max_duration, data, now))
             report_moved_ends(schedule, before)
+        # The first batch shows how many samples one has: what depends on that is checked then.
+        self._plan = schedule.plan(self._max_duration, replace(data, samples=None), now)
         schedule.check(now, self._plan, self._whole, self._more_comes)
         bag_size = schedule.bag_size
         if schedule.advance(now):
             report_change(bag_size, schedule.bag_size, now, self._progress.dropped)
 
-    def _expect(self, first: Any = None) -> Plan | None:
-        """The steps of the phases to come, as far as is known what a batch holds, perhaps by the first of them."""
+    def _data(self, first: Any = None) -> Data:
+        """What the train loader gives, as far as is known, perhaps by its first batch."""
         check_loader(self._state.dataloader)
         self._loader.check_length()
         data = self._loader.data(first)
         check_epochs_end(self.schedule.phases_to_come, self._max_duration, data)
-        return self.schedule.plan(self._max_duration, data, self._state.timestamp)
+        return data
 
     def _superpose(self) -> None:
         """Change the model, the train metrics and the microbatch size, until recovery."""
@@ -382,11 +384,12 @@ class Fit:
 
     def _announce(self, state: State) -> None:
         """Say what the run is going to do, now that its first batch shows what a batch holds."""
-        before, self._plan = self._plan, self._expect(state.batch)
+        before, now = self._plan, state.timestamp
+        self._plan = self.schedule.plan(self._max_duration, self._data(state.batch), now)
         report_shares(self.schedule, self._plan)
-        report_plan(self.schedule, self._plan)
+        report_plan(self.schedule, self._plan, now)
         if before is None:
-            self.schedule.check(state.timestamp, self._plan, self._whole, self._more_comes)
+            self.schedule.check(now, self._plan, self._whole, self._more_comes)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Count and log a step, and end a phase whose time has come."""

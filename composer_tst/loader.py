@@ -3,6 +3,7 @@
 import copy
 import itertools
 import logging
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -461,14 +462,24 @@ class TrainLoader:
         return None if rows is None else rows * dist.get_world_size()
 
     def data(self, first: Any = None) -> Data:
-        """What the loader tells of itself, and its first batch of how long a row is."""
-        loader, samples, length = self._state.dataloader, self._batch_samples(), row_length_of(first)
+        """What a loader batch holds: by the first batch that training draws, and before by what the loader tells."""
+        loader, settings, taken, ids = self._state.dataloader, self._schedule.settings, self._taken, ids_of(first)
+        rows, length, tokens = getattr(loader, 'batch_size', None), row_length_of(first), None
+        if ids is not None and ids.ndim == 2 and len(ids):
+            draws = self._schedule.draws if taken is None else taken.drawn - (self._progress.drawn or 0)
+            # Other algorithms may have reshaped what was drawn. If they have cut it, it is not known what a step reads.
+            shape = (taken and taken.shape) or tuple(ids.shape)
+            rows = -(-shape[0] // draws)
+            if length and math.prod(shape) == ids.numel():
+                tokens = rows * shape[1] * dist.get_world_size()
+        bags_rows = settings.expand != 'sequence' and settings.superpose != 'output'
         return Data(
             self._batches(),
-            samples,
-            None if samples is None or length is None else samples * length,
+            None if rows is None else rows * dist.get_world_size(),
+            tokens,
             uses_tail=not getattr(loader, 'drop_last', False),
-            joined_rows=getattr(loader, 'batch_size', None) if self._joins_rows else None,
+            joined_rows=rows if self._joins_rows else None,
+            row_length=length if bags_rows else None,
         )
 
 

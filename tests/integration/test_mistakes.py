@@ -148,7 +148,7 @@ RUNS: list[tuple[str, dict[str, Any], str]] = [
     ('among the callbacks', {'callbacks': [TokenSuperposition(2, '1ba')]}, 'is in callbacks: it is an algorithm, give'),
     ('two of them', {'beside': TokenSuperposition(2, '1ba')}, 'has TokenSuperposition more than once: give'),
     ('in tokens, by the rows', {'duration': '500000tok', 'train': random_loader()}, 'until 500000tok but training'),
-    ('a phase without a step', {'duration': '0.01dur'}, 'one step of 8ba: give it until at least 1ba.'),
+    ('a phase without a step', {'duration': '0.01dur'}, 'less than 1ba of 8ba: give it a later moment.'),
     ('an eval batch without labels', {'eval_dataloader': rows_of(lambda row: {'input_ids': row['input_ids']})},
      'An eval batch has no labels (it has input_ids): have the collator of the eval loader add them.'),
     ('in samples, of single batches', {'duration': '100sp', 'expand': 'none'}, 'so there would be no recovery phase'),
