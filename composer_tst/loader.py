@@ -39,7 +39,7 @@ class Resumption(NamedTuple):
 
 
 def where_epoch_stands(
-    steps: int, kept: Progress, given: int | None, samples: int | None, length: int | None
+    steps: int, read: int, kept: Progress, given: int | None, samples: int | None, length: int | None
 ) -> Resumption:
     """Where in an epoch the data of a run go on.
 
@@ -48,7 +48,8 @@ def where_epoch_stands(
 
     Args:
         steps: The steps done in the epoch.
-        kept: What the checkpoint kept.
+        read: The samples that they read.
+        kept: What the checkpoint kept; nothing, if it was loaded without algorithms.
         given: The samples after which the dataset goes on by itself, None if Composer draws the steps again.
         samples: Samples of a loader batch, None if the loader does not say.
         length: Loader batches in an epoch, None if there is no end.
@@ -61,7 +62,9 @@ def where_epoch_stands(
     all_drawn = same_batches and kept.drawn is not None and length is not None and kept.drawn >= length
     if given is not None and samples and not all_drawn:
         return Resumption(given // samples)
-    drawn = steps if kept.drawn is None else kept.drawn
+    drawn = kept.drawn
+    if drawn is None:
+        drawn = max(steps, read // samples) if samples else steps
     return Resumption(drawn, 0 if by_itself else steps, known=not by_itself or kept.drawn is not None)
 
 
@@ -292,8 +295,9 @@ class TrainLoader:
         time, given = state.timestamp, None
         if 'train' in state.dataset_resumption:
             given = samples_given(getattr(state.dataloader, 'dataset', None), time) if fresh else 0
-        steps = int(time.batch_in_epoch)
-        self._resumption = where_epoch_stands(steps, self._progress, given, self._batch_samples(), self._batches())
+        steps, read = int(time.batch_in_epoch), int(time.sample_in_epoch)
+        samples, length = self._batch_samples(), self._batches()
+        self._resumption = where_epoch_stands(steps, read, self._progress, given, samples, length)
         self._steps = steps or int(bool(given))  # of the epoch: whether there are any is what counts
         self._progress.drawn = self._resumption.drawn
 
