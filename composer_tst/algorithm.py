@@ -40,7 +40,7 @@ from composer_tst.messages import (
 )
 from composer_tst.ops.draw import ids_of
 from composer_tst.ops.fold import is_full, lay_out
-from composer_tst.schedule import Data, Plan, Progress, Schedule, check_epochs_end, same
+from composer_tst.schedule import Data, Plan, Progress, Schedule, check_epochs_end, later, same
 from composer_tst.settings import SETTINGS, Settings, Weighting, check_resumed_settings, parse_settings, refuse_unknown
 from composer_tst.surgery import Microbatches, MicrobatchSize, put_train_metrics_aside, restore_model
 
@@ -196,13 +196,14 @@ class TokenSuperposition(Algorithm):
         if self._run.state is None or self._run.state() is not state:  # added to a Trainer that was made before
             self.init(state, logger)
             ours: Any = state.algorithms[0]  # a copy, if this one is another Trainer's
-            ours._run.max_duration = state.max_duration
             if ours is not self:
                 ours.fit_start(state, logger)
                 return
         self._run.close()
         if int(state.timestamp.batch) == 0:  # the clock begins, or begins again
             self._run.progress = Progress()
+            if self._run.has_drawn:  # for as long as this fit says
+                self._run.max_duration = None
         self._run.fit = Fit(self.settings, self._run, state)
         self._run.fit.start()
 
@@ -217,7 +218,7 @@ class _TrainingRun:
 
     Attributes:
         state: The Trainer's, None as long as there is none.
-        max_duration: That of the Trainer, None if each fit has its own.
+        max_duration: That of the Trainer, None if each fit has its own, or superposition was added later.
         progress: How far training has come.
         saved_settings: Those of a checkpoint that is being loaded.
         has_drawn: Whether this Trainer has drawn data.
@@ -270,7 +271,8 @@ class Fit:
         self._run = run
         self._progress = run.progress
         self._state = state
-        self._max_duration: Time = state.max_duration
+        # Of several fits, the length of training is that of the Trainer.
+        self._max_duration = later(run.max_duration, state.max_duration)
         self._whole = same(run.max_duration, state.max_duration)
         self._more_comes = run.max_duration is not None and not self._whole
         self._undo = ExitStack()

@@ -106,6 +106,11 @@ def same(time: Time | None, other: Time | None) -> bool:
     return time is not None and other is not None and time.to_timestring() == other.to_timestring()
 
 
+def later(time: Time | None, other: Time) -> Time:
+    """The later of two times, or the other if Composer cannot compare them."""
+    return time if time is not None and time.unit == other.unit and time > other else other
+
+
 def share_of(duration: Time, whole: int) -> int:
     """A share of the duration in whole units, rounded down: 0.29dur of 100 is 29, which floats make 28."""
     return int(Fraction(repr(float(duration.value))) * whole)
@@ -412,15 +417,15 @@ class Schedule:
         longest, last = self.progress.max_duration, self.progress.ends[-1]
         assert longest is not None
         past = last.unit == longest.unit and last >= longest
-        later = {TimeUnit.TOKEN}
+        may_be_late = {TimeUnit.TOKEN}
         if plan is not None and plan.data.batches is not None and plan.data.uses_tail:
-            later.add(TimeUnit.SAMPLE)
+            may_be_late.add(TimeUnit.SAMPLE)
         if not more_comes and (past or (plan is not None and plan.ends[-1] >= plan.total)):
             problem = (
                 f'Superposition lasts until {self.settings.phases[-1].until.to_timestring()} but training ends at '
                 f'{longest.to_timestring()}, so there would be no recovery phase: end it earlier or train longer.'
             )
-            _refuse_or_warn(problem, past or longest.unit not in later, whole)
+            _refuse_or_warn(problem, past or longest.unit not in may_be_late, whole)
         has_steps = self.phases_begun(int(now.batch)) > len(self.progress.ended)  # the phase under way
         for phase, moment in [*zip(self.phases_to_come, self.ends_to_come, strict=True)][has_steps:]:
             if moment.value <= 0:
@@ -439,7 +444,7 @@ class Schedule:
                     f'it begins at step {start} and ends at step {end} of {plan.total}: give it until at least '
                     f'{start + 1}ba.'
                 )
-                _refuse_or_warn(problem, moment.unit == before or moment.unit not in later, whole)
+                _refuse_or_warn(problem, moment.unit == before or moment.unit not in may_be_late, whole)
             start, before, has_steps = max(start, end), moment.unit, False
 
     def advance(self, timestamp: Timestamp) -> bool:
