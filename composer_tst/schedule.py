@@ -141,8 +141,12 @@ def plan_steps(
         Plan | None: None if a time is given in a unit whose amount in a loader batch is not known.
 
     Raises:
-        ValueError: If an epoch is too short for a step.
+        ValueError: If an epoch is too short for a step, or the length of training in another unit.
     """
+    if max_duration.unit == TimeUnit.ITERATION:
+        raise ValueError(
+            f'max_duration is {max_duration.to_timestring()}: superposition needs it in ba, tok, sp or ep.'
+        )
     needed = {TimeUnit.EPOCH: data.batches, TimeUnit.SAMPLE: data.samples, TimeUnit.TOKEN: data.tokens}
     if any(needed.get(time.unit, 0) is None for time in (max_duration, *(phase.until for phase in phases))):
         return None

@@ -142,6 +142,7 @@ RUNS: list[tuple[str, dict[str, Any], str]] = [
     # what is unusual of a run of 8 batches, bags of 4 until 3ba     its settings                         what it says
     ('no recovery', {'duration': '8ba'}, 'lasts until 8ba but training ends at 8ba, so there would be no recovery'),
     ('superposed past the end', {'duration': '9ba'}, 'lasts until 9ba but training ends at 8ba'),
+    ('in iterations', {'max_duration': '2iter'}, 'max_duration is 2iter: superposition needs it in ba, tok, sp or ep.'),
     ('in tokens, past the end', {'duration': '200tok', 'max_duration': '100tok'}, 'until 200tok but training ends'),
     # A step reads 4 batches of 48 tokens, so that the fifth ends both.
     ('in samples, no recovery', {'duration': '0.95dur', 'max_duration': '80sp'}, 'so there would be no recovery phase'),
