@@ -387,11 +387,11 @@ class Fit:
     def _announce(self, state: State) -> None:
         """Say what the run is going to do, now that its first batch shows what a batch holds."""
         before, now = self._plan, state.timestamp
-        self._plan = self.schedule.plan(self._max_duration, self._data(state.batch), now)
-        tokens, began = self._plan and self._plan.data.tokens, self._progress.began or 0
-        if tokens and int(now.batch) == began:
+        data, progress = self._data(state.batch), self._progress
+        self._plan = self.schedule.plan(self._max_duration, data, now)
+        if data.tokens and int(now.batch) == progress.began:
             # Whatever the steps before superposition read, they had the positions of plain ones.
-            self._progress.s_tokens = min(self._progress.s_tokens, began * tokens)
+            progress.s_tokens = min(progress.s_tokens, progress.began * data.tokens)
         report_shares(self.schedule, self._plan)
         report_plan(self.schedule, self._plan, now)
         if before is None:

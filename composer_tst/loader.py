@@ -385,6 +385,7 @@ class TrainLoader:
             return
         superposed, draws = not self._schedule.finished, self._schedule.draws
         loader.trained_on = True
+        loader.limit = self._batches()  # what wraps the loader may have another length
         if loader.replaying:
             loader.replaying = False
             if superposed and loader.drawn != draws:
