@@ -391,7 +391,7 @@ class Fit:
         self._plan = self.schedule.plan(self._max_duration, data, now)
         if data.tokens and int(now.batch) == progress.began:
             # Whatever the steps before superposition read, they had the positions of plain ones.
-            progress.s_tokens = min(progress.s_tokens, progress.began * data.tokens)
+            progress.s_tokens = min(progress.s_tokens, int(now.batch) * data.tokens)
         report_shares(self.schedule, self._plan)
         report_plan(self.schedule, self._plan, now)
         if before is None:
