@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from composer.core import Algorithm, Callback, Event, State, Time
@@ -40,7 +40,7 @@ from composer_tst.messages import (
 )
 from composer_tst.ops.draw import ids_of
 from composer_tst.ops.fold import is_full, lay_out
-from composer_tst.schedule import Plan, Progress, Schedule, check_epochs_end, same
+from composer_tst.schedule import Data, Plan, Progress, Schedule, check_epochs_end, later, same
 from composer_tst.settings import SETTINGS, Settings, Weighting, check_resumed_settings, parse_settings, refuse_unknown
 from composer_tst.surgery import Microbatches, MicrobatchSize, put_train_metrics_aside, restore_model
 
@@ -60,8 +60,9 @@ class TokenSuperposition(Algorithm):
     are absent while superposed: the multi-hot cross-entropy is logged as ``loss/train/total``.
 
     Logs every step ``superposition/bag_size`` (1 in recovery), and, cumulative over all ranks,
-    ``superposition/data_tokens`` (read, without the tails of rows that ``expand`` ``batch`` and ``none`` drop; with
-    padded rows, the tails of rank 0 stand for those of every rank) and
+    ``superposition/data_tokens`` (read, without the tails of rows that ``expand`` ``batch`` and ``none`` drop and
+    without what another algorithm cuts off; padding counts as it does in Composer's ``time/token``, and if it does not
+    count, the tails of rank 0 stand for those of every rank) and
     ``superposition/s_tokens`` (model positions, padding included). A mixture of
     experts also logs ``superposition/router_loss`` while superposed, the mean over this rank's microbatches. At the end
     of each epoch it logs ``superposition/samples_left_out``, cumulative too: the tails that did not fill a step.
@@ -195,13 +196,14 @@ class TokenSuperposition(Algorithm):
         if self._run.state is None or self._run.state() is not state:  # added to a Trainer that was made before
             self.init(state, logger)
             ours: Any = state.algorithms[0]  # a copy, if this one is another Trainer's
-            ours._run.max_duration = state.max_duration
             if ours is not self:
                 ours.fit_start(state, logger)
                 return
         self._run.close()
         if int(state.timestamp.batch) == 0:  # the clock begins, or begins again
             self._run.progress = Progress()
+            if self._run.has_drawn:  # for as long as this fit says
+                self._run.max_duration = None
         self._run.fit = Fit(self.settings, self._run, state)
         self._run.fit.start()
 
@@ -216,7 +218,7 @@ class _TrainingRun:
 
     Attributes:
         state: The Trainer's, None as long as there is none.
-        max_duration: That of the Trainer, None if each fit has its own.
+        max_duration: That of the Trainer, None if each fit has its own, or superposition was added later.
         progress: How far training has come.
         saved_settings: Those of a checkpoint that is being loaded.
         has_drawn: Whether this Trainer has drawn data.
@@ -269,7 +271,8 @@ class Fit:
         self._run = run
         self._progress = run.progress
         self._state = state
-        self._max_duration: Time = state.max_duration
+        # Of several fits, the length of training is that of the Trainer.
+        self._max_duration = later(run.max_duration, state.max_duration)
         self._whole = same(run.max_duration, state.max_duration)
         self._more_comes = run.max_duration is not None and not self._whole
         self._undo = ExitStack()
@@ -279,6 +282,7 @@ class Fit:
         self._plan: Plan | None = None
         self._seen_first = self._warned_of_tail = False
         self._positions = self._dropped = 0
+        self._given = self._read = 0  # tokens of a step on this rank, padding too: of its rows, and of the model's
 
     def start(self) -> None:
         """Begin, at FIT_START.
@@ -302,23 +306,25 @@ class Fit:
         did not stop, also where it reads other amounts than were planned.
         """
         schedule, now = self.schedule, self._state.timestamp
-        self._plan = self._expect()
+        data = self._data()
         if not same(self._progress.max_duration, self._max_duration):
             before = schedule.ends_to_come
-            schedule.resolve(self._max_duration, self._plan)
+            schedule.resolve(self._max_duration, schedule.plan(self._max_duration, data, now))
             report_moved_ends(schedule, before)
+        # The first batch shows how many samples one has: what depends on that is checked then.
+        self._plan = schedule.plan(self._max_duration, replace(data, samples=None), now)
         schedule.check(now, self._plan, self._whole, self._more_comes)
         bag_size = schedule.bag_size
         if schedule.advance(now):
             report_change(bag_size, schedule.bag_size, now, self._progress.dropped)
 
-    def _expect(self, first: Any = None) -> Plan | None:
-        """The steps of the phases to come, as far as is known what a batch holds, perhaps by the first of them."""
+    def _data(self, first: Any = None) -> Data:
+        """What the train loader gives, as far as is known, perhaps by its first batch."""
         check_loader(self._state.dataloader)
         self._loader.check_length()
         data = self._loader.data(first)
         check_epochs_end(self.schedule.phases_to_come, self._max_duration, data)
-        return self.schedule.plan(self._max_duration, data, self._state.timestamp)
+        return data
 
     def _superpose(self) -> None:
         """Change the model, the train metrics and the microbatch size, until recovery."""
@@ -356,6 +362,7 @@ class Fit:
             self.close()  # in a run that is resumed in recovery, the loader comes back
             ids = ids_of(state.batch)
             self._positions, self._dropped = 0 if ids is None else ids.numel(), 0
+            self._given = self._read = self._positions
 
     def _lay_out(self, state: State, microbatches: Microbatches) -> None:
         first, self._seen_first = not self._seen_first, True
@@ -375,14 +382,20 @@ class Fit:
         mask = layout.batch.get('attention_mask')
         microbatches.begin_batch(full=mask is not None and is_full(mask))
         state.batch, self._positions, self._dropped = layout
+        self._given, self._read = given['input_ids'].numel(), layout.batch['input_ids'].numel()
 
     def _announce(self, state: State) -> None:
         """Say what the run is going to do, now that its first batch shows what a batch holds."""
-        before, self._plan = self._plan, self._expect(state.batch)
+        before, now = self._plan, state.timestamp
+        data, progress = self._data(state.batch), self._progress
+        self._plan = self.schedule.plan(self._max_duration, data, now)
+        if data.tokens and int(now.batch) == progress.began:
+            # Whatever the steps before superposition read, they had the positions of plain ones.
+            progress.s_tokens = min(progress.s_tokens, int(now.batch) * data.tokens)
         report_shares(self.schedule, self._plan)
-        report_plan(self.schedule, self._plan)
+        report_plan(self.schedule, self._plan, now)
         if before is None:
-            self.schedule.check(state.timestamp, self._plan, self._whole, self._more_comes)
+            self.schedule.check(now, self._plan, self._whole, self._more_comes)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Count and log a step, and end a phase whose time has come."""
@@ -395,7 +408,7 @@ class Fit:
                 state.batch = {**state.batch, 'input_ids': state.batch['input_ids'].unflatten(1, (-1, bag_size))}
         # Ranks draw equally many rows, in the last step of an epoch too.
         progress.s_tokens += self._positions * dist.get_world_size()
-        progress.dropped += self._dropped * dist.get_world_size()
+        progress.dropped += self._not_read()
         self._loader.count(steps=1)
         metrics |= {
             'superposition/bag_size': bag_size,
@@ -404,6 +417,15 @@ class Fit:
         }
         logger.log_metrics(metrics)
         self._advance()
+
+    def _not_read(self) -> int:
+        """The tokens of the step, all ranks together, that Composer's clock has counted and the model has not read."""
+        before, ranks = self._state.previous_timestamp, dist.get_world_size()
+        assert before is not None
+        counted = int(self._state.timestamp.token) - int(before.token)
+        if not self._given or counted < self._given * ranks:  # padding does not count
+            return self._dropped * ranks
+        return counted - self._read * ranks
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         """Check that an epoch was whole, and end a phase whose time has come."""

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import logging
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -38,7 +39,7 @@ class Resumption(NamedTuple):
 
 
 def where_epoch_stands(
-    steps: int, kept: Progress, given: int | None, samples: int | None, length: int | None
+    steps: int, read: int, kept: Progress, given: int | None, samples: int | None, length: int | None
 ) -> Resumption:
     """Where in an epoch the data of a run go on.
 
@@ -47,7 +48,8 @@ def where_epoch_stands(
 
     Args:
         steps: The steps done in the epoch.
-        kept: What the checkpoint kept.
+        read: The samples that they read.
+        kept: What the checkpoint kept; nothing, if it was loaded without algorithms.
         given: The samples after which the dataset goes on by itself, None if Composer draws the steps again.
         samples: Samples of a loader batch, None if the loader does not say.
         length: Loader batches in an epoch, None if there is no end.
@@ -60,7 +62,9 @@ def where_epoch_stands(
     all_drawn = same_batches and kept.drawn is not None and length is not None and kept.drawn >= length
     if given is not None and samples and not all_drawn:
         return Resumption(given // samples)
-    drawn = steps if kept.drawn is None else kept.drawn
+    drawn = kept.drawn
+    if drawn is None:
+        drawn = max(steps, read // samples) if samples else steps
     return Resumption(drawn, 0 if by_itself else steps, known=not by_itself or kept.drawn is not None)
 
 
@@ -291,8 +295,9 @@ class TrainLoader:
         time, given = state.timestamp, None
         if 'train' in state.dataset_resumption:
             given = samples_given(getattr(state.dataloader, 'dataset', None), time) if fresh else 0
-        steps = int(time.batch_in_epoch)
-        self._resumption = where_epoch_stands(steps, self._progress, given, self._batch_samples(), self._batches())
+        steps, read = int(time.batch_in_epoch), int(time.sample_in_epoch)
+        samples, length = self._batch_samples(), self._batches()
+        self._resumption = where_epoch_stands(steps, read, self._progress, given, samples, length)
         self._steps = steps or int(bool(given))  # of the epoch: whether there are any is what counts
         self._progress.drawn = self._resumption.drawn
 
@@ -380,6 +385,7 @@ class TrainLoader:
             return
         superposed, draws = not self._schedule.finished, self._schedule.draws
         loader.trained_on = True
+        loader.limit = self._batches()  # what wraps the loader may have another length
         if loader.replaying:
             loader.replaying = False
             if superposed and loader.drawn != draws:
@@ -461,14 +467,24 @@ class TrainLoader:
         return None if rows is None else rows * dist.get_world_size()
 
     def data(self, first: Any = None) -> Data:
-        """What the loader tells of itself, and its first batch of how long a row is."""
-        loader, samples, length = self._state.dataloader, self._batch_samples(), row_length_of(first)
+        """What a loader batch holds: by the first batch that training draws, and before by what the loader tells."""
+        loader, settings, taken, ids = self._state.dataloader, self._schedule.settings, self._taken, ids_of(first)
+        rows, length, tokens = getattr(loader, 'batch_size', None), row_length_of(first), None
+        if ids is not None and ids.ndim == 2 and len(ids):
+            draws = self._schedule.draws if taken is None else taken.drawn - (self._progress.drawn or 0)
+            # Other algorithms may have reshaped what was drawn. If they have cut it, it is not known what a step reads.
+            shape = (taken and taken.shape) or tuple(ids.shape)
+            rows = -(-shape[0] // draws)
+            if length and math.prod(shape) == ids.numel():
+                tokens = rows * shape[1] * dist.get_world_size()
+        bags_rows = settings.expand != 'sequence' and settings.superpose != 'output'
         return Data(
             self._batches(),
-            samples,
-            None if samples is None or length is None else samples * length,
+            None if rows is None else rows * dist.get_world_size(),
+            tokens,
             uses_tail=not getattr(loader, 'drop_last', False),
-            joined_rows=getattr(loader, 'batch_size', None) if self._joins_rows else None,
+            joined_rows=rows if self._joins_rows else None,
+            row_length=length if bags_rows else None,
         )
 
 

@@ -18,23 +18,27 @@ log = logging.getLogger(__name__)
 # A recovery phase below this share of the steps is short: at 0.8 superposed a third of the published gain is left.
 ENOUGH_RECOVERY = Fraction(1, 2)
 JUMP = (
-    'When recovery begins, the training loss jumps, in published runs by 1 to 2 nats: from there on it is the '
-    'next-token loss, which the loss of a bag is not. Compare runs by their validation loss.'
+    'When recovery begins, the training loss becomes another quantity, the next-token loss; in published runs it jumps '
+    'by 1 to 2 nats. Compare runs by their validation loss.'
 )
 
 
 def first_lines(plan: Plan) -> list[str]:
     """What the run is going to do, from its first step on, a sentence a line."""
     parts = []
+    before = plan.stretches[0] if plan.stretches[0].bag_size == 1 else None
+    # The last batch of an epoch may be smaller than the others.
+    up_to = 'up to ' if plan.data.uses_tail and (plan.epochs or 0) >= 1 else ''
     for stretch in plan.stretches:
-        what = f'bags of {stretch.bag_size}' if stretch.bag_size > 1 else 'plain tokens'
-        tokens = plan.data.tokens
-        reads = '' if tokens is None else f', {_si(stretch.batches * tokens)} data tokens'
+        # Before superposition began, steps need not have been plain: a checkpoint may be loaded without algorithms.
+        what = f'bags of {stretch.bag_size} for ' if stretch.bag_size > 1 else 'plain tokens for '
+        what = 'before it ' if stretch is before else what
+        tokens = plan.tokens_of(stretch)
+        reads = '' if tokens is None else f', {up_to}{_si(tokens)} data tokens'
         if stretch.steps:
-            parts.append(f'{what} for {_count(stretch.steps, "step")}{reads}')
-    first = plan.stretches[0]
-    begins = f'from step {first.steps:,} to' if first.bag_size == 1 and first.steps else 'until'
-    reads = f'It reads {plan.batches / plan.total:.2f} times the data of a plain run of as many steps'
+            parts.append(f'{what}{_count(stretch.steps, "step")}{reads}')
+    begins = f'from step {before.steps:,} to' if before and before.steps else 'until'
+    reads = f'It reads {plan.times:.2f} times the data of a plain run of as many steps'
     reads += '.' if plan.epochs is None else f', {_round(plan.epochs)} epochs of this loader.'
     does = f'Superposition {begins} step {plan.ends[-1]:,} of {plan.total:,}: {"; ".join(parts)}.'
     return [does, reads, JUMP]
@@ -61,7 +65,7 @@ def data_repeat(plan: Plan) -> list[str]:
         return []
     assert plan.data.batches is not None
     plain = plan.total / plan.data.batches
-    smaller = ', or a smaller bag_size or duration' if plan.batches > plan.total else ''
+    smaller = ', or a smaller bag_size or duration' if plan.times > 1 else ''
     return [
         f'The run reads its data {_round(plan.epochs)} times (a plain run of these steps: {_round(plain)}), and '
         f'superposition gains most from fresh data: give it more{smaller}.'
@@ -131,18 +135,19 @@ def say(lines: Iterable[str]) -> None:
             print(line, file=sys.stderr, flush=True)
 
 
-def report_plan(schedule: Schedule, plan: Plan | None) -> None:
+def report_plan(schedule: Schedule, plan: Plan | None, now: Timestamp) -> None:
     """Say what the run is going to do, and warn of what may be amiss with that.
 
     Args:
         schedule: The phases, resolved.
         plan: The expected steps of the phases to come, or None if they are not known.
+        now: Where the run stands.
     """
     if plan is None:
         phases = schedule.settings.phases
         say(unknown_course(phases[-1].until.to_timestring(), [phase.bag_size for phase in phases]))
         return
-    whole = schedule.whole(plan)
+    whole = schedule.whole(plan, now)
     say(first_lines(whole))
     if not dist.get_global_rank():
         for warning in [*data_repeat(whole), *recovery_is_short(whole)]:

@@ -26,6 +26,8 @@ class Data:
         uses_tail: Whether an epoch's last batches make a step where they are fewer than a step reads.
         joined_rows: Where a step's rows are joined, the rows of a loader batch on one rank: a tail that has not enough
             of them for one row of bags makes no step.
+        row_length: Where rows are bagged one by one, the length of one: the tokens at its end that fill no bag are
+            dropped.
     """
 
     batches: int | None = None
@@ -33,6 +35,13 @@ class Data:
     tokens: int | None = None
     uses_tail: bool = False
     joined_rows: int | None = None
+    row_length: int | None = None
+
+    def read(self, bag_size: int) -> int | None:
+        """The tokens of a loader batch that bags of this size read, None if they are not known."""
+        if self.tokens is None or self.row_length is None:
+            return self.tokens
+        return self.tokens // self.row_length * (self.row_length - self.row_length % bag_size)
 
     def tail(self, left: int, drawn: int) -> int:
         """How many of the ``left`` last batches of an epoch are read, where a step reads ``drawn``."""
@@ -42,11 +51,14 @@ class Data:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Steps of one bag size, one after another, and the loader batches that they read."""
+    """Steps of one bag size, one after another, and the loader batches that they read.
+
+    Those of steps before superposition may be a fraction: as many as hold the tokens that were read.
+    """
 
     bag_size: int
     steps: int
-    batches: int
+    batches: int | Fraction
 
 
 @dataclass(frozen=True)
@@ -77,14 +89,26 @@ class Plan:
         return self.start + sum(stretch.steps for stretch in self.stretches)
 
     @property
-    def batches(self) -> int:
-        """The loader batches that its steps read."""
-        return sum(stretch.batches for stretch in self.stretches)
+    def times(self) -> float:
+        """How many times the data of a plain run of as many steps its steps read."""
+        if not self.data.tokens:
+            return float(sum(stretch.batches for stretch in self.stretches) / self.total)
+        return sum(self.tokens_of(stretch) or 0 for stretch in self.stretches) / (self.total * self.data.tokens)
+
+    def tokens_of(self, stretch: Stretch) -> int | None:
+        """The tokens that some of its steps read, None if they are not known."""
+        read = self.data.read(stretch.bag_size)
+        return None if read is None else int(stretch.batches * read)
 
 
 def same(time: Time | None, other: Time | None) -> bool:
     """Whether two times are one; Composer compares none of different units."""
     return time is not None and other is not None and time.to_timestring() == other.to_timestring()
+
+
+def later(time: Time | None, other: Time) -> Time:
+    """The later of two times, or the other if Composer cannot compare them."""
+    return time if time is not None and time.unit == other.unit and time > other else other
 
 
 def share_of(duration: Time, whole: int) -> int:
@@ -117,8 +141,12 @@ def plan_steps(
         Plan | None: None if a time is given in a unit whose amount in a loader batch is not known.
 
     Raises:
-        ValueError: If an epoch is too short for a step.
+        ValueError: If an epoch is too short for a step, or the length of training in another unit.
     """
+    if max_duration.unit == TimeUnit.ITERATION:
+        raise ValueError(
+            f'max_duration is {max_duration.to_timestring()}: superposition needs it in ba, tok, sp or ep.'
+        )
     needed = {TimeUnit.EPOCH: data.batches, TimeUnit.SAMPLE: data.samples, TimeUnit.TOKEN: data.tokens}
     if any(needed.get(time.unit, 0) is None for time in (max_duration, *(phase.until for phase in phases))):
         return None
@@ -230,7 +258,7 @@ class Progress:
         max_duration: The length of training that these moments are of.
         s_tokens: Model positions so far, all ranks together.
         left_out: Samples drawn and left out so far, all ranks together.
-        dropped: Tokens drawn but dropped at the ends of rows so far, all ranks together.
+        dropped: Tokens that Composer's clock has counted and the model has not read so far, all ranks together.
         drawn: Loader batches drawn in this epoch, None if that is not known.
         batch_samples: Samples of each of these, all ranks together, None if that is not known.
     """
@@ -329,8 +357,11 @@ class Schedule:
         drawn = self.progress.drawn or 0
         return plan_steps(self.phases_to_come, self.settings.draws, max_duration, data, now, drawn)
 
-    def whole(self, plan: Plan) -> Plan:
-        """A plan of the phases to come, and the steps done before it: plain ones, and those of phases."""
+    def whole(self, plan: Plan, now: Timestamp) -> Plan:
+        """A plan of the phases to come, and the steps done ``now``, before it: those of phases, and those before these.
+
+        What the clock has counted beyond the phases was read before them.
+        """
         assert self.progress.began is not None
         sizes = [1, *(phase.bag_size for phase in self.settings.phases)]
         marks = [0, self.progress.began, *self.progress.ended, plan.start]
@@ -338,6 +369,10 @@ class Schedule:
             Stretch(size, stop - start, (stop - start) * self.settings.draws(size))
             for size, (start, stop) in zip(sizes, itertools.pairwise(marks), strict=False)
         )
+        if self.progress.began and plan.data.tokens:
+            read = int(now.token) - self.progress.dropped
+            read -= sum(plan.tokens_of(each) or 0 for each in (*done[1:], under_way))
+            done[0] = replace(done[0], batches=Fraction(max(0, read), plan.data.tokens))
         first, *rest = plan.stretches
         first = Stretch(first.bag_size, under_way.steps + first.steps, under_way.batches + first.batches)
         return replace(plan, stretches=[*done, first, *rest], start=0)
@@ -370,8 +405,9 @@ class Schedule:
     def check(self, now: Timestamp, plan: Plan | None, whole: bool, more_comes: bool = False) -> None:
         """Refuse a phase without steps, and a run that ends without a recovery phase.
 
-        A plan takes rows for full. Padding can only put off a moment given in tokens, so that what the plan says of an
-        order is certain where the later moment is in another unit, and otherwise a warning.
+        A plan takes rows for full, and the last batch of an epoch. Padding can only put off a moment given in tokens,
+        and a smaller batch one in samples too, so that what the plan says of an order is certain where the later moment
+        is in another unit, and otherwise a warning.
 
         Args:
             now: Where the run stands.
@@ -385,29 +421,34 @@ class Schedule:
         longest, last = self.progress.max_duration, self.progress.ends[-1]
         assert longest is not None
         past = last.unit == longest.unit and last >= longest
+        may_be_late = {TimeUnit.TOKEN}
+        if plan is not None and plan.data.batches is not None and plan.data.uses_tail:
+            may_be_late.add(TimeUnit.SAMPLE)
         if not more_comes and (past or (plan is not None and plan.ends[-1] >= plan.total)):
             problem = (
                 f'Superposition lasts until {self.settings.phases[-1].until.to_timestring()} but training ends at '
                 f'{longest.to_timestring()}, so there would be no recovery phase: end it earlier or train longer.'
             )
-            _refuse_or_warn(problem, past or longest.unit != TimeUnit.TOKEN, whole)
+            _refuse_or_warn(problem, past or longest.unit not in may_be_late, whole)
+        has_steps = self.phases_begun(int(now.batch)) > len(self.progress.ended)  # the phase under way
+        for phase, moment in [*zip(self.phases_to_come, self.ends_to_come, strict=True)][has_steps:]:
+            if moment.value <= 0:
+                raise ValueError(
+                    f'The phase with bag_size {phase.bag_size} until {phase.until.to_timestring()} has no steps: '
+                    f'it is less than 1{moment.unit.value} of {longest.to_timestring()}: give it a later moment.'
+                )
         if plan is None:
             return
         start, before = plan.start, TimeUnit.BATCH
-        has_steps = self.phases_begun(plan.start) > len(self.progress.ended)  # the phase under way
         for phase, moment, end in zip(self.phases_to_come, self.ends_to_come, plan.ends, strict=True):
-            never = moment.value <= 0
             # One that is past already is left out, and said to be.
-            if end <= start and not has_steps and (never or now.get(moment.unit) < moment):
-                why = f'it begins at step {start} and ends at step {end} of {plan.total}'
-                if never:
-                    why = f'it is less than one step of {longest.to_timestring()}'
+            if end <= start and not has_steps and now.get(moment.unit) < moment:
                 problem = (
                     f'The phase with bag_size {phase.bag_size} until {phase.until.to_timestring()} has no steps: '
-                    f'{why}: give it until at least {start + 1}ba.'
+                    f'it begins at step {start} and ends at step {end} of {plan.total}: give it until at least '
+                    f'{start + 1}ba.'
                 )
-                certain = never or moment.unit == before or moment.unit != TimeUnit.TOKEN
-                _refuse_or_warn(problem, certain, whole or never)
+                _refuse_or_warn(problem, moment.unit == before or moment.unit not in may_be_late, whole)
             start, before, has_steps = max(start, end), moment.unit, False
 
     def advance(self, timestamp: Timestamp) -> bool:
@@ -434,4 +475,4 @@ def schedule_of(algorithms: Iterable[Any]) -> Schedule | None:
 def _refuse_or_warn(problem: str, certain: bool, whole: bool) -> None:
     if certain and whole:
         raise ValueError(problem)
-    log.warning('%s%s', problem, '' if certain else ' This is so if no row is padded.')
+    log.warning('%s%s', problem, '' if certain else ' This is so if no row is padded and no batch is smaller.')

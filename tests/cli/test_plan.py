@@ -204,6 +204,13 @@ def test_what_a_superposed_step_costs(settings: dict[str, str], drawn: int, posi
     assert plain['steps'] == 2000
 
 
+def test_the_ends_of_rows_that_fill_no_bag_are_not_read():
+    settings = ('algorithms.token_superposition.expand=batch', '--bag-size', 3, '--duration', '1000ba')
+    superposed, plain = planned(QUICKSTART / 'baseline.yaml', *settings)['phases']
+    assert superposed['data_tokens'] == 1000 * 3 * 16 * 63  # of 64
+    assert plain['data_tokens'] == 2000 * 16 * 64
+
+
 def test_shards_are_counted_against_the_data_there_is(tmp_path: Path):
     stats = {'seq_len': 64, 'splits': {'train': {'rows': 16000, 'tokens': 1_024_000, 'bytes': 2_048_000}}}
     path = tmp_path / 'stats.json'

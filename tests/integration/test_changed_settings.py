@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from common.trainers import llama, logged, make_trainer, random_loader
+import torch
+from common.trainers import Rows, llama, logged, make_trainer, random_loader
+from composer import Callback
 
 from composer_tst import TokenSuperposition
 
@@ -127,6 +129,31 @@ def test_a_run_as_long_as_its_data_resumes_in_any_phase(unit: str, tmp_path: Pat
 def test_insisting_goes_on_with_the_new_settings_from_there(saved: Path):
     changed = {'phases': phases((4, '2ba'), (3, '6ba')), 'weighting': 'power_law', 'ignore': ['state/algorithms']}
     assert resume(saved, 3, **changed) == [3, 3, 3, 1, 1]
+
+
+def test_insisting_goes_on_with_the_data_and_the_counts(saved: Path, caplog: pytest.LogCaptureFixture):
+    """After 2 steps of 4 batches and one of 2, each of 48 tokens."""
+    read: list[torch.Tensor] = []
+
+    class Reads(Callback):
+        def batch_start(self, state: Any, logger: Any) -> None:
+            read.append(state.batch['input_ids'][0, :12].clone())
+
+    load = {'load_path': str(saved / 'ep0-ba3-rank0.pt'), 'load_ignore_keys': ['state/algorithms']}
+    trainer, logger = make_trainer(
+        llama(), random_loader(96), TokenSuperposition(3, '6ba'), '8ba', callbacks=[Reads()], **load
+    )
+    with caplog.at_level(logging.INFO, logger='composer_tst'):
+        trainer.fit()
+    rows = Rows(96, 12).ids
+    assert [int((rows == first).all(1).nonzero()) // 4 for first in read] == [10, 13, 16, 19, 20]
+    assert logged(logger, 'superposition/data_tokens') == [48 * batches for batches in (13, 16, 19, 20, 21)]
+    assert logged(logger, 'superposition/s_tokens') == [48 * steps for steps in (4, 5, 6, 7, 8)]
+    assert (
+        'from step 3 to step 6 of 8: before it 3 steps, 480 data tokens; bags of 3 for 3 steps, 432 data tokens; plain '
+        'tokens for 2 steps, 96 data tokens.'
+    ) in caplog.text
+    assert 'It reads 2.62 times the data of a plain run' in caplog.text
 
 
 def test_unchanged_settings_are_not_remarked_on(saved: Path, caplog: pytest.LogCaptureFixture):

@@ -65,6 +65,13 @@ class Skips(Wrapper):
                 yield batch
 
 
+class Shorter(Wrapper):
+    """Says that it has half of the batches."""
+
+    def __len__(self) -> int:
+        return len(self.inner) // 2
+
+
 class Wraps(Callback):
     """Wraps the loader at an event, and notes the first row and the rows of each step."""
 
@@ -108,6 +115,15 @@ def test_a_second_fit_goes_on_from_the_first(wrapper: Any):
     for duration in ('2ba', '4ba'):
         trainer.fit(duration=duration)
     assert [rows for _, rows in wraps.steps] == [8, 8, 8, 4, 4, 4]
+
+
+@pytest.mark.parametrize('event', ['fit_start', 'epoch_start'])
+def test_an_epoch_has_the_batches_that_the_wrapper_says(event: str):
+    """7 of 15: 2 steps of 3 and one of a single batch, then 7 of these."""
+    wraps = Wraps(event, Shorter)
+    trainer, _ = make_trainer(llama(), numbered(60), TokenSuperposition(3, '2ba'), '6ba', callbacks=[wraps])
+    trainer.fit()
+    assert wraps.steps == [(0, 12), (12, 12), (24, 4), (0, 4), (4, 4), (8, 4)]
 
 
 @pytest.mark.parametrize('event', ['batch_start', 'after_dataloader', 'batch_end'])

@@ -142,13 +142,14 @@ RUNS: list[tuple[str, dict[str, Any], str]] = [
     # what is unusual of a run of 8 batches, bags of 4 until 3ba     its settings                         what it says
     ('no recovery', {'duration': '8ba'}, 'lasts until 8ba but training ends at 8ba, so there would be no recovery'),
     ('superposed past the end', {'duration': '9ba'}, 'lasts until 9ba but training ends at 8ba'),
+    ('in iterations', {'max_duration': '2iter'}, 'max_duration is 2iter: superposition needs it in ba, tok, sp or ep.'),
     ('in tokens, past the end', {'duration': '200tok', 'max_duration': '100tok'}, 'until 200tok but training ends'),
     # A step reads 4 batches of 48 tokens, so that the fifth ends both.
     ('in samples, no recovery', {'duration': '0.95dur', 'max_duration': '80sp'}, 'so there would be no recovery phase'),
     ('among the callbacks', {'callbacks': [TokenSuperposition(2, '1ba')]}, 'is in callbacks: it is an algorithm, give'),
     ('two of them', {'beside': TokenSuperposition(2, '1ba')}, 'has TokenSuperposition more than once: give'),
     ('in tokens, by the rows', {'duration': '500000tok', 'train': random_loader()}, 'until 500000tok but training'),
-    ('a phase without a step', {'duration': '0.01dur'}, 'one step of 8ba: give it until at least 1ba.'),
+    ('a phase without a step', {'duration': '0.01dur'}, 'less than 1ba of 8ba: give it a later moment.'),
     ('an eval batch without labels', {'eval_dataloader': rows_of(lambda row: {'input_ids': row['input_ids']})},
      'An eval batch has no labels (it has input_ids): have the collator of the eval loader add them.'),
     ('in samples, of single batches', {'duration': '100sp', 'expand': 'none'}, 'so there would be no recovery phase'),

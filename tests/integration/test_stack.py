@@ -108,6 +108,8 @@ def test_works(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         for key, grad in expected.items():
             torch.testing.assert_close(grads.steps[0][key], grad, rtol=1e-3, atol=1e-6, msg=key)
     assert logged(logger, 'superposition/s_tokens')[0] == sum(len(row) for row in rows)
+    read = sum(len(position.tokens) for row in rows for position in row)
+    assert logged(logger, 'superposition/data_tokens')[0] == read
 
     # Order does not matter.
     other, other_logger = run('last', loader)

@@ -289,6 +289,18 @@ def test_samples_and_tokens_are_counted_truly(expand: str, positions: int):
     assert logged(logger, 'time/sample')[1] == 4 * read
 
 
+@pytest.mark.parametrize(('pads_count', 'of_row', 'read'), [(True, 10, 9), (False, 8, 8)])
+def test_the_ends_of_padded_rows_count_as_composer_counts_them(pads_count: bool, of_row: int, read: int):
+    loader = random_loader(length=10, pad_from=lambda row: 8)  # a bag of 3 leaves the last token out
+    count = None if pads_count else lambda batch: int(batch['attention_mask'].sum())
+    spec = DataSpec(loader, get_num_tokens_in_batch=count)
+    trainer, logger = make_trainer(llama(), spec, TokenSuperposition(3, '2ba', expand='batch'), '4ba')
+    trainer.fit()
+    assert trainer.state.timestamp.token == (12 + 12 + 4 + 4) * of_row
+    rows = ((12, 0), (24, 0), (24, 4), (24, 8))
+    assert logged(logger, 'superposition/data_tokens') == [bags * read + plain * of_row for bags, plain in rows]
+
+
 def test_a_change_of_bag_size_is_one_line(caplog: pytest.LogCaptureFixture):
     phases = [{'bag_size': 4, 'until': '1ba'}, {'bag_size': 2, 'until': '3ba'}]
     trainer, _ = make_trainer(llama(), random_loader(), TokenSuperposition(phases=phases), '4ba')

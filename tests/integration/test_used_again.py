@@ -220,6 +220,24 @@ def test_an_algorithm_of_one_trainer_that_is_added_to_another_is_a_copy_there():
     assert algorithm.schedule.progress.s_tokens == 3 * 4 * 12
 
 
+def test_an_algorithm_that_is_added_to_a_trainer_does_not_take_its_first_fit_for_all_of_training():
+    trainer, logger = make_trainer(llama(), random_loader(96), None, '8ba')
+    trainer.state.algorithms.append(TokenSuperposition(3, '4ba'))
+    for steps in (2, 6):
+        trainer.fit(duration=f'{steps}ba')
+    assert logged(logger, 'superposition/bag_size') == [3] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize('fits', [(2, 3, 3), (8,), (5, 5, 2)])
+def test_a_share_is_one_of_the_trainers_length_in_several_fits(fits: tuple[int, ...]):
+    trainer, logger = make_trainer(llama(), random_loader(96), TokenSuperposition(3, '0.5dur'), '8ba')
+    for steps in fits:
+        trainer.fit(duration=f'{steps}ba')
+    assert logged(logger, 'superposition/bag_size') == [3] * 4 + [1] * (sum(fits) - 4)
+    trainer.fit(duration='6ba', reset_time=True)  # another run
+    assert logged(logger, 'superposition/bag_size')[sum(fits) :] == [3] * 3 + [1] * 3
+
+
 def test_a_run_resumed_at_an_epochs_last_step_expects_the_epochs_to_come(tmp_path: Path):
     """In tokens of epochs: which steps there are to come, only the first batch tells."""
     save: dict[str, Any] = {'save_folder': str(tmp_path), 'save_interval': '1ba', 'save_overwrite': True}

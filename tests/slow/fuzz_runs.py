@@ -312,8 +312,9 @@ def simulate(case: Case, folder: str, observed_switches: list[int]) -> list[Step
             tokens = sum(int(row['attention_mask'].sum()) for row in rows)
         if s > 1 and case.expand != 'sequence' and case.superpose != 'output':
             kept = case.length // s * s
-            tail = [row.get('attention_mask', torch.ones(case.length))[kept:] for row in rows]
-            dropped += int(sum(int(part.sum()) for part in tail))
+            dropped += used * (case.length - kept)
+            if count_tokens is not None and case.padded:
+                dropped += sum(int(row['attention_mask'][kept:].sum()) for row in rows) - used * (case.length - kept)
         done['ba'], done['sp'], done['tok'] = done['ba'] + 1, done['sp'] + used, done['tok'] + tokens
         s_tokens += sum(len(row) for row in step.targets) if s > 1 else used * case.length
         step.data_tokens, step.s_tokens, step.loss = done['tok'] - dropped, s_tokens, float(loss)

@@ -39,7 +39,7 @@ def test_the_first_lines_say_what_the_run_is_going_to_do():
     )
     # (300 * (8 + 4 + 2) + 2100) / 3000 and / 22000
     assert reads == 'It reads 2.10 times the data of a plain run of as many steps, 0.29 epochs of this loader.'
-    assert jump.startswith('When recovery begins, the training loss jumps, in published runs by 1 to 2 nats')
+    assert jump.startswith('When recovery begins, the training loss becomes another quantity, the next-token loss; in')
     assert warnings_of(QUICKSTART) == []
 
 
@@ -52,12 +52,21 @@ def test_what_is_not_known_is_left_out():
     assert says.startswith('Superposition until 0.3dur with bags of 6: at which step that is')
 
 
+def test_where_the_last_batch_of_an_epoch_may_be_smaller_the_amounts_are_bounds():
+    data = Data(100, tokens=10, uses_tail=True)
+    plan = Plan([Stretch(4, 30, 120), Stretch(1, 50, 50)], data, epochs=1.7)
+    assert (
+        'bags of 4 for 30 steps, up to 1,200 data tokens; plain tokens for 50 steps, up to 500' in first_lines(plan)[0]
+    )
+    assert 'up to' not in first_lines(replace(plan, epochs=0.9))[0]
+
+
 def test_a_superposition_that_begins_within_a_run_has_plain_steps_before_it():
     stretches = [Stretch(1, 20, 20), Stretch(4, 30, 120), Stretch(1, 50, 50)]
     does, reads, _ = first_lines(Plan(stretches, Data(100), epochs=1.9))
     assert does == (
-        'Superposition from step 20 to step 50 of 100: plain tokens for 20 steps; bags of 4 for 30 steps; plain tokens '
-        'for 50 steps.'
+        'Superposition from step 20 to step 50 of 100: before it 20 steps; bags of 4 for 30 steps; plain tokens for 50 '
+        'steps.'
     )
     assert reads.startswith('It reads 1.90 times the data')  # (20 + 30 * 4 + 50) / 100
     assert reads.endswith('1.9 epochs of this loader.')

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from composer.core import Time, Timestamp, TimeUnit
 
-from composer_tst.schedule import Data, Plan, Progress, Schedule, plan_steps, same, share_of
+from composer_tst.schedule import Data, Plan, Progress, Schedule, Stretch, plan_steps, same, share_of
 from composer_tst.settings import Phase, Settings
 
 ROWS, LENGTH = 8, 16
@@ -190,6 +190,23 @@ def test_padded_rows_are_not_refused_for_what_full_ones_would_come_to(caplog: py
         place(schedule_of((4, f'{4 * 128 * 10}tok')), '8ba', data)
 
 
+def test_a_run_of_smaller_last_batches_is_not_refused_for_what_full_ones_would_come_to(
+    caplog: pytest.LogCaptureFixture,
+):
+    """10 rows in batches of 4: 12 steps of 2 batches are 60 samples, and were they full, 72."""
+    place(schedule_of((2, '12ba')), '70sp', Data(3, 4, uses_tail=True))
+    assert 'no recovery phase' in caplog.text
+    assert 'no batch is smaller' in caplog.text
+    with pytest.raises(ValueError, match='there would be no recovery phase'):
+        place(schedule_of((2, '12ba')), '70sp', Data(3, 4))
+
+
+@pytest.mark.parametrize('max_duration', ['100ba', '100sp', '100tok'])
+def test_a_share_of_nothing_is_refused_before_it_is_known_what_a_batch_holds(max_duration: str):
+    with pytest.raises(ValueError, match=r'until 0.001dur has no steps: it is less than 1.* of 100.*: give it a later'):
+        place(schedule_of((2, '0.001dur')), max_duration)
+
+
 def at_batch(batch: int) -> Timestamp:
     return Timestamp(batch=batch, batch_in_epoch=batch)
 
@@ -247,7 +264,7 @@ def test_a_plan_and_what_was_done_before_it_are_the_whole_run():
     plan = place(schedule, '100ba', Data(200), now)
     assert plan is not None
     assert [(each.bag_size, each.steps, each.batches) for each in plan.stretches] == [(2, 15, 30), (1, 50, 50)]
-    whole = schedule.whole(plan)
+    whole = schedule.whole(plan, now)
     assert [(each.bag_size, each.steps, each.batches) for each in whole.stretches] == [
         (1, 10, 10),
         (4, 20, 80),
@@ -255,6 +272,29 @@ def test_a_plan_and_what_was_done_before_it_are_the_whole_run():
         (1, 50, 50),
     ]
     assert steps_of(whole) == ([10, 30, 50], 100)
+
+
+def test_what_was_read_before_superposition_is_what_the_clock_has_counted():
+    """3 steps of bags of 3, of which nothing is known: a checkpoint was loaded without algorithms."""
+    schedule, now = schedule_of((2, '6ba'), began=3), Timestamp(batch=3, batch_in_epoch=3, token=9 * 128)
+    plan = place(schedule, '14ba', Data(200, 4, 128), now)
+    assert plan is not None
+    whole = schedule.whole(plan, now)
+    assert [whole.tokens_of(stretch) for stretch in whole.stretches] == [9 * 128, 6 * 128, 8 * 128]
+    assert whole.times == 23 / 14
+    # Two superposed steps later it is the same.
+    schedule.progress.dropped, now = 5, Timestamp(batch=5, batch_in_epoch=5, token=13 * 128 + 5)
+    later = schedule.plan(Time.from_timestring('14ba'), Data(200, 4, 128), now)
+    assert later is not None
+    assert schedule.whole(later, now).stretches == whole.stretches
+
+
+def test_the_ends_of_rows_that_fill_no_bag_are_not_read():
+    data = Data(tokens=60, row_length=15)
+    plan = Plan([Stretch(2, 4, 8), Stretch(1, 4, 4)], data)
+    assert [plan.tokens_of(stretch) for stretch in plan.stretches] == [8 * 56, 4 * 60]
+    assert plan.times == (8 * 56 + 4 * 60) / (8 * 60)
+    assert Data(row_length=15).read(2) is None
 
 
 def test_all_that_is_saved_comes_back():

@@ -24,7 +24,8 @@ class PhaseCost:
 def steps_of(run: Run, rows_in_data: int | None = None) -> Plan | None:
     """At which step each phase ends; None if a time is in epochs and the data are not known."""
     batches = max(1, rows_in_data // run.rows) if rows_in_data else None
-    data = Data(batches, samples=run.rows, tokens=run.rows * run.length)
+    bags_rows = run.expand != 'sequence' and run.superpose != 'output'
+    data = Data(batches, run.rows, run.rows * run.length, row_length=run.length if bags_rows else None)
     try:
         return plan_steps(run.phases, run.draws, run.max_duration, data)
     except ValueError as error:
@@ -55,7 +56,7 @@ def cost_phases(run: Run, model: Model, rows_in_data: int | None) -> list[PhaseC
             rows, length = rows * run.draws(bag), length // bag
         costs.append(
             PhaseCost(
-                bag, stretch.steps, stretch.batches * run.rows * run.length, stretch.steps * rows * length,
+                bag, stretch.steps, plan.tokens_of(stretch) or 0, stretch.steps * rows * length,
                 float(rows * length * model.flops(length)),
             )
         )  # fmt: skip
