@@ -1,7 +1,8 @@
 """Folding: a plain batch becomes rows of bags and the bags they must predict, in two steps.
 
 :func:`lay_out` puts the tokens in the rows that the model will see, in a batch that is plain for all that handles it.
-:func:`bag_rows` turns such rows into bags; a run does so for each microbatch, just before the model gets it.
+:func:`bag_rows` turns such rows into bags, and :func:`bag_targets` their labels into targets. A run does so for each
+microbatch: just before the model gets it, and when its loss is computed.
 """
 
 import functools
@@ -127,7 +128,9 @@ def fold_batch(
         ValueError: If a needed key is missing, a key cannot be folded, or the shapes do not fit.
     """
     laid_out = lay_out(batch, bag_size, expand, superpose).batch
-    folded = bag_rows(laid_out, bag_size, superpose, padded=not is_full(laid_out.get('attention_mask')))
+    mask = laid_out.get('attention_mask')
+    folded = bag_rows(laid_out, bag_size, superpose, padded=not is_full(mask))
+    folded['labels'] = bag_targets(laid_out['labels'], mask, bag_size, superpose)
     if 'loss_generating_tokens' in batch:
         folded['loss_generating_tokens'] = (folded['labels'] != IGNORE_INDEX).sum((1, 2)).tolist()
     if 'total_tokens' in batch:
@@ -237,7 +240,7 @@ def _weights_of_columns(
 
 
 def bag_rows(batch: Mapping[str, Any], bag_size: int, superpose: str, padded: bool = True) -> dict[str, Any]:
-    """Bags of the tokens of each row, ``(B, P * s)`` to ``(B, P, s)``, and their targets.
+    """Bags of the tokens of each row, ``(B, P * s)`` to ``(B, P, s)``.
 
     It reads no value of a tensor: on a GPU, that would wait for it.
 
@@ -248,12 +251,10 @@ def bag_rows(batch: Mapping[str, Any], bag_size: int, superpose: str, padded: bo
         padded: Whether some token is not attended; if not, there is no ``bag_mask``.
 
     Returns:
-        dict: As :func:`fold_batch`, without what llm-foundry's count of tokens reads.
+        dict: As :func:`fold_batch`, without labels and what llm-foundry's count of tokens reads.
     """
-    folded = {key: value for key, value in batch.items() if key not in (*_PER_ROW, *_TAKEN_FOR_GRANTED)}
+    folded = {key: value for key, value in batch.items() if key not in ('labels', *_PER_ROW, *_TAKEN_FOR_GRANTED)}
     mask = batch.get('attention_mask') if padded else None
-    # Again only targets: what is done to the rows since they were laid out may have set other labels.
-    folded['labels'] = bag_targets(batch.get('labels', batch['input_ids']), mask, bag_size, superpose)
     if superpose == 'output':
         return folded
     ids = batch['input_ids']

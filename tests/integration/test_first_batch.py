@@ -1,5 +1,6 @@
 """What a model's own loss makes of the first batch, held against what superposition makes of it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -101,17 +102,25 @@ def test_what_a_loss_adds_is_said_to_be_left_out(caplog: pytest.LogCaptureFixtur
     assert caplog.text.count('The loss of HuggingFaceModel is more than a cross-entropy') == 1
 
 
-class Masks(Algorithm):
-    """Leaves labels above 150 out, at an event."""
+def mask(batch: Any) -> None:
+    batch['labels'] = batch['labels'].masked_fill(batch['labels'] > 150, -100)
 
-    def __init__(self, event: Event):
-        self.event = event
+
+def mask_unseen(batch: Any) -> None:
+    batch['labels'].numpy()[batch['labels'].numpy() > 150] = -100
+
+
+class Changes(Algorithm):
+    """Changes a batch at an event; by default, labels above 150 are left out."""
+
+    def __init__(self, event: Event, change: Callable[[Any], Any] = mask):
+        self.event, self.change = event, change
 
     def match(self, event: Event, state: Any) -> bool:
         return event == self.event
 
     def apply(self, event: Event, state: Any, logger: Any) -> None:
-        state.batch['labels'] = state.batch['labels'].masked_fill(state.batch['labels'] > 150, -100)
+        self.change(state.batch)
 
 
 def losses(*algorithms: Algorithm, callbacks: Any = (), duration: str = '2ba') -> list[float]:
@@ -121,11 +130,35 @@ def losses(*algorithms: Algorithm, callbacks: Any = (), duration: str = '2ba') -
     return logged(logger, 'loss/train/total')[:2]
 
 
+@pytest.mark.parametrize('change', [mask, mask_unseen])
 @pytest.mark.parametrize('event', [Event.BEFORE_FORWARD, Event.AFTER_FORWARD, Event.BEFORE_LOSS])
-def test_labels_that_change_late_are_obeyed(event: Event):
-    obeyed = losses(Masks(Event.BATCH_START))
-    assert losses(Masks(event)) == obeyed
+def test_labels_that_change_late_are_obeyed(event: Event, change: Any):
+    obeyed = losses(Changes(Event.BATCH_START))
+    assert losses(Changes(event, change)) == obeyed
     assert losses() != obeyed
+
+
+@pytest.mark.parametrize('event', [Event.BEFORE_FORWARD, Event.BEFORE_LOSS])
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda batch: batch.pop('labels'), r'The batch has no labels for the loss \(it has input_ids'),
+        (lambda batch: batch.update(labels=batch['labels'][:, 1:]), r'labels are torch.int64 of shape \(4, 35\) for'),
+        (lambda batch: batch.update(labels=batch['labels'].float()), 'labels are torch.float32 of shape'),
+    ],
+)
+def test_labels_that_are_none_of_tokens_when_the_loss_reads_them_are_refused(event: Event, change: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        losses(Changes(event, change))
+
+
+def test_what_a_loss_of_ones_own_is_given_late_is_refused():
+    stack = [
+        Changes(Event.BEFORE_LOSS, lambda batch: batch.update(targets=batch['labels'])),
+        TokenSuperposition(3, '2ba'),
+    ]
+    with pytest.raises(ValueError, match='Superposition cannot fold targets'):
+        make_trainer(Own(), rows(), stack, '4ba')[0].fit()
 
 
 def test_ids_and_labels_are_plain_for_callbacks_at_every_event():

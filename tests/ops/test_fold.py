@@ -8,7 +8,7 @@ import torch
 from common import reference
 
 from composer_tst import functional as F_tst
-from composer_tst.ops.fold import bag_rows, lay_out
+from composer_tst.ops.fold import bag_rows, bag_targets, lay_out
 from composer_tst.settings import target_weights
 
 
@@ -78,6 +78,7 @@ def test_rows_laid_out_stay_plain_and_bag_by_themselves(
         part = {key: value[row : row + 1] for key, value in layout.batch.items()}
         assert part['input_ids'].tolist() == [[token for p in rows[row] for token in p.tokens]]
         bags = bag_rows(part, bag_size, superpose)
+        bags['labels'] = bag_targets(part['labels'], part.get('attention_mask'), bag_size, superpose)
         for key in ('input_ids', 'labels', 'attention_mask', 'sequence_id', 'bag_mask'):
             if key in bags and key in whole:
                 assert torch.equal(bags[key][0], whole[key][row]), key
@@ -92,8 +93,9 @@ def test_no_rows(superpose: str):
     ids = torch.zeros(0, 6).long()
     batch = {'input_ids': ids, 'attention_mask': ids.bool()}
     layout = lay_out(batch, 2, 'none', superpose, torch.ones(2) / 2)
-    folded = bag_rows(layout.batch, 2, superpose)
-    assert folded['labels'].shape == (0, 6 if superpose == 'output' else 3, 2)
+    targets = bag_targets(layout.batch['labels'], layout.batch['attention_mask'], 2, superpose)
+    assert bag_rows(layout.batch, 2, superpose)['input_ids'].shape == (0, *((6,) if superpose == 'output' else (3, 2)))
+    assert targets.shape == (0, 6 if superpose == 'output' else 3, 2)
     assert layout.batch['loss_generating_tokens'].shape == layout.batch['total_tokens'].shape == (0,)
 
 
