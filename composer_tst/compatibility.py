@@ -207,8 +207,9 @@ def check_first_batch(state: State, scale: int = 1) -> None:
 
 def _refuse_shifted(ids: torch.Tensor, labels: torch.Tensor) -> None:
     valid = labels != IGNORE_INDEX
-    ahead = (labels == ids.roll(-1, 1))[:, :-1]
-    if bool((labels != ids)[valid].any()) and bool(ahead[valid[:, :-1]].all()):
+    within = valid[:, :-1] & valid[:, 1:]  # the last label before padding may be a token that ids do not have
+    ahead = (labels == ids.roll(-1, 1))[:, :-1][within]
+    if len(ahead) and bool((labels != ids)[valid].any()) and bool(ahead.all()):
         raise ValueError(
             'labels are shifted already: at t they have token t + 1. Give the label of token t at t, and have the loss '
             'of the model shift them.'

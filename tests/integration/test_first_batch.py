@@ -58,8 +58,22 @@ def pad(ids: torch.Tensor) -> None:
 
 
 class Shifted(Rows):
+    """Rows whose labels are shifted; with ``ends``, the last is a token that ids do not have, and padding follows."""
+
+    ends = False
+
     def __getitem__(self, index: int) -> Any:
-        return {'input_ids': self.ids[index], 'labels': self.ids[index].roll(-1)}
+        ids = self.ids[index].clone()
+        if self.ends:
+            ids[6:] = 0
+        labels = ids.roll(-1)
+        if self.ends:
+            labels[5], labels[6:] = 1, -100
+        return {'input_ids': ids, 'labels': labels}
+
+
+class Ended(Shifted):
+    ends = True
 
 
 @pytest.mark.parametrize(
@@ -79,6 +93,12 @@ def test_other_targets_are_refused_before_a_step(how: str, loader: Any, message:
     with pytest.raises(ValueError, match=message):
         trainer.fit()
     assert not logged(logger, 'loss/train/total')
+
+
+def test_labels_that_are_shifted_and_end_in_a_token_of_their_own_are_refused():
+    trainer, _ = make_trainer(llama(), DataLoader(Ended(48, 12), batch_size=4), TokenSuperposition(3, '2ba'), '4ba')
+    with pytest.raises(ValueError, match='labels are shifted already'):
+        trainer.fit()
 
 
 @pytest.mark.parametrize('how', ['', 'alone', 'hidden', 'in place'])
