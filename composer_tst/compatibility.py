@@ -181,12 +181,7 @@ def check_first_batch(state: State, scale: int = 1) -> None:
             tokens than labels say.
     """
     batch, model = state.batch, unwrapped(state.model)
-    largest, entries = int(batch['input_ids'].max()), find_embedding(state.model).num_embeddings
-    if largest >= entries:
-        raise ValueError(
-            f'input_ids has token {largest} but the embedding of {type(model).__name__} has {entries} rows: train on '
-            "data of the model's own tokenizer, or give the model the vocab_size of the data's."
-        )
+    _refuse_large(batch['input_ids'], model)
     if 'labels' in batch:
         _refuse_shifted(batch['input_ids'], batch['labels'])
     hugging_face = isinstance(model, HuggingFaceModel)
@@ -203,6 +198,20 @@ def check_first_batch(state: State, scale: int = 1) -> None:
         with torch.no_grad():
             outputs = state.model(row)
         (_compare_losses if known else _check_own_loss)(model, outputs, row)
+
+
+def _refuse_large(ids: torch.Tensor, model: Any) -> None:
+    largest, entries = int(ids.max()), find_embedding(model).num_embeddings
+    if largest < entries:
+        return
+    inner = model.model if isinstance(model, HuggingFaceModel) else model
+    inner = getattr(inner, 'module', inner)  # in FSDP1's wrapper
+    tokenizer = getattr(getattr(model, 'tokenizer', None), 'name_or_path', '')
+    raise ValueError(
+        f'input_ids has token {largest} but the embedding of {type(inner).__name__} has {entries} rows: train on data '
+        f"of the model's own tokenizer{f' {tokenizer}' * bool(tokenizer)}, or give the model the vocab_size of the "
+        "data's."
+    )
 
 
 def _refuse_shifted(ids: torch.Tensor, labels: torch.Tensor) -> None:
