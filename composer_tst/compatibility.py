@@ -334,8 +334,8 @@ def _loss_and_gradient(model: Any, outputs: Any, row: Mapping[str, Any]) -> tupl
         logits = leaf.clone()  # a loss may write to it
         if isinstance(outputs, Mapping):
             of_forward = _loss_function(model) if outputs.get('loss') is not None else None
-            outputs: Any = copy.copy(outputs)
-            outputs['logits'] = logits
+            outputs = copy.copy(outputs)
+            outputs['logits'] = logits  # pyright: ignore[reportIndexIssue]
             if of_forward is not None:  # the loss that forward has computed, with a gradient
                 again = of_forward(logits=logits, labels=row['labels'], vocab_size=logits.shape[-1])
                 outputs['loss'] = outputs['loss'] + again - again.detach()

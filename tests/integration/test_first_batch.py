@@ -33,7 +33,7 @@ class Own(ComposerModel):
         return {'logits': logits, 'aux_loss': h.pow(2).mean(), 'hidden': h} if self.how != 'alone' else logits
 
     def loss(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        logits, labels = outputs if isinstance(outputs, torch.Tensor) else outputs['logits'], batch['labels']
+        logits, labels = outputs if self.how in ('alone', 'head in loss') else outputs['logits'], batch['labels']
         if self.how == 'head in loss':
             logits = self.head(outputs)
         if self.how == 'hidden':

@@ -133,9 +133,8 @@ def t5() -> Any:
 
 def llama_of(tokenizer: str) -> Any:
     words = Tokenizer(WordLevel({'[UNK]': 0}, unk_token='[UNK]'))
-    return hugging_face(
-        llama().model, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, name_or_path=tokenizer)
-    )
+    model: Any = llama().model
+    return hugging_face(model, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, name_or_path=tokenizer))
 
 
 def plus_1000(row: dict[str, Any]) -> dict[str, Any]:
