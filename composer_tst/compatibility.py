@@ -299,7 +299,8 @@ def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> torch.T
         if isinstance(model, HuggingFaceModel) and isinstance(outputs, Mapping):
             _compare_losses(model, outputs, row, loss)
         return _NONE
-    valid, (trained, predicted) = expected != IGNORE_INDEX, _predicted(gradient)
+    valid, trained = expected != IGNORE_INDEX, gradient.ne(0).any(-1)
+    predicted = gradient.argmin(-1)  # that of a cross-entropy is below 0 at the target alone
     right = trained & (predicted == expected)
     told, wrong = int((trained & valid).sum()), int((trained & valid & ~right).sum())
     if not told:
@@ -349,17 +350,12 @@ def _loss_and_gradient(model: Any, outputs: Any, row: Mapping[str, Any]) -> tupl
     return loss.detach(), gradient if gradient is not None and bool(gradient.isfinite().all()) else None
 
 
-def _predicted(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which positions a loss trains, and which token at each: a cross-entropy's is below 0 at the target alone."""
-    return gradient.ne(0).any(-1), gradient.argmin(-1)
-
-
 def _trained_nowhere(model: Any, outputs: Any, row: Mapping[str, Any], trained: torch.Tensor) -> torch.Tensor:
     """The tokens that a loss trains on nowhere: each is put at some places, beside one that it has trained on."""
     ids, generator = row['input_ids'], torch.Generator().manual_seed(0)
     places = ids[:, 1:].numel()
     left = torch.randperm(logits_of(model, outputs).shape[-1], generator=generator)
-    for _ in range(16):  # a loss may leave places out, too
+    while True:  # a loss may leave places out, too: what is left comes at others
         found = []
         for some in left.split(max(1, places - 1)):
             tokens = torch.cat([some, trained])
@@ -371,12 +367,11 @@ def _trained_nowhere(model: Any, outputs: Any, row: Mapping[str, Any], trained: 
             gradient = _loss_and_gradient(model, outputs, asked)[1]
             if gradient is None:
                 return _NONE
-            at, predicted = _predicted(gradient[:, :-1])
-            found.append(tokens[:, 1:][at & (predicted == tokens[:, 1:])].cpu())
-        left = left[~torch.isin(left, torch.cat(found))]
-        if not len(left):
-            break
-    return left
+            at_targets = gradient[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
+            found.append(tokens[:, 1:][at_targets < 0].cpu())
+        before, left = left, left[~torch.isin(left, torch.cat(found))]
+        if len(left) in (0, len(before)):
+            return left
 
 
 def _say_what_is_left_out(model: Any, outputs: Any, loss: torch.Tensor, cross_entropy: torch.Tensor) -> None:
