@@ -14,6 +14,7 @@ from typing import Any
 from composer.core import Algorithm, Callback, Event, State, Time
 from composer.loggers import Logger
 from composer.utils import dist
+from torch import Tensor
 
 from composer_tst.compatibility import (
     check_algorithms,
@@ -21,6 +22,7 @@ from composer_tst.compatibility import (
     check_callbacks,
     check_eval_batch,
     check_first_batch,
+    check_ignored,
     check_loader,
     check_model,
     forget_losses,
@@ -280,7 +282,8 @@ class Fit:
         self._loader = TrainLoader(state, self.schedule, not run.has_drawn, self._undo)
         self._microbatch_size = MicrobatchSize(state)
         self._plan: Plan | None = None
-        self._seen_first = self._warned_of_tail = False
+        self._warned_of_tail = False
+        self._ignored: Tensor | None = None  # tokens that the model's own loss leaves out, once it has been seen
         self._positions = self._dropped = 0
         self._given = self._read = 0  # tokens of a step on this rank, padding too: of its rows, and of the model's
 
@@ -365,8 +368,7 @@ class Fit:
             self._given = self._read = self._positions
 
     def _lay_out(self, state: State, microbatches: Microbatches) -> None:
-        first, self._seen_first = not self._seen_first, True
-        if first:
+        if self._ignored is None:
             self._announce(state)
         settings, bag_size, given = self.schedule.settings, self.schedule.bag_size, state.batch
         # Pinned as the loader's own batches were: from other memory, each copy to the GPU would wait for it.
@@ -374,8 +376,9 @@ class Fit:
         model, weights = unwrapped(state.model), settings.weights(bag_size)
         layout = lay_out(given, bag_size, settings.expand, settings.superpose, weights, pin, takes(model))
         check_batch(layout.batch, given, bag_size, settings.superpose, model)
-        if first:
-            check_first_batch(state, settings.microbatch_scale(bag_size))
+        if self._ignored is None:
+            self._ignored = check_first_batch(state, settings.microbatch_scale(bag_size))
+        check_ignored(layout.batch['labels'], self._ignored, model)
         if layout.dropped and not self._warned_of_tail:
             self._warned_of_tail = True
             report_dropped(layout.dropped, given['input_ids'].shape[1], bag_size, settings.expand)

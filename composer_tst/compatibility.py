@@ -51,8 +51,8 @@ def logits_of(model: Any, outputs: Any) -> torch.Tensor:
 
 
 def is_known(loss: Any) -> bool:
-    """Whether a loss is the next-token cross-entropy of Composer's or llm-foundry's own models."""
-    return getattr(loss, '__module__', '').partition('.')[0] in ('composer', 'llmfoundry')
+    """Whether a loss is the next-token cross-entropy of Composer's, llm-foundry's or transformers' own models."""
+    return getattr(loss, '__module__', '').partition('.')[0] in ('composer', 'llmfoundry', 'transformers')
 
 
 _IMAGES = 'it changes images, and superposition trains on tokens'
@@ -166,7 +166,18 @@ def check_batch(batch: Mapping[str, Any], given: Mapping[str, Any], bag_size: in
         )
 
 
-def check_first_batch(state: State, scale: int = 1) -> None:
+def check_ignored(labels: torch.Tensor, ignored: torch.Tensor, model: Any) -> None:
+    """Refuse, with a ValueError, labels of a token that the model's own loss trains on nowhere."""
+    found = labels[torch.isin(labels, ignored.to(labels.device))] if len(ignored) else ignored
+    if len(found):
+        raise ValueError(
+            f'The loss of {type(model).__name__} ignores token {int(found[0])}, which labels have '
+            f'{int((found == found[0]).sum())} times in this batch: mark it with -100 in labels, or give an '
+            'attention_mask.'
+        )
+
+
+def check_first_batch(state: State, scale: int = 1) -> torch.Tensor:
     """Hold what the model's own loss makes of a batch against what superposition will make of it, on its first rows.
 
     A Hugging Face model computes its loss in its forward. Of a loss of one's own, the gradient tells at each position
@@ -176,23 +187,21 @@ def check_first_batch(state: State, scale: int = 1) -> None:
         state: The Trainer's.
         scale: How many times the rows of a plain microbatch the microbatch size has now.
 
+    Returns:
+        torch.Tensor: The tokens that the model's own loss trains on nowhere, such as padding.
+
     Raises:
         ValueError: If ids are beyond the embedding, labels are shifted already, or the model's own loss predicts other
             tokens than labels say.
     """
     batch, model = state.batch, unwrapped(state.model)
-    largest, entries = int(batch['input_ids'].max()), find_embedding(state.model).num_embeddings
-    if largest >= entries:
-        raise ValueError(
-            f'input_ids has token {largest} but the embedding of {type(model).__name__} has {entries} rows: train on '
-            "data of the model's own tokenizer, or give the model the vocab_size of the data's."
-        )
+    _refuse_large(batch['input_ids'], model)
     if 'labels' in batch:
         _refuse_shifted(batch['input_ids'], batch['labels'])
     hugging_face = isinstance(model, HuggingFaceModel)
     known = is_known(vars(model).get('loss', type(model).loss))
     if known and not hugging_face:
-        return
+        return _NONE
     rows = len(batch['input_ids'])
     size = state.device_train_microbatch_size
     some = min(rows, max(1, size // scale)) if isinstance(size, int) else 1
@@ -201,30 +210,59 @@ def check_first_batch(state: State, scale: int = 1) -> None:
     precision = get_precision_context(state.precision, state.precision_config)
     with torch.compiler.set_stance('force_eager'), leaving_no_trace(state.model), precision:
         with torch.no_grad():
-            outputs = state.model(row)
-        (_compare_losses if known else _check_own_loss)(model, outputs, row)
+            outputs = state.model(_copy(row))
+        of_forward = _loss_function(model)
+        if not known or not (of_forward is None or is_known(of_forward)):
+            return _check_own_loss(model, outputs, row)
+        if isinstance(outputs, Mapping) and outputs.get('loss') is not None and outputs.get('logits') is not None:
+            _compare_losses(model, outputs, row, _total(model.loss(outputs, row)))
+    return _NONE
+
+
+_NONE = torch.empty(0, dtype=torch.int64)
+
+
+def _copy(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch whose tensors may be written to."""
+    return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in row.items()}
+
+
+def _loss_function(model: Any) -> Any:
+    """What a Hugging Face model computes its loss with in its forward, as far as is known."""
+    return getattr(model.model, 'loss_function', None) if isinstance(model, HuggingFaceModel) else None
+
+
+def _refuse_large(ids: torch.Tensor, model: Any) -> None:
+    largest, entries = int(ids.max()), find_embedding(model).num_embeddings
+    if largest < entries:
+        return
+    inner = model.model if isinstance(model, HuggingFaceModel) else model
+    inner = getattr(inner, 'module', inner)  # in FSDP1's wrapper
+    tokenizer = getattr(getattr(model, 'tokenizer', None), 'name_or_path', '')
+    raise ValueError(
+        f'input_ids has token {largest} but the embedding of {type(inner).__name__} has {entries} rows: train on data '
+        f"of the model's own tokenizer{f' {tokenizer}' * bool(tokenizer)}, or give the model the vocab_size of the "
+        "data's."
+    )
 
 
 def _refuse_shifted(ids: torch.Tensor, labels: torch.Tensor) -> None:
     valid = labels != IGNORE_INDEX
-    ahead = (labels == ids.roll(-1, 1))[:, :-1]
-    if bool((labels != ids)[valid].any()) and bool(ahead[valid[:, :-1]].all()):
+    within = valid[:, :-1] & valid[:, 1:]  # the last label before padding may be a token that ids do not have
+    ahead = (labels == ids.roll(-1, 1))[:, :-1][within]
+    if len(ahead) and bool((labels != ids)[valid].any()) and bool(ahead.all()):
         raise ValueError(
             'labels are shifted already: at t they have token t + 1. Give the label of token t at t, and have the loss '
             'of the model shift them.'
         )
 
 
-def _compare_losses(model: Any, outputs: Any, row: Mapping[str, Any]) -> None:
+def _compare_losses(model: Any, outputs: Mapping[str, Any], row: Mapping[str, Any], loss: torch.Tensor) -> None:
     """Hold the loss of a Hugging Face model against the cross-entropy of its logits and its router's loss."""
-    if not isinstance(outputs, Mapping) or outputs.get('loss') is None or outputs.get('logits') is None:
-        return
     # Its labels are without the mask, as superposition's are with it.
     targets = functional.pad(row['labels'][:, 1:].long(), (0, 1), value=IGNORE_INDEX)
     expected = functional.cross_entropy(outputs['logits'].float().flatten(0, 1), targets.flatten())
-    if outputs.get('aux_loss') is not None:
-        expected = expected + getattr(model.config, 'router_aux_loss_coef', 0) * outputs['aux_loss']
-    _say_what_is_left_out(model, _total(model.loss(outputs, row)), expected)
+    _say_what_is_left_out(model, outputs, loss, expected)
 
 
 def _total(losses: Any) -> torch.Tensor:
@@ -243,53 +281,102 @@ def _next_labels(row: Mapping[str, Any]) -> torch.Tensor:
     return functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
-def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> None:
+def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> torch.Tensor:
+    """Hold a loss of one's own against labels; return the tokens that it trains on nowhere."""
+    if isinstance(model, HuggingFaceModel) and isinstance(outputs, Mapping) and outputs.get('logits') is None:
+        return _NONE  # it may give them where it is given no labels
     name, logits = type(model).__name__, logits_of(model, outputs)
     if logits.shape[:2] != row['input_ids'].shape:
-        return  # which the first superposed step refuses
-    leaf = logits.detach().float().requires_grad_()
-    with torch.enable_grad():
-        given_logits = leaf.clone()  # a loss may write to it
-    if isinstance(outputs, Mapping):
-        outputs = copy.copy(outputs)
-        outputs['logits'] = given_logits  # pyright: ignore[reportIndexIssue]
-    elif isinstance(outputs, (tuple, list)):
-        make: Any = getattr(outputs, '_make', type(outputs))  # of a named tuple
-        outputs = make([given_logits, *outputs[1:]])
-    else:
-        outputs = given_logits
-    with torch.enable_grad():
-        loss = _total(model.loss(outputs, row))
-        gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
-    if gradient is None or not bool(gradient.isfinite().all()):
-        if isinstance(model, HuggingFaceModel):
-            _compare_losses(model, outputs, row)
-        return  # it is not of these logits, or of nothing: it cannot be told
-    expected, trained = _next_labels(row), gradient.ne(0).any(-1)
+        return _NONE  # which the first superposed step refuses
+    given, expected = row.get('labels', row['input_ids']), _next_labels(row)
+    if int(expected.max()) >= logits.shape[-1]:
+        raise ValueError(
+            f'{name} returns {logits.shape[-1]} values at each position, and labels have token {int(expected.max())}: '
+            'have its forward return logits of the whole vocabulary, and its loss use them.'
+        )
+    loss, gradient = _loss_and_gradient(model, outputs, row)
+    if gradient is None:
+        if isinstance(model, HuggingFaceModel) and isinstance(outputs, Mapping):
+            _compare_losses(model, outputs, row, loss)
+        return _NONE
+    valid, trained = expected != IGNORE_INDEX, gradient.ne(0).any(-1)
     predicted = gradient.argmin(-1)  # that of a cross-entropy is below 0 at the target alone
-    given = row.get('labels', row['input_ids'])
-    if bool((predicted == given)[trained].all()) and not bool((predicted == expected)[trained].all()):
+    right = trained & (predicted == expected)
+    told, wrong = int((trained & valid).sum()), int((trained & valid & ~right).sum())
+    if not told:
+        return _NONE
+    if wrong and bool((predicted == given)[trained].all()):
         raise ValueError(
             f'The loss of {name} predicts labels[t] at t, and superposition the label of the next token, '
             'labels[t + 1]: give the label of token t at t, and have the loss shift them.'
         )
-    ignored = ~trained & (expected != IGNORE_INDEX)
-    tokens = expected[ignored].unique().tolist()
-    if len(tokens) == 1:
+    if 2 * wrong > told:
         raise ValueError(
-            f'The loss of {name} ignores token {tokens[0]}, which labels have {int(ignored.sum())} times in the first '
-            'rows: mark it with -100 in labels, or give an attention_mask.'
+            f'The loss of {name} predicts another token than labels[t + 1] at {wrong} of {told} positions t of the '
+            'first rows: have its forward return logits, and its loss predict the label of the next token, as '
+            'superposition does.'
         )
-    if tokens:
+    ignored = _trained_nowhere(model, outputs, row, expected[right][:1].cpu())
+    left_out = valid & ~right & ~torch.isin(expected, ignored.to(expected.device))
+    if bool(left_out.any()):
         log.warning(
-            f'The loss of {name} leaves out {int(ignored.sum())} of {int((expected != IGNORE_INDEX).sum())} targets in '
-            'the first rows: superposed steps train on all that labels have.'
+            f'The loss of {name} leaves out {int(left_out.sum())} of {int(valid.sum())} targets in the first rows: '
+            'superposed steps train on all that labels have.'
         )
-    cross_entropy = functional.cross_entropy(leaf[trained], predicted[trained])
-    _say_what_is_left_out(model, loss, cross_entropy)
+    cross_entropy = functional.cross_entropy(logits.float()[trained], predicted[trained])
+    _say_what_is_left_out(model, outputs, loss, cross_entropy)
+    return ignored
 
 
-def _say_what_is_left_out(model: Any, loss: torch.Tensor, cross_entropy: torch.Tensor) -> None:
+def _loss_and_gradient(model: Any, outputs: Any, row: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The loss of logits and labels, and its gradient ``(B, L, V)``; None if it is not of these logits, or infinite."""
+    row, leaf = _copy(row), logits_of(model, outputs).detach().float().requires_grad_()
+    with torch.enable_grad():
+        logits = leaf.clone()  # a loss may write to it
+        if isinstance(outputs, Mapping):
+            of_forward = _loss_function(model) if outputs.get('loss') is not None else None
+            outputs = copy.copy(outputs)
+            outputs['logits'] = logits  # pyright: ignore[reportIndexIssue]
+            if of_forward is not None:  # the loss that forward has computed, with a gradient
+                again = of_forward(logits=logits, labels=row['labels'], vocab_size=logits.shape[-1])
+                outputs['loss'] = outputs['loss'] + again - again.detach()
+        elif isinstance(outputs, (tuple, list)):
+            make: Any = getattr(outputs, '_make', type(outputs))  # of a named tuple
+            outputs = make([logits, *outputs[1:]])
+        else:
+            outputs = logits
+        loss = _total(model.loss(outputs, row))
+        gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
+    return loss.detach(), gradient if gradient is not None and bool(gradient.isfinite().all()) else None
+
+
+def _trained_nowhere(model: Any, outputs: Any, row: Mapping[str, Any], trained: torch.Tensor) -> torch.Tensor:
+    """The tokens that a loss trains on nowhere: each is put at some places, beside one that it has trained on."""
+    ids, generator = row['input_ids'], torch.Generator().manual_seed(0)
+    places = ids[:, 1:].numel()
+    left = torch.randperm(logits_of(model, outputs).shape[-1], generator=generator)
+    while True:  # a loss may leave places out, too: what is left comes at others
+        found = []
+        for some in left.split(max(1, places - 1)):
+            tokens = torch.cat([some, trained])
+            tokens = tokens[torch.randperm(places, generator=generator) % len(tokens)].view(len(ids), -1)
+            tokens = functional.pad(tokens, (1, 0), value=int(trained)).to(ids.device)
+            asked = {**row, 'input_ids': tokens, 'labels': tokens}
+            if 'attention_mask' in row:
+                asked['attention_mask'] = torch.ones_like(row['attention_mask'])
+            gradient = _loss_and_gradient(model, outputs, asked)[1]
+            if gradient is None:
+                return _NONE
+            at_targets = gradient[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
+            found.append(tokens[:, 1:][at_targets < 0].cpu())
+        before, left = left, left[~torch.isin(left, torch.cat(found))]
+        if len(left) in (0, len(before)):
+            return left
+
+
+def _say_what_is_left_out(model: Any, outputs: Any, loss: torch.Tensor, cross_entropy: torch.Tensor) -> None:
+    if isinstance(model, HuggingFaceModel) and isinstance(outputs, Mapping) and outputs.get('aux_loss') is not None:
+        cross_entropy = cross_entropy + getattr(model.config, 'router_aux_loss_coef', 0) * outputs['aux_loss']
     rtol = 1e-4 if loss.dtype == torch.float32 else 1e-2
     if not torch.isclose(loss.float(), cross_entropy.float(), rtol=rtol, atol=1e-5, equal_nan=True):
         log.warning(

@@ -24,6 +24,9 @@ from composer_tst.settings import Settings
 
 log = logging.getLogger(__name__)
 
+# `superposed` asks of a folded batch that it has targets. Those of a microbatch are made when its loss is computed.
+_NO_TARGETS = torch.empty(0, 0, 0)
+
 
 def restore_model(model: nn.Module) -> None:
     """Leave a model as it was, also where a run that ended in the middle of a pass left it changed."""
@@ -68,13 +71,11 @@ class Microbatches:
         self._name = type(self._model).__name__
         self._bag_size = 0
         self._weights: torch.Tensor | None = None
-        self._full = False
+        self._full = self._some_padding = False
         self._still_full: list[torch.Tensor] = []
         self._router_losses: list[torch.Tensor] = []
         self._batch: Any = None
         self._call: _FoldAtCall | None = None
-        self._targets: torch.Tensor | None = None
-        self._labels: tuple[Any, int] = (None, 0)
         self._pass: superposed | None = None
         self._inputs: dict[str, Any] = {}
         self._own_loss: Any = None
@@ -104,21 +105,18 @@ class Microbatches:
     def _fold(self, state: State) -> dict[str, Any]:
         if self._pass is None:
             extra_values(state.batch, takes=takes(self._model))  # refuses what was added since AFTER_DATALOADER
-            padded = self._padded(state.batch)
-            self.begin(state, bag_rows(state.batch, self._bag_size, self._settings.superpose, padded))
+            self._some_padding = self._padded(state.batch)
+            self.begin(state, bag_rows(state.batch, self._bag_size, self._settings.superpose, self._some_padding))
         return self._inputs
 
     def begin(self, state: State, folded: Mapping[str, Any]) -> dict[str, Any]:
         """Give the model's embedding the bags of a folded microbatch; return what the model is to read."""
-        self._targets = folded['labels']
-        self._pass = superposed(state.model, folded)
+        self._pass = superposed(state.model, {**folded, 'labels': _NO_TARGETS})
         self._inputs = self._pass.__enter__()
-        if 'labels' in state.batch:
-            labels = state.batch['labels']
-            self._labels = labels, labels._version
-            if not isinstance(self._model, HuggingFaceModel):  # whose forward computes a loss of labels
-                self._pass.follow_labels(labels)
-                self._inputs['labels'] = labels
+        labels = state.batch.get('labels')
+        if labels is not None and not isinstance(self._model, HuggingFaceModel):  # whose forward computes a loss
+            self._pass.follow_labels(labels)
+            self._inputs['labels'] = labels
         return self._inputs
 
     def _padded(self, batch: Mapping[str, Any]) -> bool:
@@ -179,7 +177,7 @@ class Microbatches:
         """Leave the model as it was."""
         assert self._pass is not None
         self._pass.__exit__(None, None, None)
-        self._pass = self._targets = None
+        self._pass = None
 
     def end_batch(self) -> dict[str, Any]:
         """What the microbatches of a step have to log, once the device is done with them.
@@ -208,13 +206,14 @@ class Microbatches:
 
         Args:
             outputs: What the model's forward has returned.
-            batch: The plain microbatch, whose labels ``(B, P * s)`` may have been changed since it was folded.
+            batch: The plain microbatch, with labels ``(B, P * s)`` as they are now.
 
         Raises:
-            ValueError: If the logits are not one for each position.
+            ValueError: If the logits are not one for each position, or the batch has no labels of tokens, or values
+                that cannot be folded.
         """
         logits = logits_of(self._model, outputs)
-        targets = self._current_targets(batch).to(logits.device)
+        targets = self._targets(batch).to(logits.device)
         if logits.shape[:-1] != targets.shape[:2]:
             raise ValueError(
                 f'{self._name} returns logits of shape {tuple(logits.shape)} for bags of shape '
@@ -232,13 +231,19 @@ class Microbatches:
         self._router_losses.append(router.detach())
         return mce + router
 
-    def _current_targets(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The targets, made anew if somebody has changed the labels since."""
-        assert self._targets is not None
-        labels = batch.get('labels') if isinstance(batch, Mapping) else None
-        if labels is None or (labels is self._labels[0] and labels._version == self._labels[1]):
-            return self._targets
-        return bag_targets(labels, batch.get('attention_mask'), self._bag_size, self._settings.superpose)
+    def _targets(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The targets ``(B, P, s)`` of a microbatch, of its labels as they are now."""
+        if 'labels' not in batch:
+            raise ValueError(f'The batch has no labels for the loss (it has {", ".join(batch)}): leave them in it.')
+        extra_values(batch, takes=takes(self._model))  # refuses what was added since the forward pass
+        labels, shape = batch['labels'], batch['input_ids'].shape
+        if labels.shape != shape or labels.is_floating_point():
+            raise ValueError(
+                f'labels are {labels.dtype} of shape {tuple(labels.shape)} for the loss: leave them one integer for '
+                f'each token, {tuple(shape)}.'
+            )
+        mask = batch.get('attention_mask') if self._some_padding else None
+        return bag_targets(labels, mask, self._bag_size, self._settings.superpose)
 
 
 class _Loss:

@@ -1,7 +1,8 @@
 """Folding: a plain batch becomes rows of bags and the bags they must predict, in two steps.
 
 :func:`lay_out` puts the tokens in the rows that the model will see, in a batch that is plain for all that handles it.
-:func:`bag_rows` turns such rows into bags; a run does so for each microbatch, just before the model gets it.
+:func:`bag_rows` turns such rows into bags, and :func:`bag_targets` their labels into targets. A run does so for each
+microbatch: just before the model gets it, and when its loss is computed.
 """
 
 import functools
@@ -19,7 +20,7 @@ IGNORE_INDEX = -100
 _PER_TOKEN = ('input_ids', 'labels', 'attention_mask', 'sequence_id')
 # What llm-foundry's count of tokens weighs microbatches by, a value for each row.
 _PER_ROW = ('total_tokens', 'loss_generating_tokens')
-# What may be left out, if it says no more than a model takes for granted.
+# What is made anew for bags, if it says no more than a model takes for granted.
 _TAKEN_FOR_GRANTED = ('token_type_ids', 'position_ids')
 # What rows weigh if nothing at all is to be predicted: Composer divides by the sum of their weights.
 _NEXT_TO_NOTHING = 1e-12
@@ -112,7 +113,7 @@ def fold_batch(
             ``attention_mask`` and ``sequence_id``, ``(R, L)``; llm-foundry's lists ``total_tokens`` and
             ``loss_generating_tokens``, ``R`` long; plain numbers, strings and flags, which are kept; other values of
             whole rows, which are kept unless rows are joined; ``token_type_ids`` of nothing but 0 and
-            ``position_ids`` that count from 0 in each row, which are left out.
+            ``position_ids`` that count from 0 in each row, which are so ``(B, P)`` again.
         bag_size: Tokens in a bag, ``s``; 1 for plain training.
         expand: ``sequence``, ``batch`` or ``none``.
         superpose: ``both``, ``input`` or ``output``.
@@ -127,7 +128,9 @@ def fold_batch(
         ValueError: If a needed key is missing, a key cannot be folded, or the shapes do not fit.
     """
     laid_out = lay_out(batch, bag_size, expand, superpose).batch
-    folded = bag_rows(laid_out, bag_size, superpose, padded=not is_full(laid_out.get('attention_mask')))
+    mask = laid_out.get('attention_mask')
+    folded = bag_rows(laid_out, bag_size, superpose, padded=not is_full(mask))
+    folded['labels'] = bag_targets(laid_out['labels'], mask, bag_size, superpose)
     if 'loss_generating_tokens' in batch:
         folded['loss_generating_tokens'] = (folded['labels'] != IGNORE_INDEX).sum((1, 2)).tolist()
     if 'total_tokens' in batch:
@@ -176,6 +179,10 @@ def lay_out(
             if key == 'sequence_id':
                 value = _separate_joined_rows(value, joined)
             result[key] = value.reshape(rows, length).narrow(1, 0, kept)
+    for key in _TAKEN_FOR_GRANTED if takes is None else ():  # a model that is given the whole batch may read them
+        if key in batch:
+            row = torch.arange(kept) if key == 'position_ids' else torch.zeros(kept, dtype=torch.int64)
+            result[key] = _copy(row.expand(rows, kept), pin=pin)
     mask = None if is_full(result.get('attention_mask')) else result['attention_mask']
     labels = result.get('labels', result['input_ids'])
     result['labels'] = _only_targets(labels, mask, bag_size, superpose, pin)
@@ -237,7 +244,7 @@ def _weights_of_columns(
 
 
 def bag_rows(batch: Mapping[str, Any], bag_size: int, superpose: str, padded: bool = True) -> dict[str, Any]:
-    """Bags of the tokens of each row, ``(B, P * s)`` to ``(B, P, s)``, and their targets.
+    """Bags of the tokens of each row, ``(B, P * s)`` to ``(B, P, s)``.
 
     It reads no value of a tensor: on a GPU, that would wait for it.
 
@@ -248,16 +255,18 @@ def bag_rows(batch: Mapping[str, Any], bag_size: int, superpose: str, padded: bo
         padded: Whether some token is not attended; if not, there is no ``bag_mask``.
 
     Returns:
-        dict: As :func:`fold_batch`, without what llm-foundry's count of tokens reads.
+        dict: As :func:`fold_batch`, without labels and what llm-foundry's count of tokens reads.
     """
-    folded = {key: value for key, value in batch.items() if key not in (*_PER_ROW, *_TAKEN_FOR_GRANTED)}
+    folded = {key: value for key, value in batch.items() if key not in ('labels', *_PER_ROW, *_TAKEN_FOR_GRANTED)}
     mask = batch.get('attention_mask') if padded else None
-    # Again only targets: what is done to the rows since they were laid out may have set other labels.
-    folded['labels'] = bag_targets(batch.get('labels', batch['input_ids']), mask, bag_size, superpose)
+    positions = batch['input_ids'].shape[1] // (1 if superpose == 'output' else bag_size)
+    for key in _TAKEN_FOR_GRANTED:
+        if key in batch:
+            folded[key] = torch.as_tensor(batch[key])[..., :positions]
     if superpose == 'output':
         return folded
     ids = batch['input_ids']
-    folded['input_ids'] = ids.view(len(ids), ids.shape[1] // bag_size, bag_size)
+    folded['input_ids'] = ids.view(len(ids), positions, bag_size)
     bag_mask = None
     if mask is not None:
         bag_mask = folded['bag_mask'] = mask.bool().view(folded['input_ids'].shape)
@@ -335,10 +344,12 @@ def extra_values(batch: Mapping[str, Any], joined: int = 1, takes: Collection[st
             carried[key] = value
         elif takes is None or key in takes:
             if of_rows:
-                why = f'it is of whole rows, and expand: sequence joins {joined} of them: set expand: batch'
+                why = f'it is of whole rows, and expand: sequence joins {joined} of them: set expand: batch, or '
             else:
-                why = 'it is not of whole rows, and a bag has several tokens: give sequence_id to keep documents apart'
-            raise ValueError(f'Superposition cannot fold {key}: {why}, or have the collator leave {key} out.')
+                why = 'it is not of whole rows, and a bag has several tokens: '
+                if key == 'position_ids' and (takes is None or 'sequence_id' in takes):
+                    why += 'give sequence_id to keep documents apart, or '
+            raise ValueError(f'Superposition cannot fold {key}: {why}have the collator leave {key} out.')
     return carried
 
 

@@ -139,9 +139,10 @@ class Superposed:
 
     def loss(self, folded: dict[str, Any]) -> torch.Tensor:
         """Its loss, after the events that come before the backward pass."""
-        rows = folded['input_ids'].flatten(1)
-        self.state.batch = {'input_ids': rows, 'labels': rows.clone()}  # as handed on, not as predicted
-        inputs = self.microbatches.begin(self.state, folded)
+        bag_size = folded['input_ids'].shape[-1]
+        labels = nn.functional.pad(folded['labels'].flatten(1)[:, :-bag_size], (bag_size, 0), value=-100)
+        self.state.batch = {'input_ids': folded['input_ids'].flatten(1), 'labels': labels}
+        inputs = self.microbatches.begin(self.state, {k: v for k, v in folded.items() if k != 'labels'})
         self.state.outputs = self.state.model(inputs)
         self.at('after_forward')
         self.at('before_loss')

@@ -151,7 +151,7 @@ def check_the_rest_is_plain(make: Callable[[], Any], batch: dict[str, torch.Tens
         mine = model.eval().eval_forward(dict(batch))
         theirs = plain.eval().eval_forward(dict(batch))
     assert torch.equal(mine, theirs)
-    superposition.microbatches.remove()
+    superposition.microbatches.restore()
 
     losses = []
     for each in (model.train(), plain.train()):

@@ -1,5 +1,7 @@
 """What a model's own loss makes of the first batch, held against what superposition makes of it."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,27 +20,38 @@ from composer_tst import TokenSuperposition
 class Own(ComposerModel):
     """A model of one's own; ``how`` its loss is one's own, too."""
 
-    def __init__(self, how: str = ''):
+    def __init__(self, how: str = '', width: int = 16):
         super().__init__()
         torch.manual_seed(0)
-        self.how, self.wte, self.head = how, nn.Embedding(VOCAB_SIZE, 16), nn.Linear(16, VOCAB_SIZE)
+        self.how, self.wte, self.head = how, nn.Embedding(VOCAB_SIZE, width), nn.Linear(width, VOCAB_SIZE)
 
     def forward(self, batch: Any) -> Any:
         h = self.wte(batch['input_ids'])
         logits = self.head(h.cumsum(1) / 4)
+        if self.how == 'head in loss':
+            return h.cumsum(1) / 4
         return {'logits': logits, 'aux_loss': h.pow(2).mean(), 'hidden': h} if self.how != 'alone' else logits
 
     def loss(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        logits = outputs if self.how == 'alone' else outputs['logits']
+        logits, labels = outputs if self.how in ('alone', 'head in loss') else outputs['logits'], batch['labels']
+        if self.how == 'head in loss':
+            logits = self.head(outputs)
         if self.how == 'hidden':
             logits = self.head(outputs['hidden'].cumsum(1) / 4)
         if self.how == 'in place':
             logits.mul_(0.5)
-        if self.how == 'not shifted':
-            return F.cross_entropy(logits.flatten(0, 1), batch['labels'].flatten())
-        ignored = 0 if self.how == 'padding' else -100
-        logits, labels = logits[:, :-1].flatten(0, 1), batch['labels'][:, 1:].flatten()
-        loss = F.cross_entropy(logits, labels, ignore_index=ignored)
+        if self.how == 'padding in place':
+            labels[labels == 0] = -100
+        if self.how == 'shifts in place':
+            labels[:, :-1], labels[:, -1] = labels[:, 1:].clone(), -100
+        if self.how in ('not shifted', 'shifts in place'):
+            return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        ahead, length = 2 if self.how == 'two ahead' else 1, labels.shape[1] - (self.how == 'but the last')
+        logits, labels = logits[:, : length - ahead].flatten(0, 1), labels[:, ahead:length].flatten()
+        if self.how == 'padding by weights':
+            weights = (labels > 0) * 1.0
+            return (F.cross_entropy(logits, labels, reduction='none') * weights).sum() / weights.sum()
+        loss = F.cross_entropy(logits, labels, ignore_index=0 if self.how == 'padding' else -100)
         return loss + 0.01 * outputs['aux_loss'] if self.how == 'more' else loss
 
     def get_metrics(self, is_train: bool) -> dict:
@@ -52,13 +65,27 @@ def rows(change: Any = None) -> DataLoader:
     return DataLoader(data, batch_size=4, drop_last=True)
 
 
-def pad(ids: torch.Tensor) -> None:
-    ids[:, 6:] = 0
+def pad(ids: torch.Tensor, first: int = 0) -> None:
+    ids[first:, 6:] = 0
 
 
 class Shifted(Rows):
+    """Rows whose labels are shifted; with ``ends``, the last is a token that ids do not have, and padding follows."""
+
+    ends = False
+
     def __getitem__(self, index: int) -> Any:
-        return {'input_ids': self.ids[index], 'labels': self.ids[index].roll(-1)}
+        ids = self.ids[index].clone()
+        if self.ends:
+            ids[6:] = 0
+        labels = ids.roll(-1)
+        if self.ends:
+            labels[5], labels[6:] = 1, -100
+        return {'input_ids': ids, 'labels': labels}
+
+
+class Ended(Shifted):
+    ends = True
 
 
 @pytest.mark.parametrize(
@@ -70,7 +97,15 @@ class Shifted(Rows):
             'labels are shifted already: at t they have',
         ),
         ('not shifted', rows, r'The loss of Own predicts labels\[t\] at t, and superposition the label of the next'),
-        ('padding', lambda: rows(pad), 'The loss of Own ignores token 0, which labels have'),
+        ('two ahead', rows, r'The loss of Own predicts another token than labels\[t \+ 1\] at'),
+        ('head in loss', rows, 'Own returns 16 values at each position, and labels have token 2'),
+        ('padding', lambda: rows(pad), 'The loss of Own ignores token 0, which labels have 72 times in this batch'),
+        (
+            'padding by weights',
+            lambda: rows(pad),
+            'The loss of Own ignores token 0, which labels have 72 times in this',
+        ),
+        ('padding in place', lambda: rows(pad), 'The loss of Own ignores token 0, which labels have 72 times'),
     ],
 )
 def test_other_targets_are_refused_before_a_step(how: str, loader: Any, message: str):
@@ -80,7 +115,61 @@ def test_other_targets_are_refused_before_a_step(how: str, loader: Any, message:
     assert not logged(logger, 'loss/train/total')
 
 
-@pytest.mark.parametrize('how', ['', 'alone', 'hidden', 'in place'])
+def test_logits_that_are_none_are_refused_in_a_wide_model_too():
+    trainer, _ = make_trainer(Own('head in loss', width=2 * VOCAB_SIZE), rows(), TokenSuperposition(3, '2ba'), '4ba')
+    with pytest.raises(ValueError, match=r'another token than labels\[t \+ 1\] .* have its forward return logits'):
+        trainer.fit()
+
+
+def test_labels_that_are_shifted_and_end_in_a_token_of_their_own_are_refused():
+    trainer, _ = make_trainer(llama(), DataLoader(Ended(48, 12), batch_size=4), TokenSuperposition(3, '2ba'), '4ba')
+    with pytest.raises(ValueError, match='labels are shifted already'):
+        trainer.fit()
+
+
+@pytest.mark.parametrize(('first', 'steps'), [(1, 0), (11, 0), (12, 1)])
+def test_what_a_loss_ignores_is_refused_wherever_labels_have_it(first: int, steps: int):
+    """In microbatches of one row, of which the first has none of it; a step reads 12 rows."""
+    loader = rows(lambda ids: pad(ids, first))
+    stack = TokenSuperposition(3, '3ba', expand='batch')
+    trainer, logger = make_trainer(Own('padding'), loader, stack, '4ba', device_train_microbatch_size=1)
+    with pytest.raises(ValueError, match='The loss of Own ignores token 0, which labels have'):
+        trainer.fit()
+    assert len(logged(logger, 'loss/train/total')) == steps
+
+
+def masks_padding(logits: Any, labels: Any, vocab_size: int, **settings: Any) -> Any:
+    return ForCausalLMLoss(logits, labels.masked_fill(labels == 0, -100), vocab_size, **settings)
+
+
+@pytest.mark.parametrize('function', [functools.partial(ForCausalLMLoss, ignore_index=0), masks_padding])
+def test_what_the_loss_of_a_hugging_face_model_ignores_is_refused(function: Any, caplog: pytest.LogCaptureFixture):
+    def train(loader: DataLoader) -> None:
+        model: Any = llama()
+        model.model.loss_function = function
+        make_trainer(model, loader, TokenSuperposition(3, '2ba'), '4ba')[0].fit()
+
+    train(rows())
+    assert 'The loss of' not in caplog.text
+    with pytest.raises(ValueError, match='The loss of HuggingFaceModel ignores token 0, which labels have 72 times'):
+        train(rows(pad))
+
+
+def end(ids: torch.Tensor) -> None:
+    ids[:, -1] = 1
+
+
+@pytest.mark.parametrize('size', [1, 4])
+def test_a_place_that_a_loss_leaves_out_is_no_token(size: int, caplog: pytest.LogCaptureFixture):
+    trainer, logger = make_trainer(
+        Own('but the last'), rows(end), TokenSuperposition(3, '2ba'), '4ba', device_train_microbatch_size=size
+    )
+    trainer.fit()
+    assert len(logged(logger, 'loss/train/total')) == 4
+    assert f'The loss of Own leaves out {size} of {11 * size} targets in the first rows' in caplog.text
+
+
+@pytest.mark.parametrize('how', ['', 'alone', 'hidden', 'in place', 'shifts in place'])
 def test_a_loss_of_ones_own_trains_without_a_word_of_the_rest(how: str, caplog: pytest.LogCaptureFixture):
     trainer, logger = make_trainer(Own(how), rows(), TokenSuperposition(3, '2ba'), '4ba')
     trainer.fit()
@@ -101,17 +190,25 @@ def test_what_a_loss_adds_is_said_to_be_left_out(caplog: pytest.LogCaptureFixtur
     assert caplog.text.count('The loss of HuggingFaceModel is more than a cross-entropy') == 1
 
 
-class Masks(Algorithm):
-    """Leaves labels above 150 out, at an event."""
+def mask(batch: Any) -> None:
+    batch['labels'] = batch['labels'].masked_fill(batch['labels'] > 150, -100)
 
-    def __init__(self, event: Event):
-        self.event = event
+
+def mask_unseen(batch: Any) -> None:
+    batch['labels'].numpy()[batch['labels'].numpy() > 150] = -100
+
+
+class Changes(Algorithm):
+    """Changes a batch at an event; by default, labels above 150 are left out."""
+
+    def __init__(self, event: Event, change: Callable[[Any], Any] = mask):
+        self.event, self.change = event, change
 
     def match(self, event: Event, state: Any) -> bool:
         return event == self.event
 
     def apply(self, event: Event, state: Any, logger: Any) -> None:
-        state.batch['labels'] = state.batch['labels'].masked_fill(state.batch['labels'] > 150, -100)
+        self.change(state.batch)
 
 
 def losses(*algorithms: Algorithm, callbacks: Any = (), duration: str = '2ba') -> list[float]:
@@ -121,11 +218,35 @@ def losses(*algorithms: Algorithm, callbacks: Any = (), duration: str = '2ba') -
     return logged(logger, 'loss/train/total')[:2]
 
 
+@pytest.mark.parametrize('change', [mask, mask_unseen])
 @pytest.mark.parametrize('event', [Event.BEFORE_FORWARD, Event.AFTER_FORWARD, Event.BEFORE_LOSS])
-def test_labels_that_change_late_are_obeyed(event: Event):
-    obeyed = losses(Masks(Event.BATCH_START))
-    assert losses(Masks(event)) == obeyed
+def test_labels_that_change_late_are_obeyed(event: Event, change: Any):
+    obeyed = losses(Changes(Event.BATCH_START))
+    assert losses(Changes(event, change)) == obeyed
     assert losses() != obeyed
+
+
+@pytest.mark.parametrize('event', [Event.BEFORE_FORWARD, Event.BEFORE_LOSS])
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda batch: batch.pop('labels'), r'The batch has no labels for the loss \(it has input_ids'),
+        (lambda batch: batch.update(labels=batch['labels'][:, 1:]), r'labels are torch.int64 of shape \(4, 35\) for'),
+        (lambda batch: batch.update(labels=batch['labels'].float()), 'labels are torch.float32 of shape'),
+    ],
+)
+def test_labels_that_are_none_of_tokens_when_the_loss_reads_them_are_refused(event: Event, change: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        losses(Changes(event, change))
+
+
+def test_what_a_loss_of_ones_own_is_given_late_is_refused():
+    stack = [
+        Changes(Event.BEFORE_LOSS, lambda batch: batch.update(targets=batch['labels'])),
+        TokenSuperposition(3, '2ba'),
+    ]
+    with pytest.raises(ValueError, match='Superposition cannot fold targets'):
+        make_trainer(Own(), rows(), stack, '4ba')[0].fit()
 
 
 def test_ids_and_labels_are_plain_for_callbacks_at_every_event():

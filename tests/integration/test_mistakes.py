@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from common.trainers import Rows, llama, make_trainer, mpt, random_loader
+from common.trainers import Rows, hugging_face, llama, make_trainer, mpt, random_loader
 from composer import algorithms
 from composer.callbacks import EarlyStopper
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.utils.data import DataLoader
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from composer_tst import PhaseCheckpointer, TokenSuperposition, WarmupStableDecayScheduler
 
@@ -129,6 +131,16 @@ def t5() -> Any:
     return HuggingFaceModel(T5ForConditionalGeneration(T5Config(**sizes)))
 
 
+def llama_of(tokenizer: str) -> Any:
+    words = Tokenizer(WordLevel({'[UNK]': 0}, unk_token='[UNK]'))
+    model: Any = llama().model
+    return hugging_face(model, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, name_or_path=tokenizer))
+
+
+def plus_1000(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value + 1000 for key, value in row.items()}
+
+
 class Endless:
     """A loader that does not say how long it is."""
 
@@ -160,11 +172,13 @@ RUNS: list[tuple[str, dict[str, Any], str]] = [
     ('rows of tuples', {'train': rows_of(lambda row: tuple(row.values()))}, 'The train loader yields list'),
     ('no labels', {'train': rows_of(lambda row: {'input_ids': row['input_ids']})},
      'The batch has no labels (it has input_ids): have the collator add them.'),
-    ('a larger vocabulary', {'train': rows_of(lambda row: {k: v + 1000 for k, v in row.items()})},
-     'rows: train on data of the model'),
+    ('a larger vocabulary', {'train': rows_of(plus_1000)},
+     "but the embedding of LlamaForCausalLM has 300 rows: train on data of the model's own tokenizer, or give"),
+    ('data of another tokenizer', {'model': lambda: llama_of('our-words'), 'train': rows_of(plus_1000)},
+     "the embedding of LlamaForCausalLM has 300 rows: train on data of the model's own tokenizer our-words, or give"),
     ('no input_ids', {'train': rows_of(lambda row: {'labels': row['labels']})}, 'needs a mapping with input_ids'),
     ('positions', {'train': rows_of(lambda row: row | {'position_ids': torch.arange(12) // 2})},
-     'cannot fold position_ids: it is not of whole rows'),
+     'cannot fold position_ids: it is not of whole rows, and a bag has several tokens: have the collator leave'),
     ('embeddings', {'train': rows_of(lambda row: row | {'inputs_embeds': torch.ones(12, 16)})}, 'give input_ids'),
     ('a short mask', {'train': rows_of(lambda row: row | {'attention_mask': torch.ones(6)})}, 'attention_mask has'),
     ('short rows', {'train': random_loader(length=6), 'expand': 'none'}, 'bag_size is 4 but a row has 6 tokens'),

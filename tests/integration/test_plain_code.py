@@ -256,6 +256,30 @@ def test_what_weighs_microbatches_does_not_reach_the_model():
     assert plain > watched == trained == {'input_ids', 'labels'}
 
 
+@pytest.mark.parametrize('expand', ['sequence', 'batch', 'none'])
+def test_a_model_of_ones_own_may_read_positions(expand: str):
+    class Learned(Own):
+        reads: bool
+
+        def __init__(self):
+            super().__init__()
+            self.wpe = nn.Embedding(12, 16)
+
+        def get_input_embeddings(self) -> nn.Embedding:
+            return self.wte
+
+        def forward(self, batch: Any) -> Any:
+            positions = batch['position_ids'] if self.reads else torch.arange(batch['input_ids'].shape[1])
+            return self.after_lookup(self.wte(batch['input_ids']) + self.wpe(positions))
+
+    def losses(reads: bool) -> list[float]:
+        Learned.reads = reads
+        loader = collated(lambda batch: {**batch, 'position_ids': torch.arange(12).expand(4, -1)})
+        return train(loader, Learned(), TokenSuperposition(S, '2ba', expand=expand))
+
+    assert losses(reads=True) == losses(reads=False)
+
+
 def test_recovery_does_not_touch_the_batch():
     class Anything(Callback):
         def after_dataloader(self, state: Any, logger: Any) -> None:

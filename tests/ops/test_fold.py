@@ -8,7 +8,7 @@ import torch
 from common import reference
 
 from composer_tst import functional as F_tst
-from composer_tst.ops.fold import bag_rows, lay_out
+from composer_tst.ops.fold import bag_rows, bag_targets, lay_out
 from composer_tst.settings import target_weights
 
 
@@ -78,6 +78,7 @@ def test_rows_laid_out_stay_plain_and_bag_by_themselves(
         part = {key: value[row : row + 1] for key, value in layout.batch.items()}
         assert part['input_ids'].tolist() == [[token for p in rows[row] for token in p.tokens]]
         bags = bag_rows(part, bag_size, superpose)
+        bags['labels'] = bag_targets(part['labels'], part.get('attention_mask'), bag_size, superpose)
         for key in ('input_ids', 'labels', 'attention_mask', 'sequence_id', 'bag_mask'):
             if key in bags and key in whole:
                 assert torch.equal(bags[key][0], whole[key][row]), key
@@ -92,8 +93,9 @@ def test_no_rows(superpose: str):
     ids = torch.zeros(0, 6).long()
     batch = {'input_ids': ids, 'attention_mask': ids.bool()}
     layout = lay_out(batch, 2, 'none', superpose, torch.ones(2) / 2)
-    folded = bag_rows(layout.batch, 2, superpose)
-    assert folded['labels'].shape == (0, 6 if superpose == 'output' else 3, 2)
+    targets = bag_targets(layout.batch['labels'], layout.batch['attention_mask'], 2, superpose)
+    assert bag_rows(layout.batch, 2, superpose)['input_ids'].shape == (0, *((6,) if superpose == 'output' else (3, 2)))
+    assert targets.shape == (0, 6 if superpose == 'output' else 3, 2)
     assert layout.batch['loss_generating_tokens'].shape == layout.batch['total_tokens'].shape == (0,)
 
 
@@ -155,12 +157,19 @@ def test_llm_foundrys_lists_follow_their_rows():
         assert {name: folded[name] for name in folded if name.endswith('_tokens')} == {key: joined[key]}
 
 
-def test_token_types_that_tell_nothing_apart_are_left_out():
-    ids = torch.arange(12).view(2, 6)
-    batch = {'input_ids': ids, 'labels': ids, 'token_type_ids': torch.zeros_like(ids)}
-    assert F_tst.fold_batch(batch, 3, 'batch', 'both').keys() == {'input_ids', 'labels'}
+@pytest.mark.parametrize('expand', ['sequence', 'batch', 'none'])
+def test_token_types_and_positions_that_say_nothing_are_those_of_the_bags(expand: str):
+    ids = torch.arange(18).view(3, 6)
+    batch = {'input_ids': ids, 'labels': ids, 'token_type_ids': ids * 0, 'position_ids': torch.arange(6).expand(3, 6)}
+    folded = F_tst.fold_batch(batch, 3, expand, 'both')
+    shape = folded['input_ids'].shape[:2]
+    assert torch.equal(folded['position_ids'], torch.arange(shape[1]).expand(shape))
+    assert torch.equal(folded['token_type_ids'], torch.zeros(shape))
+    assert (
+        not {'position_ids', 'token_type_ids'} & lay_out(batch, 3, expand, 'both', takes=('position_ids',)).batch.keys()
+    )
     with pytest.raises(ValueError, match='cannot fold token_type_ids'):
-        F_tst.fold_batch({**batch, 'token_type_ids': ids % 2}, 3, 'batch', 'both')
+        F_tst.fold_batch({**batch, 'token_type_ids': ids % 2}, 3, expand, 'both')
 
 
 def test_plain_values_are_kept_and_the_batch_is_not_changed():
@@ -179,7 +188,8 @@ ids = torch.zeros(4, 6, dtype=torch.long)
         ({'labels': ids}, {}, 'The batch has no input_ids'),
         ({'input_ids': ids, 'labels': ids, 'inputs_embeds': ids}, {}, 'inputs_embeds'),
         ((ids, ids), {}, 'The batch is a tuple'),
-        ({'input_ids': ids, 'labels': ids, 'position_ids': ids}, {}, 'cannot fold position_ids'),
+        ({'input_ids': ids, 'labels': ids, 'position_ids': ids}, {}, 'cannot fold position_ids: .* give sequence_id'),
+        ({'input_ids': ids, 'labels': ids, 'weights': ids}, {}, r'a bag has several tokens: have the collator leave w'),
         ({'input_ids': ids, 'labels': ids[:, :5]}, {}, 'labels has shape'),
         ({'input_ids': ids[0], 'labels': ids[0]}, {}, r'input_ids has shape \(6,\)'),
         ({'input_ids': ids[:3], 'labels': ids[:3]}, {}, 'the batch has 3 rows'),

@@ -167,16 +167,15 @@ def test_a_superposed_step_reads_no_value_that_a_plain_step_does_not(make: Any, 
     batch = {'input_ids': ids, 'labels': ids.clone(), 'attention_mask': torch.ones_like(ids)}
     plain = operators(lambda: model.loss(model(batch), batch).backward())
     superposition = Superposed(model, 'uniform' if weights is None else weights.tolist())
-    laid_out = lay_out(batch, 2, 'sequence', 'both').batch
+    laid_out, targets = lay_out(batch, 2, 'sequence', 'both').batch, fold_batch(batch, 2)['labels']
 
     def step() -> None:
-        superposition.step(bag_rows(laid_out, 2, 'both', padded=False))
+        superposition.step({**bag_rows(laid_out, 2, 'both', padded=False), 'labels': targets})
 
     step()  # the first is watched
     superposed = operators(step)
     assert any('embedding_bag' in name for name in superposed - plain)
     # What the loss reads on a CPU alone; tests/ops/test_cross_entropy.py holds it to read nothing elsewhere.
-    targets = fold_batch(batch, 2)['labels'].flatten(0, 1)
-    logits = torch.randn(len(targets), VOCAB_SIZE, requires_grad=True)
-    loss = operators(lambda: multi_hot_cross_entropy(logits, targets, weights).backward())
+    logits = torch.randn(targets.shape[:2].numel(), VOCAB_SIZE, requires_grad=True)
+    loss = operators(lambda: multi_hot_cross_entropy(logits, targets.flatten(0, 1), weights).backward())
     assert all(superposed[name] <= plain[name] + loss[name] for name in WAITING)

@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from composer_tst import TokenSuperposition
-from composer_tst.ops.fold import bag_rows, lay_out
+from composer_tst.ops.fold import bag_rows, bag_targets, lay_out
 from tools.benchmarks.measure import Call, Case, Other, clear
 from tools.benchmarks.stepping import BAG_SIZE, SUPERPOSED, Shape, Steps
 
@@ -56,6 +56,7 @@ def fold_cases(device: torch.device) -> Iterator[Case]:
         for key in batch if gpu else ():
             laid_out[key] = laid_out[key].to(device, non_blocking=True)
         bag_rows(laid_out, BAG_SIZE, 'both', padded=False)
+        bag_targets(laid_out['labels'], None, BAG_SIZE, 'both')
 
     def copy(batch: dict[str, torch.Tensor]) -> None:
         _ = [value.clone() for value in batch.values()]
