@@ -96,7 +96,11 @@ def next_batches(batches: Iterator[Any], count: int) -> list[Any]:
     """
     group: list[Any] = []
     drawn: list[tuple[torch.Tensor, int]] = []
-    for batch in itertools.islice(batches, max(0, count)):
+    for _ in range(count):
+        try:
+            batch = next(batches)  # no loop over them: an iterator's __iter__ may begin anew
+        except StopIteration:
+            break
         ids = ids_of(batch)
         if ids is not None and not ids.is_inference():
             drawn.append((ids, ids._version))

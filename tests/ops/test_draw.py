@@ -1,5 +1,6 @@
 """Drawing several batches of a loader as one: each row once, nothing ahead, tails counted."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,6 +101,31 @@ def test_an_iterator_goes_on_where_it_stands():
     assert [rows_of(batch) for batch in batches] == [[8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
     assert list(batches) == []
     assert batches.left_out == 0
+
+
+class OwnIterator:
+    """A loader that is its own iterator: each ``iter()`` begins an epoch anew."""
+
+    def __init__(self, batches: list[Any]):
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        self.at = 0
+        return self
+
+    def __next__(self) -> Any:
+        if self.at == len(self.batches):
+            raise StopIteration
+        self.at += 1
+        return self.batches[self.at - 1]
+
+
+def test_a_loader_that_is_its_own_iterator_is_begun_once_an_epoch():
+    batches = F_tst.draw(OwnIterator(list(loader(16))), lambda step: 3 if step % 3 < 2 else 1)
+    epoch = [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11], [12, 13]]
+    for times in (1, 2):
+        assert [rows_of(batch) for batch in itertools.islice(batches, 9)] == epoch  # begun anew, it would never end
+        assert batches.left_out == 2 * times
 
 
 def test_steps_and_what_is_left_out_are_counted_over_epochs():
