@@ -89,25 +89,29 @@ def ids_of(batch: Any) -> torch.Tensor | None:
 
 
 def next_batches(batches: Iterator[Any], count: int) -> list[Any]:
-    """The next batches of a loader, fewer at its end.
-
-    Raises:
-        ValueError: If the loader has written one over another.
-    """
+    """The next batches of a loader, fewer at its end; a single one is the loader's own."""
     group: list[Any] = []
-    drawn: list[tuple[torch.Tensor, int]] = []
     for _ in range(count):
+        if group:
+            group[-1] = _kept(group[-1])  # a loader may fill one dict or one buffer for all its batches
         try:
-            batch = next(batches)  # no loop over them: an iterator's __iter__ may begin anew
+            group.append(next(batches))  # no loop over them: an iterator's __iter__ may begin anew
         except StopIteration:
             break
-        ids = ids_of(batch)
-        if ids is not None and not ids.is_inference():
-            drawn.append((ids, ids._version))
-        group.append(batch)
-    if any(ids._version != version for ids, version in drawn):
-        raise ValueError('The loader writes each batch over the one before: have it give a copy.')
     return group
+
+
+def _kept(batch: Any) -> Any:
+    """A copy of a batch, with its tensors and lists."""
+    if not isinstance(batch, Mapping):
+        return batch
+    return {key: _copy(value) for key, value in batch.items()}
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return list(value) if isinstance(value, list) else value
 
 
 def join_batches(

@@ -128,6 +128,62 @@ def test_a_loader_that_is_its_own_iterator_is_begun_once_an_epoch():
         assert batches.left_out == 2 * times
 
 
+def one_dict(batches: list[Any]) -> Iterator[Any]:
+    filled: dict[str, Any] = {}
+    for batch in batches:
+        filled.update(batch)
+        yield filled
+
+
+def buffers(count: int) -> Any:
+    """Batches that are each filled into one of some buffers, in turn."""
+
+    def refill(batches: list[Any]) -> Iterator[Any]:
+        kept = [{key: torch.zeros_like(value) for key, value in batches[0].items()} for _ in range(count)]
+        for number, batch in enumerate(batches):
+            for key, buffer in (filled := kept[number % count]).items():
+                buffer.copy_(batch[key])
+            yield filled
+
+    return refill
+
+
+def numpy_buffer(batches: list[Any]) -> Iterator[Any]:
+    filled = np.zeros(batches[0]['input_ids'].shape, dtype=np.int64)
+    for batch in batches:
+        filled[:] = batch['input_ids'].numpy()
+        yield {**batch, 'input_ids': torch.from_numpy(filled)}
+
+
+def labels_in_one_buffer(batches: list[Any]) -> Iterator[Any]:
+    filled = torch.zeros_like(batches[0]['labels'])
+    for batch in batches:
+        filled.copy_(batch['labels'])
+        yield {**batch, 'labels': filled}
+
+
+def totals_in_one_list(batches: list[Any]) -> Iterator[Any]:
+    filled: list[int] = []
+    for batch in batches:
+        filled[:] = rows_of(batch)
+        yield {**batch, 'total_tokens': filled}
+
+
+@pytest.mark.parametrize(
+    'refill', [one_dict, buffers(1), buffers(2), numpy_buffer, labels_in_one_buffer, totals_in_one_list]
+)
+def test_a_loader_may_fill_one_batch_again_and_again(refill: Any):
+    given = [{**batch, 'labels': batch['input_ids'].clone()} for batch in loader(16)]
+    batches = F_tst.draw(refill(given), lambda step: 3 if step < 2 else 1)
+    for batch, rows in zip(batches, ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]), strict=False):
+        assert rows_of(batch) == batch['labels'][:, 0].tolist() == batch.get('total_tokens', rows) == rows
+
+
+def test_one_batch_may_come_many_times():
+    batch = next(iter(loader(2)))
+    assert [rows_of(step) for step in F_tst.draw([batch] * 4, 2)] == [[0, 1, 0, 1]] * 2
+
+
 def test_steps_and_what_is_left_out_are_counted_over_epochs():
     asked = []
 
