@@ -3,7 +3,7 @@
 import copy
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +14,7 @@ from composer.core import State, Timestamp
 from composer.utils import dist
 from streaming import StreamingDataset
 
+from composer_tst.compatibility import takes, unwrapped
 from composer_tst.ops.draw import ids_of, join_batches, merge_batches, next_batches
 from composer_tst.ops.fold import is_full
 from composer_tst.schedule import Data, Progress, Schedule, too_short
@@ -92,6 +93,7 @@ class BagLoader(wrapt.ObjectProxy):
         limit: The batches to draw in an epoch, or None for all.
         resumption: Where the epoch begins.
         draws: The loader batches that the coming step draws.
+        takes: What the model's forward takes of a batch, None if it takes all.
         ended: What to call when the epoch has no further step.
 
     Attributes:
@@ -107,7 +109,7 @@ class BagLoader(wrapt.ObjectProxy):
     # What the class names, wrapt keeps on the stand-in; all else is the loader's.
     joins_rows = retired = trained_on = replaying = False
     drawn = left_out = 0
-    limit = resumption = draws = ended = pending = cast(Any, None)
+    limit = resumption = draws = takes = ended = pending = cast(Any, None)
 
     def __init__(
         self,
@@ -116,11 +118,12 @@ class BagLoader(wrapt.ObjectProxy):
         limit: int | None,
         resumption: Resumption,
         draws: Callable[[], int],
+        takes: Collection[str] | None = None,
         ended: Callable[[], None] = lambda: None,
     ):
         super().__init__(loader)
         self.joins_rows, self.limit, self.resumption = joins_rows, limit, resumption
-        self.draws, self.ended = draws, ended
+        self.draws, self.takes, self.ended = draws, takes, ended
         self.pending: list[int] = []
 
     def __copy__(self) -> Any:
@@ -138,7 +141,7 @@ class BagLoader(wrapt.ObjectProxy):
             yield from self.__wrapped__
             return
         if self.trained_on:
-            yield from BagLoader(self.__wrapped__, self.joins_rows, self.limit, Resumption(), self.draws)
+            yield from BagLoader(self.__wrapped__, self.joins_rows, self.limit, Resumption(), self.draws, self.takes)
             return
         drawn, steps, _ = self.resumption
         self.drawn, self.left_out, self.pending = 0 if steps else drawn, 0, []
@@ -162,7 +165,7 @@ class BagLoader(wrapt.ObjectProxy):
                 group = self._draw(batches, draws)
             if not group:  # the epoch is shorter than it was
                 return
-            yield merge_batches(group) if len(group) > 1 else group[0]
+            yield merge_batches(group, self.takes) if len(group) > 1 else group[0]
             if not self.replaying:
                 return
             draws = 1
@@ -176,7 +179,7 @@ class BagLoader(wrapt.ObjectProxy):
         while group := self._draw(batches, draws := self.draws()):
             batch = group[0]
             if draws > 1:
-                batch, left_out = join_batches(group, draws, self.joins_rows, drops_tail)
+                batch, left_out = join_batches(group, draws, self.joins_rows, drops_tail, self.takes)
                 self.left_out += left_out
             if batch is not None:
                 self.pending.append(draws)
@@ -263,9 +266,16 @@ class TrainLoader:
             self.check_length()
         elif drawn in (0, steps):
             return
-        limit, ended = self._batches(), self._let_end
+        assert state.dataloader is not None
+        limit = self._batches()
         loader = BagLoader(
-            state.dataloader, self._joins_rows, limit, self._resumption, lambda: self._schedule.draws, ended
+            state.dataloader,
+            self._joins_rows,
+            limit,
+            self._resumption,
+            lambda: self._schedule.draws,
+            takes(unwrapped(state.model)),
+            self._let_end,
         )
         self._stand_in, self._counted = loader, 0
         state.set_dataloader(loader, state.dataloader_label, -1 if limit is None else limit)

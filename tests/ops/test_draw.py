@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from composer_tst import functional as F_tst
+from composer_tst.ops.draw import join_batches
 
 LENGTH = 4
 
@@ -296,6 +297,35 @@ def test_tensors_lists_strings_and_plain_values():
 def test_batches_that_do_not_fit_together_are_refused(given: list[Any], message: str):
     with pytest.raises(ValueError, match=message):
         list(F_tst.draw(given, 2))
+
+
+def odd_values(number: int) -> dict[str, Any]:
+    """Values that the batches of one step differ in, or that are not of rows."""
+    return {
+        'number': number,
+        'source': f'shard {number}',
+        'meta': {'url': 'a'},
+        'array': np.zeros(2),
+        'nothing': None,
+        'widths': torch.zeros(2, 3 + number),
+        **({'flag': torch.ones(2)} if number % 2 == 0 else {}),
+    }
+
+
+@pytest.mark.parametrize('takes', [('input_ids',), ('input_ids', *odd_values(0))])
+def test_values_that_cannot_be_joined_are_left_out_if_the_model_does_not_take_them(takes: tuple[str, ...]):
+    for key in odd_values(0):
+        given = [
+            {**batch, **{name: value for name, value in odd_values(number).items() if name == key}}
+            for number, batch in enumerate(loader(6))
+        ]
+        if key in takes:
+            with pytest.raises(ValueError, match=key):
+                join_batches(given, 3, takes=takes)
+        else:
+            batch, _ = join_batches(given, 3, takes=takes)
+            assert batch is not None
+            assert list(batch) == ['input_ids']
 
 
 @pytest.mark.parametrize('bag_size', [0, -1, '6', 2.0, None, True, torch.tensor(2)])
