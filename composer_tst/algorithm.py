@@ -178,7 +178,7 @@ class TokenSuperposition(Algorithm):
         state.algorithms.remove(self)
         state.algorithms.insert(0, ours)
         ours._run.state = weakref.ref(state)
-        state.callbacks.append(_UndoAtClose(ours._run))
+        state.callbacks.append(_Last(ours))
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Refuse a checkpoint that was trained with other settings."""
@@ -202,6 +202,7 @@ class TokenSuperposition(Algorithm):
                 ours.fit_start(state, logger)
                 return
         self._run.close()
+        state.callbacks.sort(key=lambda callback: isinstance(callback, _Last))
         if int(state.timestamp.batch) == 0:  # the clock begins, or begins again
             self._run.progress = Progress()
             if self._run.has_drawn:  # for as long as this fit says
@@ -241,16 +242,27 @@ class _TrainingRun:
             self.fit = None
 
 
-class _UndoAtClose(Callback):
-    """Composer closes callbacks, also after a fit that has failed, but not algorithms."""
+class _Last(Callback):
+    """Goes after all other callbacks, and is closed after a fit that has failed. Algorithms are neither."""
 
-    def __init__(self, run: _TrainingRun):
-        self._run = run
+    def __init__(self, algorithm: TokenSuperposition):
+        self._algorithm = algorithm
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Draw the rest of an epoch that is under way: it has no other start."""
+        if int(state.timestamp.batch_in_epoch) > 0:
+            self.epoch_start(state, logger)
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        """Draw from the loader that there is now, after all who may set, wrap or look at it."""
+        fit = self._algorithm._run.fit
+        if fit is not None and self._algorithm in state.algorithms:
+            fit.begin_epoch()
 
     def close(self, state: State, logger: Logger) -> None:
         """Undo what a fit has left changed."""
         if not sys.is_finalizing():
-            self._run.close()
+            self._algorithm._run.close()
 
 
 class Fit:
@@ -300,7 +312,6 @@ class Fit:
             self._place_phases()
         if not self.schedule.finished:
             self._superpose()
-        self._loader.begin()
 
     def _place_phases(self) -> None:
         """Fix when the phases to come end, and begin with the one whose time it is.
@@ -348,16 +359,16 @@ class Fit:
         microbatches.enter_phase(bag_size)
         self._microbatch_size.scale(settings.microbatch_scale(bag_size))
 
-    def epoch_start(self, state: State, logger: Logger) -> None:
-        """Draw from the loader there is now."""
+    def begin_epoch(self) -> None:
+        """Draw an epoch, or the rest of one, from the loader there is now."""
         if self.schedule.draws > 1:
-            check_loader(state.dataloader)
+            check_loader(self._state.dataloader)
         self._loader.begin_epoch()
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         """Make the batch of a superposed step the rows that the model will see; leave one in recovery alone."""
         self._run.has_drawn = True
-        self._loader.take(state.batch)
+        self._loader.take()
         self._at_next_batch.close()
         if self.microbatches is not None:
             self._lay_out(state, self.microbatches)

@@ -1,22 +1,21 @@
 """The data of a step: several loader batches as one, and what was drawn of the epoch."""
 
 import copy
-import itertools
 import logging
 import math
 import random
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 import wrapt
-from composer.core import State, Timestamp, TimeUnit
+from composer.core import State, Timestamp
 from composer.utils import dist
 from streaming import StreamingDataset
 
+from composer_tst.compatibility import takes, unwrapped
 from composer_tst.ops.draw import ids_of, join_batches, merge_batches, next_batches
 from composer_tst.ops.fold import is_full
 from composer_tst.schedule import Data, Progress, Schedule, too_short
@@ -81,24 +80,8 @@ def samples_given(dataset: Any, time: Timestamp) -> int:
     return given
 
 
-class Drawn(NamedTuple):
-    """What was drawn for a step that the trainer has not trained on yet.
-
-    Attributes:
-        draws: The loader batches that the step asked for.
-        shape: The rows of its batch and their length, None if they cannot be told.
-        drawn: The loader batches drawn in the epoch, with it.
-        left_out: The samples left out so far, with it.
-    """
-
-    draws: int
-    shape: tuple[int, ...] | None
-    drawn: int
-    left_out: int
-
-
 class BagLoader(wrapt.ObjectProxy):
-    """A stand-in for a train loader that joins the batches of one step, and counts what it draws.
+    """A stand-in for a train loader in one epoch: joins the batches of each step, and counts what it draws.
 
     In all but iteration it is the loader itself: its type, length, dataset and sampler, so that Composer's
     resumption, sampler seeding and checkpoints see what they would see without it; a copy is one of the loader.
@@ -112,19 +95,18 @@ class BagLoader(wrapt.ObjectProxy):
         loader: The train loader.
         joins_rows: Whether a step's rows are joined in groups of as many as it draws batches.
         limit: The batches to draw in an epoch, or None for all.
-        resumption: Where the first epoch begins.
-        draws_at: The loader batches that a step draws, by its number in the run. Somebody may read ahead of the step.
-        clock: What the Trainer's clock shows.
-        ended: What to call when an epoch has no further step.
+        resumption: Where the epoch begins.
+        draws: The loader batches that the coming step draws.
+        takes: What the model's forward takes of a batch, None if it takes all.
+        ended: What to call when the epoch has no further step.
 
     Attributes:
-        drawn: The loader batches drawn in this epoch.
-        left_out: The samples left out so far, on this rank.
-        pending: What was drawn and not trained on yet, to be taken step by step. It travels beside the batches, which
-            somebody else may wrap, copy or hold back.
-        retired: Whether another stand-in, around this one, joins the batches: this one hands them on.
-        trained_on: Whether a step of this epoch was trained on. Another ``iter()`` then only looks at the data, and
-            counts nothing.
+        drawn: The loader batches drawn in the epoch.
+        left_out: The samples left out of it, on this rank.
+        pending: For each step drawn and not trained on yet, the loader batches that it asked for.
+        last: Of the step drawn last, the loader batches and the shape of the ids; None before it.
+        retired: Whether the epoch is over, for whoever still iterates what stands around this one.
+        trained_on: Whether a step was trained on. Another ``iter()`` then only looks at the data, and counts nothing.
         replaying: Whether the steps drawn are ones that the trainer is to pass over. Set it to False where it trains on
             one of them: the epoch then goes on from there.
     """
@@ -132,7 +114,7 @@ class BagLoader(wrapt.ObjectProxy):
     # What the class names, wrapt keeps on the stand-in; all else is the loader's.
     joins_rows = retired = trained_on = replaying = False
     drawn = left_out = 0
-    limit = resumption = draws_at = clock = ended = pending = cast(Any, None)
+    limit = resumption = draws = takes = ended = pending = last = cast(Any, None)
 
     def __init__(
         self,
@@ -140,14 +122,14 @@ class BagLoader(wrapt.ObjectProxy):
         joins_rows: bool,
         limit: int | None,
         resumption: Resumption,
-        draws_at: Callable[[int], int],
-        clock: Callable[[], Timestamp] = Timestamp,
+        draws: Callable[[], int],
+        takes: Collection[str] | None = None,
         ended: Callable[[], None] = lambda: None,
     ):
         super().__init__(loader)
         self.joins_rows, self.limit, self.resumption = joins_rows, limit, resumption
-        self.draws_at, self.clock, self.ended = draws_at, clock, ended
-        self.pending: deque[Drawn] = deque()
+        self.draws, self.takes, self.ended = draws, takes, ended
+        self.pending: list[int] = []
 
     def __copy__(self) -> Any:
         return copy.copy(self.__wrapped__)
@@ -163,14 +145,11 @@ class BagLoader(wrapt.ObjectProxy):
         if self.retired:
             yield from self.__wrapped__
             return
-        if self.trained_on and int(self.clock().batch_in_epoch) > 0:
-            a_look = (self.joins_rows, self.limit, Resumption(), self.draws_at, self.clock)
-            yield from BagLoader(self.__wrapped__, *a_look)
+        if self.trained_on:
+            yield from BagLoader(self.__wrapped__, self.joins_rows, self.limit, Resumption(), self.draws, self.takes)
             return
-        self.trained_on = False
-        self.pending.clear()
         drawn, steps, _ = self.resumption
-        self.drawn = 0 if steps else drawn
+        self.drawn, self.left_out, self.pending = 0 if steps else drawn, 0, []
         batches = iter(self.__wrapped__)
         if self.limit is not None and self.drawn >= self.limit:
             # All of the epoch was drawn before. But as it begins, a dataset counts its epochs and takes up its state.
@@ -178,7 +157,6 @@ class BagLoader(wrapt.ObjectProxy):
         else:
             yield from self._replay(batches, drawn, steps)
             yield from self._steps(batches)
-        self.resumption, self.trained_on = Resumption(), False
         self.ended()
 
     def _replay(self, batches: Iterator[Any], drawn: int, steps: int) -> Iterator[Any]:
@@ -186,13 +164,13 @@ class BagLoader(wrapt.ObjectProxy):
         group: list[Any] = []
         self.replaying = steps > 0
         # A trainer that does not pass over them trains on the first.
-        draws = max(1, min(self.draws_at(int(self.clock().batch)), drawn - steps + 1))
+        draws = max(1, min(self.draws(), drawn - steps + 1))
         for _ in range(steps):
             if self.drawn < drawn:
                 group = self._draw(batches, draws)
             if not group:  # the epoch is shorter than it was
                 return
-            yield merge_batches(group) if len(group) > 1 else group[0]
+            yield merge_batches(group, self.takes) if len(group) > 1 else group[0]
             if not self.replaying:
                 return
             draws = 1
@@ -202,25 +180,17 @@ class BagLoader(wrapt.ObjectProxy):
         self.replaying = False
 
     def _steps(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for step in itertools.count(int(self.clock().batch)):
-            draws = self.draws_at(max(step, int(self.clock().batch)))
-            group = self._draw(batches, draws)
-            if not group:
-                return
+        drops_tail = bool(getattr(self.__wrapped__, 'drop_last', False))
+        while group := self._draw(batches, draws := self.draws()):
             batch = group[0]
             if draws > 1:
-                drops_tail = bool(getattr(self.__wrapped__, 'drop_last', False))
-                batch, left_out = join_batches(group, draws, self.joins_rows, drops_tail)
-                if left_out and not self.left_out:
-                    log.warning(
-                        f'{left_out} samples on this rank are left out, because they do not fill a step that reads '
-                        f'{draws} batches; superposition/samples_left_out counts them from here.'
-                    )
+                batch, left_out = join_batches(group, draws, self.joins_rows, drops_tail, self.takes)
                 self.left_out += left_out
-            if batch is None:
-                continue
-            self.pending.append(Drawn(draws, shape_of(batch), self.drawn, self.left_out))
-            yield batch
+            if batch is not None:
+                self.pending.append(draws)
+                ids = ids_of(batch)
+                self.last = None if ids is None else (len(group), ids.shape)
+                yield batch
 
     def _draw(self, batches: Iterator[Any], count: int) -> list[Any]:
         # A StreamingDataset may have a batch more than its loader's length: no epoch draws it.
@@ -229,12 +199,6 @@ class BagLoader(wrapt.ObjectProxy):
         group = next_batches(batches, count)
         self.drawn += len(group)
         return group
-
-
-def shape_of(batch: Any) -> tuple[int, ...] | None:
-    """The rows of a batch and their length, None if they cannot be told."""
-    ids = ids_of(batch)
-    return None if ids is None else tuple(ids.shape)
 
 
 @contextmanager
@@ -274,6 +238,9 @@ def check_epoch_is_whole(loader: Any, length: int, drawn: int) -> None:
 class TrainLoader:
     """The train loader of a fit: puts a :class:`BagLoader` in its place where one is needed, and counts what is drawn.
 
+    It stands there from the last moment before an epoch is drawn until its end, so that what somebody sets, wraps or
+    looks at in between is the loader itself.
+
     Args:
         state: The Trainer's.
         schedule: The phases of the run, and its progress, where the counts are kept.
@@ -285,10 +252,8 @@ class TrainLoader:
         self._state = state
         self._schedule = schedule
         self._progress = schedule.progress
-        self._undo = undo
         self._joins_rows = schedule.settings.expand == 'sequence'
         self._stand_in: BagLoader | None = None
-        self._taken: Drawn | None = None
         self._counted = 0  # of the samples that the stand-in has left out
         self._length: int | None = None
         self._cut_short = False
@@ -300,23 +265,37 @@ class TrainLoader:
         self._resumption = where_epoch_stands(steps, read, self._progress, given, samples, length)
         self._steps = steps or int(bool(given))  # of the epoch: whether there are any is what counts
         self._progress.drawn = self._resumption.drawn
-
-    def begin(self) -> None:
-        """Stand in for the train loader, where a step draws several batches or an epoch is under way."""
-        drawn, steps, _ = self._resumption
-        if self._schedule.draws > 1 or (drawn > 0 and drawn != steps):
-            self._install()
+        undo.callback(self._leave)
 
     def begin_epoch(self) -> None:
-        """Draw from a loader that was set since the last epoch, as llm-foundry's CurriculumLearning does."""
-        if self._state.dataloader is self._stand_in:
-            return
-        replaced, self._stand_in = self._stand_in, None
+        """Stand in for the loader there is now, where a step draws several batches or an epoch is under way."""
+        state, (drawn, steps, _) = self._state, self._resumption
         if self._schedule.draws > 1:
             self.check_length()
-            if replaced is not None:  # perhaps in what was set, around it
-                replaced.retired = True
-            self._install()
+        elif drawn in (0, steps):
+            return
+        assert state.dataloader is not None
+        limit = self._batches()
+        loader = BagLoader(
+            state.dataloader,
+            self._joins_rows,
+            limit,
+            self._resumption,
+            lambda: self._schedule.draws,
+            takes(unwrapped(state.model)),
+            self._let_end,
+        )
+        self._stand_in, self._counted = loader, 0
+        state.set_dataloader(loader, state.dataloader_label, -1 if limit is None else limit)
+
+    def _leave(self) -> None:
+        """Put the train loader back. The epoch under way goes on with what it has begun to iterate."""
+        state, loader = self._state, self._stand_in
+        if loader is not None:
+            loader.retired = True
+            if state.dataloader is loader:
+                limit = self._batches()
+                state.set_dataloader(loader.__wrapped__, state.dataloader_label, -1 if limit is None else limit)
 
     def end_iteration(self) -> None:
         """Take note of an iteration in tokens that ends in the middle of an epoch: what follows begins another."""
@@ -328,33 +307,8 @@ class TrainLoader:
         """Nothing of the coming epoch is drawn."""
         self._progress.drawn, self._steps = 0, 0
         self._resumption = Resumption()
-        if self._stand_in is not None:
-            self._stand_in.resumption = Resumption()
-
-    def _install(self) -> None:
-        state, limit = self._state, self._batches()
-        assert state.dataloader is not None
-        loader = self._stand_in = BagLoader(
-            state.dataloader,
-            self._joins_rows,
-            limit,
-            self._resumption,
-            self._schedule.draws_at,
-            lambda: state.timestamp,
-            self._let_end,
-        )
-        self._counted = 0
-        state.set_dataloader(loader, state.dataloader_label, -1 if limit is None else limit)
-
-        def restore() -> None:
-            """The epoch under way goes on with what it has begun to iterate."""
-            if state.dataloader is loader:
-                limit = self._batches()
-                state.set_dataloader(loader.__wrapped__, state.dataloader_label, -1 if limit is None else limit)
-            else:  # perhaps in what stands around it
-                loader.retired = True
-
-        self._undo.callback(restore)
+        self._leave()
+        self._stand_in = None
 
     def _let_end(self) -> None:
         """Have Composer end the epoch whose last step is done.
@@ -373,52 +327,30 @@ class TrainLoader:
         if batches is not None and batches < draws:
             raise too_short(batches, draws)
 
-    def take(self, batch: Any) -> None:
-        """Take what was drawn for the step that the trainer trains on ``batch``.
+    def take(self) -> None:
+        """Take note that the trainer trains on the step drawn last.
 
         Raises:
-            ValueError: If that is not the data of the step: the loader was replaced, or reads ahead of a moment that
-                shows only then, or the trainer has not passed over the steps it has done.
+            ValueError: If it may be another: the loader was replaced once the epoch was begun, or the trainer has not
+                passed over the steps it has done.
         """
-        loader, self._taken = self._stand_in, None
+        loader, draws = self._stand_in, self._schedule.draws
         if loader is None:
             return
-        superposed, draws = not self._schedule.finished, self._schedule.draws
         loader.trained_on = True
-        loader.limit = self._batches()  # what wraps the loader may have another length
         if loader.replaying:
             loader.replaying = False
-            if superposed and loader.drawn != draws:
+            if not self._schedule.finished and loader.drawn != draws:
                 raise ValueError(
                     f'The run is at step {int(self._state.timestamp.batch_in_epoch)} of the epoch but its data at step '
                     '0: set spin_dataloaders: true, or use a StreamingDataset, which resumes itself.'
                 )
             return
-        if not loader.pending:
-            if superposed:
-                raise ValueError(
-                    'The train loader was replaced after EPOCH_START or FIT_START, or what wraps it repeats batches. A '
-                    'superposed step then has data that were not drawn for it: replace it at EPOCH_END or '
-                    'ITERATION_START, and hand each batch on once.'
-                )
-            return
-        name = type(self._state.dataloader).__name__
-        taken = self._taken = loader.pending.popleft()
-        unknown = [end for end in self._schedule.ends_to_come if end.unit in (TimeUnit.TOKEN, TimeUnit.SAMPLE)]
-        if loader.pending and unknown:
+        pending, loader.pending = loader.pending, []
+        if pending != [draws]:
             raise ValueError(
-                f'{name} reads ahead of the step, and a phase ends at {unknown[0].to_timestring()}, which shows only '
-                'then: give duration and until in ba, or do not read ahead of the train loader.'
-            )
-        shape = shape_of(batch)
-        # Rows of another length are those of an algorithm that has cut or reshaped them.
-        same_length = shape is not None and taken.shape is not None and shape[1:] == taken.shape[1:]
-        wrapped = self._state.dataloader is not loader
-        if taken.draws != draws or (superposed and wrapped and same_length and shape != taken.shape):
-            raise ValueError(
-                f'{name} hands a step a batch {shape}, and what was drawn next is {taken.shape} of {taken.draws} '
-                f'loader batches, where the step needs {draws}: have what wraps the train loader hand each of its '
-                'batches on, whole and in order.'
+                'The train loader was replaced or wrapped after the last callback of EPOCH_START, so that a step may '
+                'have data that were not drawn for it: do that in a callback that the Trainer has before it fits.'
             )
 
     def count(self, steps: int) -> None:
@@ -428,28 +360,27 @@ class TrainLoader:
         self._steps += steps
         if loader is None:
             progress.drawn = (progress.drawn or 0) + steps
-        else:
-            counts, self._taken = self._taken or loader, None
-            progress.drawn = counts.drawn
-            progress.left_out += (counts.left_out - self._counted) * dist.get_world_size()
-            self._counted = counts.left_out
+            return
+        progress.drawn = loader.drawn
+        left_out, self._counted = loader.left_out - self._counted, loader.left_out
+        if left_out and not progress.left_out:
+            log.warning(
+                f'{left_out} samples on this rank are left out, because they do not fill a step that reads '
+                f'{self._schedule.draws} batches; superposition/samples_left_out counts them from here.'
+            )
+        progress.left_out += left_out * dist.get_world_size()
 
     def end_epoch(self) -> None:
         """Check the epoch that has ended.
 
         Raises:
             RuntimeError: If it was cut short.
-            ValueError: If it made no step, so that training would never end, or what wraps the loader left some out.
+            ValueError: If it made no step, so that training would never end.
         """
         state = self._state
         if self._length is not None:
             state.dataloader_len, self._length = self._length, None
         self.count(steps=0)
-        if self._stand_in is not None and self._stand_in.pending:
-            raise ValueError(
-                f'{type(state.dataloader).__name__} has left out {len(self._stand_in.pending)} batches of the epoch: '
-                'have what wraps the train loader hand each of its batches on, whole and in order.'
-            )
         drawn, batches = self._progress.drawn or 0, self._batches()
         if batches is not None and self._resumption.known:
             check_epoch_is_whole(state.dataloader, batches, drawn)
@@ -468,12 +399,11 @@ class TrainLoader:
 
     def data(self, first: Any = None) -> Data:
         """What a loader batch holds: by the first batch that training draws, and before by what the loader tells."""
-        loader, settings, taken, ids = self._state.dataloader, self._schedule.settings, self._taken, ids_of(first)
+        loader, settings, ids = self._state.dataloader, self._schedule.settings, ids_of(first)
         rows, length, tokens = getattr(loader, 'batch_size', None), row_length_of(first), None
         if ids is not None and ids.ndim == 2 and len(ids):
-            draws = self._schedule.draws if taken is None else taken.drawn - (self._progress.drawn or 0)
             # Other algorithms may have reshaped what was drawn. If they have cut it, it is not known what a step reads.
-            shape = (taken and taken.shape) or tuple(ids.shape)
+            draws, shape = (self._stand_in and self._stand_in.last) or (self._schedule.draws, ids.shape)
             rows = -(-shape[0] // draws)
             if length and math.prod(shape) == ids.numel():
                 tokens = rows * shape[1] * dist.get_world_size()

@@ -338,13 +338,6 @@ class Schedule:
         """The loader batches that the coming step reads."""
         return self.settings.draws(self.bag_size)
 
-    def draws_at(self, batch: int) -> int:
-        """The same of a later step, as far as phases end at steps that are known."""
-        for phase, end in zip(self.phases_to_come, self.ends_to_come, strict=True):
-            if end.unit != TimeUnit.BATCH or batch < end.value:
-                return self.settings.draws(phase.bag_size)
-        return 1
-
     def phases_begun(self, batch: int) -> int:
         """How many phases have taken a step once ``batch`` steps are done; recovery counts as one."""
         if self.progress.began is None:

@@ -1,12 +1,12 @@
 """Drawing the s-fold data: several batches of a loader as one."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from composer_tst.ops.fold import check_bag_size, check_kinds, is_plain
+from composer_tst.ops.fold import check_bag_size, check_kinds, is_needed, is_plain
 
 
 class draw:
@@ -61,7 +61,7 @@ class draw:
             yield batch
 
 
-def check_batches(batches: Sequence[Any]) -> None:
+def check_batches(batches: Sequence[Any], takes: Collection[str] | None = None) -> None:
     """Refuse, with a ValueError, the batches of one step if they are no mappings with input_ids, or differ in keys."""
     first = batches[0]
     for batch in batches:
@@ -75,7 +75,7 @@ def check_batches(batches: Sequence[Any]) -> None:
                 f'The train loader yields input_ids as {type(ids).__name__}: superposition needs a tensor (rows, '
                 'tokens).'
             )
-        if batch.keys() != first.keys():
+        if any(is_needed(key, takes) for key in batch.keys() ^ first.keys()):
             raise ValueError(
                 f'Of the batches of one step one has {", ".join(first)}, another {", ".join(batch)}: have the collator '
                 'give all of them the same.'
@@ -89,25 +89,37 @@ def ids_of(batch: Any) -> torch.Tensor | None:
 
 
 def next_batches(batches: Iterator[Any], count: int) -> list[Any]:
-    """The next batches of a loader, fewer at its end.
-
-    Raises:
-        ValueError: If the loader has written one over another.
-    """
+    """The next batches of a loader, fewer at its end; a single one is the loader's own."""
     group: list[Any] = []
-    drawn: list[tuple[torch.Tensor, int]] = []
-    for batch in itertools.islice(batches, max(0, count)):
-        ids = ids_of(batch)
-        if ids is not None and not ids.is_inference():
-            drawn.append((ids, ids._version))
-        group.append(batch)
-    if any(ids._version != version for ids, version in drawn):
-        raise ValueError('The loader writes each batch over the one before: have it give a copy.')
+    for _ in range(count):
+        if group:
+            group[-1] = _kept(group[-1])  # a loader may fill one dict or one buffer for all its batches
+        try:
+            group.append(next(batches))  # no loop over them: an iterator's __iter__ may begin anew
+        except StopIteration:
+            break
     return group
 
 
+def _kept(batch: Any) -> Any:
+    """A copy of a batch, with its tensors and lists."""
+    if not isinstance(batch, Mapping):
+        return batch
+    return {key: _copy(value) for key, value in batch.items()}
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return list(value) if isinstance(value, list) else value
+
+
 def join_batches(
-    batches: Sequence[Mapping[str, Any]], bag_size: int, joins_rows: bool = True, drops_tail: bool = True
+    batches: Sequence[Mapping[str, Any]],
+    bag_size: int,
+    joins_rows: bool = True,
+    drops_tail: bool = True,
+    takes: Collection[str] | None = None,
 ) -> tuple[dict[str, Any] | None, int]:
     """Join the loader batches of one step.
 
@@ -117,49 +129,59 @@ def join_batches(
         joins_rows: Whether ``s`` rows are to be joined into one, so that rows which do not fill such a group are left
             out.
         drops_tail: Whether fewer batches than ``s`` make no step.
+        takes: As for :func:`merge_batches`.
 
     Returns:
         tuple: The batch, None if there is none, and the rows that are left out.
     """
-    check_batches(batches)
+    check_batches(batches, takes)
     rows = sum(len(batch['input_ids']) for batch in batches)
     used = rows - rows % bag_size if joins_rows else rows
     if not used or (drops_tail and len(batches) < bag_size):
         return None, rows
-    merged = merge_batches(batches)
+    merged = merge_batches(batches, takes)
     if used < rows:
         merged = {key: value if is_plain(value) else value[:used] for key, value in merged.items()}
     return merged, rows - used
 
 
-def merge_batches(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merge_batches(batches: Sequence[Mapping[str, Any]], takes: Collection[str] | None = None) -> dict[str, Any]:
     """Join loader batches, one after another, along the rows.
 
     Args:
         batches: Mappings of tensors ``(rows, ...)``, lists one entry a row, and plain numbers, strings or flags.
+        takes: What the model's forward takes, if all else is left out before it; None if it takes the whole batch.
 
     Returns:
-        dict: The same keys; tensors and lists are as long as all batches together.
+        dict: The same keys; tensors and lists are as long as all batches together. What cannot be joined is left out if
+        nothing needs it.
 
     Raises:
-        ValueError: If the batches are no mappings with input_ids, or differ in their keys, row lengths or
-            plain values.
+        ValueError: If the batches are no mappings with input_ids, or what is needed of them differs in keys, row
+            lengths or plain values.
     """
-    check_batches(batches)
-    first = batches[0]
+    check_batches(batches, takes)
     merged: dict[str, Any] = {}
-    check_kinds(first)
-    for key, value in first.items():
-        values: list[Any] = [batch[key] for batch in batches]
-        if isinstance(value, torch.Tensor) and value.ndim:
-            if any(not isinstance(v, torch.Tensor) or v.shape[1:] != value.shape[1:] for v in values):
-                shapes = [tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in values]
-                raise ValueError(f'{key} comes in shapes {shapes}: have the collator pad every batch to one length.')
-            merged[key] = torch.cat(values)
-        elif isinstance(value, (list, tuple)):
-            merged[key] = list(itertools.chain.from_iterable(values))
-        elif all(v == value for v in values):
-            merged[key] = value
-        else:
-            raise ValueError(f'{key} differs between the batches of one step ({values}): leave it out of the batch.')
+    for key in batches[0]:
+        try:
+            merged[key] = _join_values(key, [batch[key] for batch in batches])
+        except (KeyError, ValueError):
+            if is_needed(key, takes):
+                raise
     return merged
+
+
+def _join_values(key: str, values: list[Any]) -> Any:
+    for value in values:
+        check_kinds({key: value})
+    first = values[0]
+    if isinstance(first, torch.Tensor) and first.ndim:
+        if any(not isinstance(v, torch.Tensor) or v.shape[1:] != first.shape[1:] for v in values):
+            shapes = [tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in values]
+            raise ValueError(f'{key} comes in shapes {shapes}: have the collator pad every batch to one length.')
+        return torch.cat(values)
+    if all(isinstance(v, (list, tuple)) for v in values):
+        return list(itertools.chain.from_iterable(values))
+    if all(is_plain(v) and v == first for v in values):
+        return first
+    raise ValueError(f'{key} differs between the batches of one step ({values}): leave it out of the batch.')

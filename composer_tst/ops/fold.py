@@ -22,6 +22,8 @@ _PER_TOKEN = ('input_ids', 'labels', 'attention_mask', 'sequence_id')
 _PER_ROW = ('total_tokens', 'loss_generating_tokens')
 # What is made anew for bags, if it says no more than a model takes for granted.
 _TAKEN_FOR_GRANTED = ('token_type_ids', 'position_ids')
+# What may hold a value for each row.
+_OF_ROWS = (torch.Tensor, list, tuple)
 # What rows weigh if nothing at all is to be predicted: Composer divides by the sum of their weights.
 _NEXT_TO_NOTHING = 1e-12
 
@@ -71,6 +73,11 @@ def check_bag_size(value: Any) -> int:
 def is_plain(value: Any) -> bool:
     """Whether a batch's value is one for all rows: a number, a string, a flag, or a tensor without dimensions."""
     return isinstance(value, (int, float, str)) or (isinstance(value, torch.Tensor) and value.ndim == 0)
+
+
+def is_needed(key: str, takes: Collection[str] | None) -> bool:
+    """Whether a batch's value is read: by superposition, or by a model that takes these, or all if None."""
+    return takes is None or key in takes or key in _PER_TOKEN or key in _PER_ROW
 
 
 def is_full(mask: torch.Tensor | None) -> bool:
@@ -165,7 +172,7 @@ def lay_out(
     """
     check_bag_size(bag_size)
     check_fold_settings(expand, superpose)
-    _check_batch(batch, bag_size, expand, superpose)
+    _check_batch(batch, bag_size, expand, superpose, takes)
     rows, length = batch['input_ids'].shape
     joined = bag_size if expand == 'sequence' else 1
     rows, length = rows // joined, length * joined
@@ -295,14 +302,16 @@ def bag_targets(labels: torch.Tensor, mask: torch.Tensor | None, bag_size: int, 
     return bags
 
 
-def _check_batch(batch: Mapping[str, Any], bag_size: int, expand: str, superpose: str) -> None:
+def _check_batch(
+    batch: Mapping[str, Any], bag_size: int, expand: str, superpose: str, takes: Collection[str] | None
+) -> None:
     if not isinstance(batch, Mapping):
         raise ValueError(f'The batch is a {type(batch).__name__}: give a mapping with input_ids and labels.')
     if 'inputs_embeds' in batch:
         raise ValueError('The batch has inputs_embeds: superposition bags token ids, give input_ids instead.')
     if 'input_ids' not in batch:
         raise ValueError(f'The batch has no input_ids (it has {", ".join(batch)}): have the collator add it.')
-    check_kinds(batch)
+    check_kinds(batch, takes)
     shape = tuple(batch['input_ids'].shape)
     if len(shape) != 2:
         raise ValueError(f'input_ids has shape {shape}: superposition folds batches of shape (rows, tokens).')
@@ -333,11 +342,13 @@ def extra_values(batch: Mapping[str, Any], joined: int = 1, takes: Collection[st
     Raises:
         ValueError: If the model takes a value that is neither of whole rows nor the same for all, or rows are joined.
     """
-    check_kinds(batch)
+    check_kinds(batch, takes)
     rows, length = batch['input_ids'].shape
     carried = {}
     for key, value in batch.items():
-        if key in _PER_TOKEN or key in _PER_ROW or is_plain(value) or _says_nothing(key, value):
+        if key in _PER_TOKEN or key in _PER_ROW or is_plain(value):
+            continue
+        if not isinstance(value, _OF_ROWS) or _says_nothing(key, value):
             continue
         of_rows = len(value) == rows and not (isinstance(value, torch.Tensor) and value.shape[1:2] == (length,))
         if of_rows and joined == 1:
@@ -353,11 +364,12 @@ def extra_values(batch: Mapping[str, Any], joined: int = 1, takes: Collection[st
     return carried
 
 
-def check_kinds(batch: Mapping[str, Any]) -> None:
-    """Refuse, with a ValueError, values other than tensors, lists and plain ones: what rows are they of?"""
+def check_kinds(batch: Mapping[str, Any], takes: Collection[str] | None = None) -> None:
+    """Refuse, with a ValueError, needed values other than tensors, lists and plain ones: what rows are they of?"""
     for key, value in batch.items():
-        kinds = torch.Tensor if key in _PER_TOKEN else (torch.Tensor, list, tuple)
-        if not isinstance(value, kinds) and (key in _PER_TOKEN or not is_plain(value)):
+        kinds = torch.Tensor if key in _PER_TOKEN else _OF_ROWS
+        known = isinstance(value, kinds) or (key not in _PER_TOKEN and is_plain(value))
+        if not known and is_needed(key, takes):
             raise ValueError(
                 f'Superposition cannot fold {key}: it is a {type(value).__name__}: have the collator leave it out, or '
                 'make it a tensor.'

@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,6 +114,21 @@ def counts_of_epochs(added_later: bool = False) -> dict[str, list[float]]:
     return {key: logged(logger, f'superposition/{key}') for key in keys}
 
 
+def epochs_of_unequal_length() -> list[float]:
+    """The bag sizes of a run of which one process has less data: Composer ends the epoch of all with it."""
+    from common.trainers import Rows, llama, logged, make_trainer
+
+    class Iterated(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[Any]:
+            rows = Rows(40 if dist.get_global_rank() == 0 else 24, 9)
+            yield from (rows[index] for index in range(len(rows)))
+
+    loader = torch.utils.data.DataLoader(Iterated(), batch_size=4, drop_last=True)
+    trainer, logger = make_trainer(llama(), loader, TokenSuperposition(3, '3ba'), '8ba')
+    trainer.fit()
+    return logged(logger, 'superposition/bag_size')
+
+
 def tensor_parallel_embedding() -> str:
     """What superposition says to an embedding of which each process has a part."""
     from common.trainers import llama
@@ -156,6 +172,7 @@ def main() -> None:
     results['counts of epochs, added later'] = counts_of_epochs(added_later=True)
     results['tensor parallel embedding'] = tensor_parallel_embedding()
     results['counts of epochs'] = counts_of_epochs()
+    results['epochs of unequal length'] = epochs_of_unequal_length()
     if dist.get_global_rank() == 0:
         Path(output).write_text(json.dumps(results))
 

@@ -89,6 +89,11 @@ def test_what_is_left_out_and_dropped_is_counted_over_all_ranks(on_two: dict[str
     assert counts['s_tokens'][0] == 16 * 2
 
 
+def test_an_epoch_ends_for_all_ranks_where_it_ends_for_one(on_two: dict[str, Any]):
+    # 10 loader batches on the one and 6 on the other: 2 steps, then 1 and 3.
+    assert on_two['epochs of unequal length'] == [3, 3, 3, 1, 1, 1, 1, 1]
+
+
 def test_sequence_ids_reach_the_attention(on_two: dict[str, Any]):
     runs = on_two['runs']
     for packed, plain in zip(runs['ddp, packed, uneven microbatches']['losses'], runs['ddp']['losses'], strict=True):

@@ -1,5 +1,6 @@
 """Drawing several batches of a loader as one: each row once, nothing ahead, tails counted."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from composer_tst import functional as F_tst
+from composer_tst.ops.draw import join_batches
 
 LENGTH = 4
 
@@ -100,6 +102,87 @@ def test_an_iterator_goes_on_where_it_stands():
     assert [rows_of(batch) for batch in batches] == [[8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
     assert list(batches) == []
     assert batches.left_out == 0
+
+
+class OwnIterator:
+    """A loader that is its own iterator: each ``iter()`` begins an epoch anew."""
+
+    def __init__(self, batches: list[Any]):
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        self.at = 0
+        return self
+
+    def __next__(self) -> Any:
+        if self.at == len(self.batches):
+            raise StopIteration
+        self.at += 1
+        return self.batches[self.at - 1]
+
+
+def test_a_loader_that_is_its_own_iterator_is_begun_once_an_epoch():
+    batches = F_tst.draw(OwnIterator(list(loader(16))), lambda step: 3 if step % 3 < 2 else 1)
+    epoch = [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11], [12, 13]]
+    for times in (1, 2):
+        assert [rows_of(batch) for batch in itertools.islice(batches, 9)] == epoch  # begun anew, it would never end
+        assert batches.left_out == 2 * times
+
+
+def one_dict(batches: list[Any]) -> Iterator[Any]:
+    filled: dict[str, Any] = {}
+    for batch in batches:
+        filled.update(batch)
+        yield filled
+
+
+def buffers(count: int) -> Any:
+    """Batches that are each filled into one of some buffers, in turn."""
+
+    def refill(batches: list[Any]) -> Iterator[Any]:
+        kept = [{key: torch.zeros_like(value) for key, value in batches[0].items()} for _ in range(count)]
+        for number, batch in enumerate(batches):
+            for key, buffer in (filled := kept[number % count]).items():
+                buffer.copy_(batch[key])
+            yield filled
+
+    return refill
+
+
+def numpy_buffer(batches: list[Any]) -> Iterator[Any]:
+    filled = np.zeros(batches[0]['input_ids'].shape, dtype=np.int64)
+    for batch in batches:
+        filled[:] = batch['input_ids'].numpy()
+        yield {**batch, 'input_ids': torch.from_numpy(filled)}
+
+
+def labels_in_one_buffer(batches: list[Any]) -> Iterator[Any]:
+    filled = torch.zeros_like(batches[0]['labels'])
+    for batch in batches:
+        filled.copy_(batch['labels'])
+        yield {**batch, 'labels': filled}
+
+
+def totals_in_one_list(batches: list[Any]) -> Iterator[Any]:
+    filled: list[int] = []
+    for batch in batches:
+        filled[:] = rows_of(batch)
+        yield {**batch, 'total_tokens': filled}
+
+
+@pytest.mark.parametrize(
+    'refill', [one_dict, buffers(1), buffers(2), numpy_buffer, labels_in_one_buffer, totals_in_one_list]
+)
+def test_a_loader_may_fill_one_batch_again_and_again(refill: Any):
+    given = [{**batch, 'labels': batch['input_ids'].clone()} for batch in loader(16)]
+    batches = F_tst.draw(refill(given), lambda step: 3 if step < 2 else 1)
+    for batch, rows in zip(batches, ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]), strict=False):
+        assert rows_of(batch) == batch['labels'][:, 0].tolist() == batch.get('total_tokens', rows) == rows
+
+
+def test_one_batch_may_come_many_times():
+    batch = next(iter(loader(2)))
+    assert [rows_of(step) for step in F_tst.draw([batch] * 4, 2)] == [[0, 1, 0, 1]] * 2
 
 
 def test_steps_and_what_is_left_out_are_counted_over_epochs():
@@ -214,6 +297,35 @@ def test_tensors_lists_strings_and_plain_values():
 def test_batches_that_do_not_fit_together_are_refused(given: list[Any], message: str):
     with pytest.raises(ValueError, match=message):
         list(F_tst.draw(given, 2))
+
+
+def odd_values(number: int) -> dict[str, Any]:
+    """Values that the batches of one step differ in, or that are not of rows."""
+    return {
+        'number': number,
+        'source': f'shard {number}',
+        'meta': {'url': 'a'},
+        'array': np.zeros(2),
+        'nothing': None,
+        'widths': torch.zeros(2, 3 + number),
+        **({'flag': torch.ones(2)} if number % 2 == 0 else {}),
+    }
+
+
+@pytest.mark.parametrize('takes', [('input_ids',), ('input_ids', *odd_values(0))])
+def test_values_that_cannot_be_joined_are_left_out_if_the_model_does_not_take_them(takes: tuple[str, ...]):
+    for key in odd_values(0):
+        given = [
+            {**batch, **{name: value for name, value in odd_values(number).items() if name == key}}
+            for number, batch in enumerate(loader(6))
+        ]
+        if key in takes:
+            with pytest.raises(ValueError, match=key):
+                join_batches(given, 3, takes=takes)
+        else:
+            batch, _ = join_batches(given, 3, takes=takes)
+            assert batch is not None
+            assert list(batch) == ['input_ids']
 
 
 @pytest.mark.parametrize('bag_size', [0, -1, '6', 2.0, None, True, torch.tensor(2)])

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import logging
 import random
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -28,7 +27,7 @@ def numbers(count: int, **settings: Any) -> DataLoader:
 def bag_loader(
     loader: Iterable, draws: int, joins: bool = True, limit: int | None = None, resumption: Resumption | None = None
 ) -> BagLoader:
-    return BagLoader(loader, joins, limit, resumption or Resumption(), lambda step: draws)
+    return BagLoader(loader, joins, limit, resumption or Resumption(), lambda: draws)
 
 
 def drawn(loader: Iterable) -> list[list[int]]:
@@ -39,7 +38,7 @@ def test_a_step_reads_as_many_batches_as_asked_in_order():
     loader = numbers(12)
     assert drawn(bag_loader(loader, 3)) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
     assert drawn(bag_loader(loader, 2, limit=4)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    bags = BagLoader(loader, True, None, Resumption(), lambda step: 3 if step < 1 else 2)
+    bags = BagLoader(loader, True, None, Resumption(), lambda: 2 if bags.drawn else 3)
     assert drawn(bags) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9], [10, 11]]
     assert bags.drawn == 6
 
@@ -56,19 +55,13 @@ def test_a_step_reads_as_many_batches_as_asked_in_order():
     ],
 )
 def test_the_tail_of_an_epoch_is_used_or_counted(
-    samples: int, drop_last: bool, joins: bool, expected: list, left_out: int, caplog: pytest.LogCaptureFixture
+    samples: int, drop_last: bool, joins: bool, expected: list, left_out: int
 ):
     bags = bag_loader(numbers(samples, drop_last=drop_last), 3, joins)
-    with caplog.at_level(logging.WARNING):
+    for _ in range(2):  # the first was a look: no step was trained on
         assert drawn(bags) == expected
         assert bags.left_out == left_out
         assert bags.drawn == -(-samples // 2)
-        assert drawn(bags) == expected
-    assert bags.left_out == 2 * left_out
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == (left_out > 0)
-    if left_out:
-        assert f'{left_out} samples on this rank are left out' in messages[0]
 
 
 def test_what_is_counted_by_a_step_is_what_it_and_those_before_it_drew():
@@ -118,16 +111,12 @@ def test_an_epoch_all_drawn_before_begins_all_the_same(left: int):
     assert drawn(bags) == []
     assert dataset.begun == 1
     assert bags.drawn == 8
-    dataset.count = 16
-    assert [len(step) for step in drawn(bags)] == [6, 6, 3]
-    assert dataset.begun == 2
 
 
 def test_a_dataset_that_resumes_itself_gives_the_rest_of_the_epoch_and_no_more():
     bags = bag_loader(numbers(12), 2, limit=8, resumption=Resumption(5))
     assert drawn(bags) == [[0, 1, 2, 3], [4, 5]]
     assert bags.drawn == 8
-    assert drawn(bags) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
 @pytest.mark.parametrize(('batches', 'steps'), [(3, 1), (6, 2), (7, 3), (4, 4), (12, 4)])
@@ -140,7 +129,7 @@ def test_steps_that_the_trainer_passes_over_draw_what_they_did(batches: int, ste
     assert len(rows[:steps]) == steps
     assert list(itertools.chain(*rows[steps:])) == list(range(2 * batches, 24))
     assert bags.drawn == 12
-    assert drawn(bags)[0] == [0, 1, 2, 3]
+    assert drawn(bags) == rows  # whoever looked at all of it has changed nothing
 
 
 def test_random_numbers_of_the_coming_step_are_as_the_trainer_has_put_them_back():
@@ -201,11 +190,7 @@ def test_a_loader_of_any_type_will_do():
 
 
 def test_a_look_in_the_middle_of_an_epoch_sees_it_from_the_beginning_and_changes_no_count():
-    from composer.core import Timestamp
-
-    batches = [collate([i]) for i in range(6)]
-    loader = bag_loader(batches, 1)
-    loader.limit, loader.clock = 6, lambda: Timestamp(batch=4, batch_in_epoch=4)
+    loader = bag_loader([collate([i]) for i in range(6)], 1, limit=6)
     steps = iter(loader)
     for _ in range(4):
         next(steps)

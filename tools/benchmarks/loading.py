@@ -27,7 +27,7 @@ def loader_cases(device: torch.device) -> Iterator[Case]:
         # Streaming wants a folder for each reader.
         loaders = [_text_loader(Path(folder, name)) for name in ('ours', 'plain')]
         for bag_size in BAG_SIZES:
-            ours = _forever(BagLoader(loaders[0], True, None, Resumption(), lambda step, s=bag_size: s))
+            ours = _forever(BagLoader(loaders[0], True, None, Resumption(), lambda s=bag_size: s))
             plain = _forever(loaders[1])
             yield Case(
                 f'loader s={bag_size} B={BATCH_SIZE} L={LENGTH}, {BATCHES} loader batches',
