@@ -403,7 +403,8 @@ class TrainLoader:
         rows, length, tokens = getattr(loader, 'batch_size', None), row_length_of(first), None
         if ids is not None and ids.ndim == 2 and len(ids):
             # Other algorithms may have reshaped what was drawn. If they have cut it, it is not known what a step reads.
-            draws, shape = (self._stand_in and self._stand_in.last) or (self._schedule.draws, ids.shape)
+            last = None if self._stand_in is None else self._stand_in.last
+            draws, shape = last or (self._schedule.draws, ids.shape)
             rows = -(-shape[0] // draws)
             if length and math.prod(shape) == ids.numel():
                 tokens = rows * shape[1] * dist.get_world_size()

@@ -8,7 +8,6 @@ function, not an operator as the embedding is, because its backward turns what f
 same memory, which an operator may not. For a compiler it computes nothing in place.
 """
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any, cast
@@ -66,10 +65,11 @@ def multi_hot_cross_entropy(
         mean = reduction == 'mean'
         losses = kernels.multi_hot_cross_entropy(logits, targets, on_device, ignore_index, mean)
         return losses.sum() if reduction == 'sum' else losses
+    targets = targets.long()
     valid = targets != ignore_index
     target_weights = valid * _normalised(given, targets.shape[1], logits)
     trained = torch.is_grad_enabled() and logits.requires_grad
-    indices = targets.masked_fill(~valid, 0).long()
+    indices = targets.masked_fill(~valid, 0)
     losses = cast(Tensor, _MultiHotCrossEntropy.apply(logits, indices, target_weights, trained))
     if reduction == 'none':
         return losses
@@ -87,8 +87,8 @@ def _checked(weights: Sequence[float] | Tensor | None, bag_size: int) -> Tensor 
     if given.shape != (bag_size,):
         raise ValueError(f'weights must be ({bag_size},), one per target, but are {tuple(given.shape)}.')
     if given.device.type == 'cpu' and not torch.compiler.is_compiling():
-        values = given.tolist()
-        if not (min(values) >= 0 and 0 < sum(values) < math.inf):
+        values, limits = given.tolist(), torch.finfo(torch.float32)  # in which they become shares of their sum
+        if not (min(values) >= 0 and limits.tiny <= sum(values) <= limits.max):
             raise ValueError(f'weights must be finite, not negative and not all zero, but are {values}.')
     return given
 

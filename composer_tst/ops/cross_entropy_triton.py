@@ -1,6 +1,6 @@
 """Multi-hot cross-entropy in three Triton kernels: two forward, one backward.
 
-1. `row_losses` reads each row of logits once, and gives its loss and its log-sum-exp.
+1. `row_losses` reads each row of logits once, and gives its loss and the two parts of its log-sum-exp.
 2. `mean_of_rows` sums the rows' losses, and divides by the weight of all valid targets.
 3. `logits_gradient` reads the logits once and writes their gradient once.
 
@@ -62,12 +62,15 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
 def row_losses(
     logits: Tensor, targets: Tensor, weights: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, log-sum-exps and shares of valid weight of the rows: (N,) float32 each.
+    """Losses (N,), parts of log-sum-exps (N, 2) and shares of valid weight (N,) of the rows, in float32.
+
+    The parts are a row's greatest logit, and the logarithm of the sum of exponentials of all logits less that one. In
+    one number they would be rounded at the size of the logits.
 
     Logits (N, V), targets (N, s) and weights (s,) may have any strides. None for weights is one weight for all.
     """
     rows, vocabulary = logits.shape
-    losses, lse, valid = (torch.empty(rows, device=logits.device, dtype=torch.float32) for _ in range(3))
+    losses, lse, valid = _of_rows(logits)
     with torch.cuda.device_of(logits):
         _row_losses[(rows,)](
             *_strided(logits, targets, weights),
@@ -87,7 +90,12 @@ def row_losses(
 
 @row_losses.register_fake
 def _(logits: Tensor, targets: Tensor, weights: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    losses, lse, valid = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
+    return _of_rows(logits)
+
+
+def _of_rows(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what :func:`row_losses` gives."""
+    losses, lse, valid = (logits.new_empty(len(logits), *parts, dtype=torch.float32) for parts in ((), (2,), ()))
     return losses, lse, valid
 
 
@@ -203,9 +211,9 @@ def _row_losses(
         shift = tl.where(new_top == -float('inf'), 0.0, new_top)
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift), 0)
         top = new_top
-    row_lse = top + tl.log(total)
+    log_total = tl.log(total)
 
-    k = tl.arange(0, BAG)
+    k = tl.arange(0, BAG).to(tl.int64)
     y = tl.load(targets + row * bag_stride + k * target_stride, mask=k < bag_size, other=ignore_index).to(tl.int64)
     counts = y != ignore_index
     within = (y >= 0) & (y < vocabulary)
@@ -217,8 +225,9 @@ def _row_losses(
     else:
         weight = tl.load(weights + k * weight_stride, mask=counts & (k < bag_size), other=0.0).to(tl.float32) * share
     # A token that is masked out, with a logit of -inf, costs nothing where its weight is 0: not 0 * inf.
-    tl.store(losses + row, tl.sum(tl.where(weight == 0.0, 0.0, weight * (row_lse - z)), 0))
-    tl.store(lse + row, row_lse)
+    tl.store(losses + row, tl.sum(tl.where(weight == 0.0, 0.0, weight * ((top - z) + log_total)), 0))
+    tl.store(lse + 2 * row, top)
+    tl.store(lse + 2 * row + 1, log_total)
     tl.store(valid + row, tl.sum(weight, 0))
 
 
@@ -268,15 +277,15 @@ def _logits_gradient(
     scale = tl.load(grad_output + row * grad_output_stride).to(tl.float32)
     if divisor is not None:
         scale /= tl.load(divisor)
-    g = tl.exp(z - tl.load(lse + row)) * (scale * tl.load(valid + row))
+    g = tl.exp((z - tl.load(lse + 2 * row)) - tl.load(lse + 2 * row + 1)) * (scale * tl.load(valid + row))
     # The targets' share, subtracted before the gradient is rounded: a token that occurs twice in a bag counts twice.
     share = scale / _total_weight(weights, weight_stride, bag_size, BAG)
     for k in range(0, bag_size):
-        y = tl.load(targets + k * target_stride).to(tl.int64)
+        y = tl.load(targets + tl.cast(k, tl.int64) * target_stride).to(tl.int64)
         if (y != ignore_index) & (y >= first) & (y < first + BLOCK):
             weight = share
             if weights is not None:
-                weight = share * tl.load(weights + k * weight_stride).to(tl.float32)
+                weight = share * tl.load(weights + tl.cast(k, tl.int64) * weight_stride).to(tl.float32)
             g -= tl.where(column == (y - first).to(tl.int32), weight, 0.0)
     tl.store(grad + (row * vocabulary + first) + column, g.to(grad.dtype.element_ty), mask=inside)
 
@@ -286,5 +295,5 @@ def _total_weight(weights, weight_stride, bag_size, BAG: tl.constexpr):
     if weights is None:
         return 1.0 * bag_size
     else:
-        k = tl.arange(0, BAG)
+        k = tl.arange(0, BAG).to(tl.int64)
         return tl.sum(tl.load(weights + k * weight_stride, mask=k < bag_size, other=0.0).to(tl.float32), 0)

@@ -319,6 +319,8 @@ def _check_batch(
         if key in batch and tuple(batch[key].shape) != shape:
             raise ValueError(f'{key} has shape {tuple(batch[key].shape)} but input_ids {shape}: give both the same.')
     rows, length = shape
+    if not length:
+        raise ValueError(f'input_ids has shape {shape}: give rows with tokens.')
     if expand == 'sequence' and rows % bag_size:
         raise ValueError(
             f'expand: sequence joins {bag_size} rows into one, but the batch has {rows} rows: '

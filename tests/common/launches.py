@@ -44,6 +44,10 @@ class _Launches(TorchDispatchMode):
         if namespace == 'composer_tst':
             with self:  # into it
                 return _definition(func._schema.name)._init_fn(*args, **(kwargs or {}))
+        with self:  # `to`, `contiguous` and `reshape` say that they are views, and may copy
+            parts = func.decompose(*args, **(kwargs or {}))
+        if parts is not NotImplemented:
+            return parts
         if not func.is_view and name not in _FREE:
             self.names.append(name)
         return func(*args, **(kwargs or {}))

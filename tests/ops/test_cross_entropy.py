@@ -33,7 +33,7 @@ def definition(
     gradient = torch.zeros(rows, vocabulary, dtype=torch.float64)
     for n in range(rows):
         z = [float(logit) for logit in logits[n].tolist()]
-        lse = math.log(math.fsum(math.exp(logit) for logit in z))
+        lse = max(z) + math.log(math.fsum(math.exp(logit - max(z)) for logit in z))
         probabilities = torch.tensor([math.exp(logit - lse) for logit in z], dtype=torch.float64)
         loss = 0.0
         for k in range(bag_size):
@@ -270,6 +270,14 @@ def test_targets_whose_probability_underflows(dtype: torch.dtype, device: torch.
     check(logits, targets, None, device)
 
 
+@pytest.mark.parametrize('offset', [1e2, 1e4, -1e4])
+def test_logits_of_a_row_may_share_an_offset(offset: float, device: torch.device):
+    """The loss is that of their differences, exact in float32; a log-sum-exp in one number would be rounded."""
+    logits, targets = problem(6, 19, 4)
+    shifted = (logits.detach() + offset).requires_grad_()
+    check(shifted, targets, [4.0, 3.0, 2.0, 1.0], device)
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_logits_of_any_strides(dtype: torch.dtype, device: torch.device):
     targets = torch.randint(0, 7, (9, 4))
@@ -290,6 +298,26 @@ def test_targets_of_either_dtype_and_any_strides(weights: list[float] | None, dt
     for view in (targets.t().contiguous().t(), wide[::2, 1::2], targets[:1].expand(6, 4), targets[:, :1].expand(6, 4)):
         assert not view.is_contiguous()
         check(logits, view, weights, device)
+
+
+def test_targets_far_apart(device: torch.device):
+    """Beyond the numbers of 32 bits, counted from the first."""
+    if device.type == 'cpu':
+        pytest.skip('8 GB, which the interpreter of Triton would copy')
+    logits, targets = problem(2, 19, 3)
+    far = torch.empty(2 * (1 << 30) + 2, dtype=torch.int32, device=device).as_strided((2, 3), (1, 1 << 30))
+    far.copy_(targets)
+    check(logits, far, None, device)
+
+
+def test_an_ignored_number_that_targets_cannot_hold(device: torch.device):
+    logits, targets = on(device, *problem(6, 19, 4))
+    targets.clamp_(min=0)
+    of = [
+        multi_hot_cross_entropy(logits, targets.to(dtype), ignore_index=-(2**40))
+        for dtype in (torch.int32, torch.int64)
+    ]
+    assert torch.equal(*of)
 
 
 def test_weights_and_upstream_gradients_of_any_strides(device: torch.device):
@@ -427,7 +455,8 @@ def test_two_kernels_forward_and_one_backward(weights: Any, dtype: torch.dtype, 
     from composer_tst.ops import cross_entropy_triton
 
     logits, targets = on(device, *problem(6, 19, 4, torch.bfloat16))
-    targets = targets.to(dtype)
+    logits = logits.detach().t().contiguous().t().requires_grad_()  # a copy would be seen
+    targets = targets.to(dtype).t().contiguous().t()
     weights = weights.to(device) if isinstance(weights, Tensor) else weights
     upstream = torch.ones(6 if reduction == 'none' else (), device=device)
 
@@ -452,6 +481,13 @@ def test_what_an_operator_of_the_package_launches_is_counted(device: torch.devic
     def twice(x: Tensor) -> Tensor:
         return torch.empty_like(x).copy_(x).mul_(2)
 
+    def to_float(x: Tensor) -> Tensor:
+        return x.contiguous().to(torch.float64)
+
+    copies = torch.library.custom_op('composer_tst::to_float', to_float, mutates_args=())
+    transposed = torch.ones(3, 2, device=device).t()
+    assert len(launches(lambda: copies(transposed), device)) == 2
+
     operator = torch.library.custom_op('composer_tst::twice', twice, mutates_args=())
     x = torch.ones(3, device=device)
     assert len(launches(lambda: operator(x.view(3, 1)[:, 0]), device)) == 2
@@ -469,6 +505,8 @@ def test_what_an_operator_of_the_package_launches_is_counted(device: torch.devic
         ((6, 7), (6, 2), {'weights': [1]}, r'weights must be \(2,\), one per target, but are \(1,\)'),
         ((6, 7), (6, 2), {'weights': [1, -1]}, r'not negative and not all zero, but are \[1.0, -1.0\]'),
         ((6, 7), (6, 2), {'weights': [0, 0]}, r'not all zero, but are \[0.0, 0.0\]'),
+        ((6, 7), (6, 2), {'weights': [1e-46, 1e-46]}, r'not all zero, but are \[1e-46, 1e-46\]'),
+        ((6, 7), (6, 2), {'weights': [3e38, 3e38]}, r'must be finite'),
         ((6, 7), (6, 2), {'weights': [1, math.inf]}, r'must be finite'),
         ((6, 7), (6, 2), {'weights': [1, math.nan]}, r'must be finite'),
         ((6, 7), (6, 2), {'reduction': 'avg'}, r"must be 'none', 'sum' or 'mean', but is 'avg'"),

@@ -185,6 +185,11 @@ ids = torch.zeros(4, 6, dtype=torch.long)
 @pytest.mark.parametrize(
     ('batch', 'settings', 'message'),
     [
+        (
+            {'input_ids': torch.zeros(2, 0, dtype=torch.int64)},
+            {},
+            r'input_ids has shape \(2, 0\): give rows with tokens',
+        ),
         ({'labels': ids}, {}, 'The batch has no input_ids'),
         ({'input_ids': ids, 'labels': ids, 'inputs_embeds': ids}, {}, 'inputs_embeds'),
         ((ids, ids), {}, 'The batch is a tuple'),
