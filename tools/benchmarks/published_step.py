@@ -20,7 +20,7 @@ from tools.benchmarks.measure import alone
 from tools.benchmarks.stepping import SUPERPOSED, Shape, Steps
 
 NAME, BATCH_SIZE = '270m_tst', 8
-# An algorithm's duration and `expand`, and how many data tokens a model position stands for.
+# An algorithm's duration and `expand`.
 STEPS = {
     'plain': None,
     'sequence': (SUPERPOSED, 'sequence'),
