@@ -129,8 +129,8 @@ def fold_batch(
         dict: ``input_ids`` ``(B, P, s)`` (``(B, L)`` for ``superpose: output``) and ``labels`` ``(B, P, s)``,
         -100 where there is no target. An s-token's ``attention_mask`` is set if any of its tokens is attended;
         its ``sequence_id`` is that of its last attended token, kept apart between joined rows. ``bag_mask``
-        ``(B, P, s)`` is there only if some token is not attended. ``loss_generating_tokens`` counts targets. All but the labels may share memory
-        with the batch.
+        ``(B, P, s)`` is there only if some token is not attended. ``loss_generating_tokens`` counts targets. All but
+        the labels may share memory with the batch.
 
     Raises:
         ValueError: If a needed key is missing, a key cannot be folded, or the shapes do not fit.
