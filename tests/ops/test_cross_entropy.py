@@ -33,7 +33,8 @@ def definition(
     gradient = torch.zeros(rows, vocabulary, dtype=torch.float64)
     for n in range(rows):
         z = [float(logit) for logit in logits[n].tolist()]
-        lse = max(z) + math.log(math.fsum(math.exp(logit - max(z)) for logit in z))
+        top = max(z)
+        lse = top + math.log(math.fsum(math.exp(logit - top) for logit in z))
         probabilities = torch.tensor([math.exp(logit - lse) for logit in z], dtype=torch.float64)
         loss = 0.0
         for k in range(bag_size):
