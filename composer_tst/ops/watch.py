@@ -14,13 +14,13 @@ import sys
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
@@ -122,7 +122,7 @@ class FirstCall(CallStandIn):
             return self.model._call_impl(*args, **kwargs)
         self.take_off()
         try:
-            again, copies, shared = _copy_call(args, kwargs)
+            again, copies = _copy_call(args, kwargs)
             ids = [value for value in copies.values() if isinstance(value, Tensor) and stands_for_bags(value)]
             ours = bool(ids) or id(self._given) in copies  # else it is a call beside the pass, on plain ids
             self.came |= ours
@@ -131,7 +131,7 @@ class FirstCall(CallStandIn):
                 labels = [*self.labels, *(copies[id(label)] for label in self.labels if id(label) in copies)]
                 watch = _Watch(self.model, self._tables, [self._given, *ids] if self._tables else [], labels)
                 eager = torch.compiler.set_stance('force_eager')
-                with torch.no_grad(), eager, leaving_no_trace(self.model, shared), watch:
+                with torch.no_grad(), eager, leaving_no_trace(self.model), watch:
                     self.model(*again[0], **again[1])
                 watch.check()
                 _WATCHED[self.model.training, bool(self._tables)].add(self.model)
@@ -140,23 +140,16 @@ class FirstCall(CallStandIn):
             self.put_on()  # until the block is left: the next call may be in the other mode
 
 
-def _copy_call(args: Any, kwargs: Any) -> tuple[Any, dict[int, Any], list[Any]]:
-    """A call's arguments again, as a forward may change them.
-
-    Returns:
-        tuple: The arguments; the copies by the ids of what they are copies of; the attributes of what could not be
-            copied, and is given to both calls.
-    """
-    leaves = (value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
-    tensors: dict[int, Any] = {id(value): value.detach().clone() for value in leaves}
-    copies = dict(tensors)
-    try:  # batches of a class of one's own, too
+def _copy_call(args: Any, kwargs: Any) -> tuple[Any, dict[int, Any]]:
+    """Copy a call's arguments, as a forward may change them; give also each copy by the id of what it is a copy of."""
+    copies: dict[int, Any] = {}
+    try:  # a batch may be of a class of one's own
         with _DeepCopies():
-            return copy.deepcopy((args, kwargs), copies), copies, []
-    except Exception:  # a lock, say: what is copied by then is half made
-        again = tree_map(lambda value: tensors.get(id(value), value), (args, kwargs))
-        others = [value for value in tree_leaves(again) if not isinstance(value, Tensor)]
-        return again, copies, [vars(value) for value in others if hasattr(value, '__dict__')]
+            return copy.deepcopy((args, kwargs), copies), copies
+    except Exception:  # a lock, say, cannot be copied: both calls are given it
+        tensors = (value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
+        copies = {id(value): value.detach().clone() for value in tensors}
+        return tree_map(lambda value: copies.get(id(value), value), (args, kwargs)), copies
 
 
 class _DeepCopies(TorchFunctionMode):
@@ -170,35 +163,25 @@ class _DeepCopies(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def leaving_no_trace(model: nn.Module, holders: Iterable[Any] = ()) -> Iterator[None]:
-    """Put back what a pass may change: random numbers, buffers, frozen weights, and what modules keep of their own.
+def leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Run a pass on copies of what it may change, and give the modules their own values back.
 
-    That is numbers, tensors and generators, also in lists, tuples, sets and dicts; under FSDP1, numbers alone. What a
-    module sets up in the pass is taken away again. No weight that autocast has cast is kept.
+    Copied are buffers, frozen weights, and the tensors, generators and containers among a module's attributes. What a
+    module sets up in the pass is taken away again. Under FSDP1 only buffers and numbers are put back. Random numbers
+    are put back too. No weight that autocast has cast is kept.
 
     Args:
         model: The model of the pass.
-        holders: Dicts beside those of the model's modules.
     """
     numpy: Any = sys.modules.get('numpy')
     states = random.getstate(), numpy and numpy.random.get_state()
-    kept = _Kept()
-    for holder in (parametrize._cache, *holders):
-        kept.note(holder)
-    # FSDP1 keeps views of its weights among the attributes of modules. Where it is not imported, nothing is of it.
-    fsdp: Any = sys.modules.get('torch.distributed.fsdp')
-    wraps = fsdp and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules())
-    for module in model.modules():
-        kept.note(module._buffers)
-        if wraps or isinstance(module, nn.parallel.DistributedDataParallel):  # DDP notes whether a call has a gradient
-            kept.note_numbers(module)
-        else:
-            kept.note_own(module)
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
     if torch.cuda.is_initialized():
         devices.add(torch.cuda.current_device())
-    with torch.random.fork_rng(devices), warnings.catch_warnings():
+    with torch.random.fork_rng(devices), warnings.catch_warnings(), contextlib.ExitStack() as after:
         warnings.simplefilter('ignore')  # the call that counts warns
+        after.callback(_fill_again, parametrize._cache, dict(parametrize._cache))
+        _lend_copies(model, after)
         try:
             yield
         finally:
@@ -206,86 +189,65 @@ def leaving_no_trace(model: nn.Module, holders: Iterable[Any] = ()) -> Iterator[
             random.setstate(states[0])
             if numpy:
                 numpy.random.set_state(states[1])
-            kept.restore()
 
 
-class _Kept:
-    """Values as they were, to be put back in place."""
-
-    def __init__(self):
-        self._undo: list[Callable[[], Any]] = []
-        self._seen: set[int] = set()
-
-    def note_numbers(self, module: nn.Module) -> None:
-        """Note a module's numbers, and nothing that it sets up in its first call."""
-        numbers = {name: value for name, value in vars(module).items() if isinstance(value, (int, float))}
-        self._undo.append(lambda: vars(module).update(numbers))
-
-    def note_own(self, module: nn.Module) -> None:
-        """Note a module's frozen weights, and all attributes that ``nn.Module`` does not give it."""
-        for parameter in module._parameters.values():
-            if parameter is not None and not parameter.requires_grad:
-                self.note(parameter)
-        for holder in (module._modules, module._parameters, module._forward_hooks, module._forward_pre_hooks):
-            self._undo.append(functools.partial(_drop_new, holder, set(holder.keys())))
-        own = {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
-        for value in own.values():
-            self.note(value)
-
-        def restore() -> None:
-            for name in vars(module).keys() - own.keys() - _OF_MODULES:
-                del vars(module)[name]
-            vars(module).update(own)
-
-        self._undo.append(restore)
-
-    def note(self, value: Any) -> None:
-        """Note a value that may be changed in place, and all that it holds."""
-        if id(value) in self._seen:
-            return
-        self._seen.add(id(value))
-        if isinstance(value, torch.Generator):
-            self._undo.append(functools.partial(value.set_state, value.get_state()))
-        elif isinstance(value, random.Random):
-            self._undo.append(functools.partial(value.setstate, value.getstate()))
-        elif isinstance(value, Tensor):
-            odd = is_lazy(value) or value.is_meta or value.is_nested or value.layout != torch.strided
-            if not odd and 0 not in value.stride():  # nothing writes to one that is expanded
-                self._undo.append(functools.partial(_put_tensor_back, value, value.detach().clone()))
-        elif type(value) in _HOLDERS or isinstance(value, tuple):
-            for each in value.values() if isinstance(value, dict) else value:
-                self.note(each)
-            if not isinstance(value, tuple):
-                self._undo.append(functools.partial(_fill_again, value, copy.copy(value)))
-
-    def restore(self) -> None:
-        """Have all values as they were."""
-        for undo in self._undo:
-            undo()
+def _lend_copies(model: nn.Module, after: contextlib.ExitStack) -> None:
+    """Give each module copies of what it has, and its own values back when ``after`` is left."""
+    modules = list(model.modules())
+    fsdp1, fsdp2 = (any(isinstance(m, of) for m in modules) for of in (FullyShardedDataParallel, FSDPModule))
+    # Weights that are trained are not copied. Nor are the dicts in which FSDP2 exchanges sharded and whole weights.
+    copies: dict[int, Any] = {id(weight): weight for weight in model.parameters() if weight.requires_grad}
+    if fsdp2:
+        copies |= {id(module._parameters): module._parameters for module in modules}
+    for module in modules:
+        own = dict(vars(module))
+        if fsdp1:  # it keeps views of its weights among the attributes of modules
+            numbers = {name: value for name, value in own.items() if isinstance(value, (int, float))}
+            after.callback(vars(module).update, numbers)
+        else:
+            after.callback(_fill_again, vars(module), own)
+            vars(module).update({name: _copied(value, copies) for name, value in own.items()})
+    for buffer in model.buffers() if fsdp1 else ():  # its first call casts them, for all calls that follow
+        after.callback(_write_again, buffer, buffer.detach().clone())
 
 
-def _drop_new(holder: MutableMapping[Any, Any], before: set[Any]) -> None:
-    for name in set(holder.keys()) - before:
-        del holder[name]
-
-
-def _put_tensor_back(tensor: Tensor, before: Tensor) -> None:
-    if tensor.shape != before.shape:
-        tensor.data = before
-    elif not torch.equal(tensor, before.to(tensor)):
-        with torch.no_grad():
-            tensor.copy_(before)
-
-
-def _fill_again(holder: Any, before: Any) -> None:
+def _fill_again(holder: dict[Any, Any], before: dict[Any, Any]) -> None:
     holder.clear()
-    (holder.update if isinstance(holder, (dict, set)) else holder.extend)(before)
+    holder.update(before)
 
 
-# A Counter that is empty takes what it is updated with, as any dict.
+def _write_again(buffer: Tensor, before: Tensor) -> None:
+    buffer.data = before.to(buffer)
+
+
 _HOLDERS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter, list, set, collections.deque)
-# What each module has; whether it trains is its own.
-_OF_MODULES = vars(nn.Module()).keys() - {'training'} | {_CALL}
+
+
+def _copied(value: Any, copies: dict[int, Any]) -> Any:
+    """Copy a tensor, a generator, or a container and what it holds. Any other value is given as it is.
+
+    Args:
+        value: The value.
+        copies: The copies made so far, by the ids of what they are copies of.
+    """
+    if id(value) in copies:
+        return copies[id(value)]
+    copies[id(value)] = value
+    with contextlib.suppress(Exception):  # some kinds cannot be copied
+        if isinstance(value, (torch.Generator, random.Random)) or (
+            isinstance(value, Tensor) and 0 not in value.stride()  # nothing writes to an expanded one
+        ):
+            with _DeepCopies():
+                copies[id(value)] = copy.deepcopy(value)
+        elif type(value) in _HOLDERS:
+            copied = copies[id(value)] = copy.copy(value)
+            if not isinstance(value, set):
+                for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+                    copied[key] = _copied(each, copies)
+        elif isinstance(value, tuple):
+            parts = [_copied(each, copies) for each in value]
+            copies[id(value)] = getattr(value, '_make', type(value))(parts)
+    return copies[id(value)]
 
 
 def _names(text: str) -> frozenset[str]:
