@@ -3,9 +3,9 @@
 The loss of Token-Superposition Training (Peng, Gigant, Quesnelle, arXiv 2605.06546), at the cost of one
 ordinary cross-entropy: the `s` targets of a row share its log-sum-exp and its gradient buffer.
 
-On a GPU three kernels of `cross_entropy_triton.py` compute it. Here is what a CPU does, and float64: an autograd
-function, not an operator as the embedding is, because its backward turns what forward left into the gradient, in the
-same memory, which an operator may not. For a compiler it computes nothing in place.
+On a GPU three kernels of `cross_entropy_triton.py` compute it. The code here is for a CPU, and for float64. It is an
+autograd function, not an operator as the embedding is. Its backward turns what forward has left into the gradient, in
+the same memory. An operator may not do that. Under a compiler nothing is computed in place.
 """
 
 import os
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 # Logits at a time for each thread of a CPU: 1 MiB of float32 stays in its cache.
 _CHUNK_ELEMENTS = 1 << 18
+# Whether Triton interprets the kernels on a CPU, as the tests have it.
 _INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 
 
@@ -103,17 +104,17 @@ def _normalised(weights: Tensor | None, bag_size: int, logits: Tensor) -> Tensor
 
 
 class _MultiHotCrossEntropy(torch.autograd.Function):
-    """(N, V) logits, (N, s) targets in [0, V), (N, s) weights, 0 where ignored, and whether there will be a backward.
+    """Losses (N,) of (N, V) logits, (N, s) targets in [0, V) and (N, s) weights, which are 0 for ignored targets.
 
-    To (N,) losses.
+    `trained` says whether there will be a backward pass.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, trained: bool) -> Tensor:
         ctx.softmax = None
         if trained and logits.is_cpu and not torch.compiler.is_compiling():
-            # The buffer of the gradient, filled here already, so that exponentials are computed once: on a CPU,
-            # where they take longer than reading the logits.
+            # The buffer of the gradient is filled here already, so that exponentials are computed once. On a CPU
+            # they take longer than reading the logits.
             ctx.softmax = torch.empty(logits.shape, dtype=weights.dtype, device=logits.device)
             for rows in _chunks(logits):
                 torch.softmax(logits[rows].to(weights.dtype), -1, out=ctx.softmax[rows])
@@ -141,9 +142,9 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
             grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
             for rows in _chunks(logits):
                 grad[rows] = logits[rows].to(weights.dtype).softmax(-1).mul_(scale[rows, None])
-        # The columns of the targets get their whole value at once, in float32: the probability less the weights
-        # of all targets of the row that are this one. So a token that occurs twice in a bag is written twice,
-        # with one value, and so is column 0, which stands in for the ignored targets.
+        # A target's column is written once more, summed in float32: its probability, less the weights of all
+        # targets of the row with this token. A token that occurs twice in a bag is written twice, with one value.
+        # So is column 0, which stands in for the ignored targets.
         same = targets[:, :, None] == targets[:, None, :]  # (N, s, s)
         hits = (same * weights[:, None, :]).sum(-1)
         at_targets = scale[:, None] * (-nats).exp() - grad_output[:, None] * hits
@@ -154,14 +155,15 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
 
 
 def _kernels(logits: Tensor) -> Any:
-    """The module of the GPU kernels if they take these logits; it is imported, and Triton with it, where it is used."""
-    if not (logits.is_cuda or _INTERPRETED):
+    """The module of the GPU kernels if they take these logits. Only then it is imported, and Triton with it."""
+    takes = logits.is_cuda or (logits.is_cpu and _INTERPRETED)
+    if not takes or logits.dtype == torch.float64 or not logits.numel():
         return None
     try:
         from composer_tst.ops import cross_entropy_triton
     except ImportError:  # no Triton, so no GPU that it supports
         return None
-    return cross_entropy_triton if cross_entropy_triton.runs_on(logits) else None
+    return cross_entropy_triton
 
 
 def _nats(softmax: Tensor, logits: Tensor, targets: Tensor) -> Tensor:

@@ -4,14 +4,13 @@
 2. `mean_of_rows` sums the rows' losses, and divides by the weight of all valid targets.
 3. `logits_gradient` reads the logits once and writes their gradient once.
 
-Each is an operator, which `torch.compile` does not look into: it would itself read the logits once for their maximum
-and once for their sum. None adds with atomics, so that loss and gradient are the same bits at every call.
+Each is an operator, which `torch.compile` does not look into. The compiler's own code would read the logits once for
+their maximum and once for their sum. No kernel adds with atomics, so loss and gradient are the same bits at every call.
 """
 
 # A kernel's launch takes the grid in brackets and more arguments than the kernel, which pyright does not know.
 # pyright: reportCallIssue=false
 
-import os
 from typing import Any, cast
 
 import torch
@@ -22,12 +21,6 @@ from torch.autograd.function import once_differentiable
 
 # Logits in one program at a time: 32 for each of its threads.
 _BLOCK, _WARPS = 8192, 8
-_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-
-
-def runs_on(logits: Tensor) -> bool:
-    """Whether the kernels take these logits: on a GPU, or on a CPU in Triton's interpreter (for the tests)."""
-    return (logits.is_cuda or (_INTERPRETED and logits.is_cpu)) and logits.dtype != torch.float64 and logits.numel() > 0
 
 
 def multi_hot_cross_entropy(
@@ -64,8 +57,8 @@ def row_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses (N,), parts of log-sum-exps (N, 2) and shares of valid weight (N,) of the rows, in float32.
 
-    The parts are a row's greatest logit, and the logarithm of the sum of exponentials of all logits less that one. In
-    one number they would be rounded at the size of the logits.
+    The first part is a row's greatest logit. The second is the logarithm of the sum of `exp(logit - greatest)`. Their
+    sum in one number would be rounded at the size of the logits.
 
     Logits (N, V), targets (N, s) and weights (s,) may have any strides. None for weights is one weight for all.
     """
@@ -81,7 +74,7 @@ def row_losses(
             vocabulary,
             targets.shape[1],
             **_blocks(vocabulary, targets.shape[1]),
-            # As torch's compiler does: targets outside the vocabulary stop the run, and nothing else is checked.
+            # As torch's compiler does it: targets outside the vocabulary stop the run. Nothing else is checked.
             debug=True,
             sanitize_overflow=False,
         )
@@ -127,8 +120,8 @@ def logits_gradient(
 ) -> Tensor:
     """(N, V) gradient of the logits, contiguous, in their dtype.
 
-    `lse` and `valid` are those of :func:`row_losses`, `divisor` is that of :func:`mean_of_rows`. `grad_output` is
-    (N,), or a scalar if there is a divisor.
+    `lse` and `valid` come from :func:`row_losses`, and `divisor` from :func:`mean_of_rows`. `grad_output` is (N,), or a
+    scalar if there is a divisor.
     """
     rows, vocabulary = logits.shape
     grad = torch.empty(rows, vocabulary, device=logits.device, dtype=logits.dtype)
