@@ -3,9 +3,9 @@
 Token-Superposition Training (Peng, Gigant, Quesnelle, arXiv 2605.06546) sums in float32 and casts back. Here
 the `s` embeddings of a bag never stand side by side in memory, neither forward nor backward.
 
-On a GPU whole bags are torch's own, in as many launches as `torch.nn.functional.embedding_bag` needs. All else is
-computed here. For `torch.compile` it is two operators that it does not look into: they compute in place, and a
-compiler that traces what an autograd function computes in place may lose its gradient (that of torch 2.11 does).
+On a GPU, bags without a mask go through torch's own `embedding_bag`, in as many launches as it needs. All else is
+computed here. For `torch.compile` that is two operators, which it does not look into. They compute in place. A
+compiler that traces into an autograd function with such code may lose its gradient (that of torch 2.11 does).
 """
 
 from typing import Any, cast
@@ -52,6 +52,11 @@ def bag_embedding(embedding: nn.Module | Tensor, input_ids: Tensor, mask: Tensor
             "The embedding's weight is sharded, and its rows are on several ranks: call the model inside "
             'superposed(model, folded), which looks bags up where the weight is whole.'
         )
+    return mean_of_bags(weight, padding_idx, input_ids, mask)
+
+
+def mean_of_bags(weight: Tensor, padding_idx: int | None, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """As :func:`bag_embedding`, of a weight that is on this device as a whole."""
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f'input_ids must be int64 or int32, but are {input_ids.dtype}.')
     if input_ids.ndim == 0 or input_ids.shape[-1] == 0:
@@ -74,7 +79,8 @@ def _on_gpu(weight: Tensor) -> bool:
 class _WholeBags(torch.autograd.Function):
     """(V, d) weight and (T, s) ids to (T, d) means, on a GPU.
 
-    `embedding_bag` leaves the tokens of its `padding_idx` out of the mean, too: here the gradient alone does.
+    `embedding_bag` leaves tokens of its `padding_idx` out of the mean too. So it is given none, and the gradient
+    leaves them out.
     """
 
     @staticmethod
@@ -137,14 +143,14 @@ def _gradient(
     grad_output: Tensor, bags: Tensor, attended: Tensor | None, vocabulary: int, padding_idx: int | None
 ) -> Tensor:
     """(T, d) gradient of the means to the (V, d) gradient of the weight."""
-    # The gradient of one row of the weight is itself a bag: a sum over the positions where its id occurs. So
-    # it is summed in float32 and written once, also in bfloat16, where torch's own gradient of an embedding
-    # adds position after position to a bfloat16 row and loses what a frequent token gets.
+    # The gradient of one row of the weight is itself a bag: a sum over the positions where its id occurs. So it is
+    # summed in float32 and written once, also in bfloat16. There torch's own gradient of an embedding adds position
+    # after position to a bfloat16 row, and loses what a frequent token gets.
     ids, size = bags.flatten(), bags.shape[1]
     grads = (grad_output / _counts(bags, attended)).contiguous()
     if grads.is_cuda:
-        # There a bag is summed by one thread, one position after another: a frequent id would take long. torch's
-        # gradient of its own bags sums parts of it side by side, in float32 too.
+        # On a GPU `embedding_bag` sums a bag in one thread, position after position: a frequent id would take long.
+        # torch's gradient of its own bags sums parts of a bag side by side, in float32 too.
         of_bag = torch.arange(ids.numel(), device=ids.device) // size
         seen = None if attended is None else attended.flatten().to(grads.dtype)
         unused = of_bag[:0]  # what means and maxima need
@@ -152,7 +158,7 @@ def _gradient(
         grad_weight = gradient_of_bags(grads, ids, of_bag, unused, unused, vocabulary, False, 0, seen)
     else:
         order = ids.argsort()
-        # Where each id's positions begin: how many ids are lower, counted (a search takes longer than the sort).
+        # Where each id's positions begin is how many ids are lower. To count them is faster than to search.
         offsets = torch.zeros(vocabulary + 1, device=ids.device, dtype=ids.dtype)
         offsets = offsets.scatter_add_(0, ids + 1, torch.ones_like(ids)).cumsum(0)
         seen = None if attended is None else attended.flatten()[order]
