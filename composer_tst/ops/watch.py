@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
@@ -194,7 +193,11 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
 def _lend_copies(model: nn.Module, after: contextlib.ExitStack) -> None:
     """Give each module copies of what it has, and its own values back when ``after`` is left."""
     modules = list(model.modules())
-    fsdp1, fsdp2 = (any(isinstance(m, of) for m in modules) for of in (FullyShardedDataParallel, FSDPModule))
+    fsdp = sys.modules.get('torch.distributed.fsdp')  # nothing is of FSDP if FSDP is not imported
+    fsdp1, fsdp2 = (
+        any(isinstance(module, getattr(fsdp, kind, ())) for module in modules)
+        for kind in ('FullyShardedDataParallel', 'FSDPModule')
+    )
     # Weights that are trained are not copied. Nor are the dicts in which FSDP2 exchanges sharded and whole weights.
     copies: dict[int, Any] = {id(weight): weight for weight in model.parameters() if weight.requires_grad}
     if fsdp2:
