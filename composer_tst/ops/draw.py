@@ -10,7 +10,7 @@ from composer_tst.ops.fold import check_bag_size, check_kinds, is_needed, is_pla
 
 
 class draw:
-    """Draw the batches of a loader, as many as a bag has tokens as one.
+    """Join each ``s`` batches of a loader into one.
 
     .. code-block:: python
 
@@ -18,24 +18,25 @@ class draw:
         for batch in batches:
             folded = fold_batch(batch, batches.bag_size)
 
-    Nothing is read ahead: the bag size of a step is asked for when the step is drawn, and a change amid an epoch
-    loses or repeats no row. Steps are counted over epochs. At the end of an epoch fewer batches than a step needs may
-    be left: they make no step. If a batch is smaller than the others, its rows that do not fill a group of ``s`` rows
-    are left out too. All samples left out are counted.
+    Nothing is read ahead. The bag size of a step is asked for when the step is drawn. So a change in the middle of an
+    epoch loses or repeats no row. Steps are counted over epochs.
+
+    Batches at the end of an epoch that are too few for a step are left out. So are rows that do not fill a group of
+    ``s`` rows, if a batch is smaller than the others. All samples left out are counted.
 
     Args:
         loader: A loader, of which each loop over this draws an epoch; or an iterator, which goes on where it stands.
-            Its batches are mappings of tensors ``(rows, ...)``, lists one entry a row, and plain numbers, strings or
-            flags.
-        bag_size: Tokens in a bag, ``s``; or a function of the step, counted from 0, that gives it. 1 draws batch by
-            batch, as the loader gives them.
+            Its batches are mappings. Their values are tensors ``(rows, ...)``, lists with an entry for each row, or
+            plain numbers, strings and flags.
+        bag_size: Tokens in a bag, ``s``; or a function that gives it for a step, counted from 0. With 1, each batch is
+            given as it is.
 
     Attributes:
-        bag_size: That of the batch drawn last.
-        left_out: Samples left out so far, in tails.
+        bag_size: The bag size of the batch drawn last.
+        left_out: Samples left out so far.
 
     Raises:
-        ValueError: If a bag size is no integer of at least 1, or the batches of a step cannot be joined.
+        ValueError: If a bag size is not an integer of at least 1, or the batches of a step cannot be joined.
     """
 
     def __init__(self, loader: Iterable[Any], bag_size: int | Callable[[int], int]):
@@ -61,8 +62,8 @@ class draw:
             yield batch
 
 
-def check_batches(batches: Sequence[Any], takes: Collection[str] | None = None) -> None:
-    """Refuse, with a ValueError, the batches of one step if they are no mappings with input_ids, or differ in keys."""
+def check_batches(batches: Sequence[Any], takes: Collection[str] | None) -> None:
+    """Refuse, with a ValueError, batches of one step that are no mappings with input_ids, or differ in their keys."""
     first = batches[0]
     for batch in batches:
         if not isinstance(batch, Mapping) or 'input_ids' not in batch:
@@ -89,29 +90,24 @@ def ids_of(batch: Any) -> torch.Tensor | None:
 
 
 def next_batches(batches: Iterator[Any], count: int) -> list[Any]:
-    """The next batches of a loader, fewer at its end; a single one is the loader's own."""
+    """The next batches of a loader, fewer at its end. The last of them is the loader's own object."""
     group: list[Any] = []
     for _ in range(count):
         if group:
             group[-1] = _kept(group[-1])  # a loader may fill one dict or one buffer for all its batches
         try:
-            group.append(next(batches))  # no loop over them: an iterator's __iter__ may begin anew
+            group.append(next(batches))  # not `for`, which calls iter(): the iterator may begin again
         except StopIteration:
             break
     return group
 
 
 def _kept(batch: Any) -> Any:
-    """A copy of a batch, with its tensors and lists."""
+    """Copy a batch, with its tensors and lists."""
     if not isinstance(batch, Mapping):
         return batch
-    return {key: _copy(value) for key, value in batch.items()}
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    return list(value) if isinstance(value, list) else value
+    tensors = {key: value.clone() for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    return {**batch, **tensors, **{key: list(value) for key, value in batch.items() if isinstance(value, list)}}
 
 
 def join_batches(
@@ -126,13 +122,12 @@ def join_batches(
     Args:
         batches: As many as a bag has tokens, or fewer at the end of an epoch.
         bag_size: Tokens in a bag, ``s``.
-        joins_rows: Whether ``s`` rows are to be joined into one, so that rows which do not fill such a group are left
-            out.
-        drops_tail: Whether fewer batches than ``s`` make no step.
-        takes: As for :func:`merge_batches`.
+        joins_rows: Whether ``s`` rows become one. Rows that do not fill such a group are then left out.
+        drops_tail: Whether to leave out fewer than ``s`` batches.
+        takes: The keys that the model's forward takes. None if it takes the whole batch.
 
     Returns:
-        tuple: The batch, None if there is none, and the rows that are left out.
+        tuple: The batch, None if there is none; and how many rows are left out.
     """
     check_batches(batches, takes)
     rows = sum(len(batch['input_ids']) for batch in batches)
@@ -145,20 +140,20 @@ def join_batches(
     return merged, rows - used
 
 
-def merge_batches(batches: Sequence[Mapping[str, Any]], takes: Collection[str] | None = None) -> dict[str, Any]:
+def merge_batches(batches: Sequence[Mapping[str, Any]], takes: Collection[str] | None) -> dict[str, Any]:
     """Join loader batches, one after another, along the rows.
 
     Args:
-        batches: Mappings of tensors ``(rows, ...)``, lists one entry a row, and plain numbers, strings or flags.
-        takes: What the model's forward takes, if all else is left out before it; None if it takes the whole batch.
+        batches: As those of the loader of :class:`draw`.
+        takes: As for :func:`join_batches`.
 
     Returns:
-        dict: The same keys; tensors and lists are as long as all batches together. What cannot be joined is left out if
-        nothing needs it.
+        dict: The same keys. Tensors and lists are as long as those of all batches together. A value that cannot be
+        joined is left out if nothing needs it.
 
     Raises:
-        ValueError: If the batches are no mappings with input_ids, or what is needed of them differs in keys, row
-            lengths or plain values.
+        ValueError: If batches are no mappings with input_ids, or needed values differ in keys, row lengths or plain
+            values.
     """
     check_batches(batches, takes)
     merged: dict[str, Any] = {}

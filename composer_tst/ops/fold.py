@@ -1,8 +1,8 @@
 """Folding: a plain batch becomes rows of bags and the bags they must predict, in two steps.
 
-:func:`lay_out` puts the tokens in the rows that the model will see, in a batch that is plain for all that handles it.
-:func:`bag_rows` turns such rows into bags, and :func:`bag_targets` their labels into targets. A run does so for each
-microbatch: just before the model gets it, and when its loss is computed.
+1. :func:`lay_out` puts the tokens in the rows that the model will see. The batch is still one of plain tokens.
+2. :func:`bag_rows` turns such rows into bags, and :func:`bag_targets` their labels into targets. A run does so for each
+   microbatch: :func:`bag_rows` just before the model gets it, and :func:`bag_targets` when its loss is computed.
 """
 
 import functools
@@ -16,26 +16,25 @@ SUPERPOSE = ('both', 'input', 'output')
 
 IGNORE_INDEX = -100
 
-# Of a batch's tensors, those with a value for each token: the rest cannot be folded.
+# The tensors of a batch with a value for each token. Others cannot be folded.
 _PER_TOKEN = ('input_ids', 'labels', 'attention_mask', 'sequence_id')
-# What llm-foundry's count of tokens weighs microbatches by, a value for each row.
+# A value for each row, by which llm-foundry's count of tokens weighs microbatches.
 _PER_ROW = ('total_tokens', 'loss_generating_tokens')
-# What is made anew for bags, if it says no more than a model takes for granted.
+# Rebuilt for bags if it has only the values that a model takes for granted. Otherwise refused.
 _TAKEN_FOR_GRANTED = ('token_type_ids', 'position_ids')
-# What may hold a value for each row.
+# Types that may hold a value for each row.
 _OF_ROWS = (torch.Tensor, list, tuple)
-# What rows weigh if nothing at all is to be predicted: Composer divides by the sum of their weights.
+# If no token of the batch is a target, each row gets this weight: Composer divides by the sum of weights.
 _NEXT_TO_NOTHING = 1e-12
 
 
 class Layout(NamedTuple):
-    """What one step is made of.
+    """The rows of one step.
 
     Attributes:
-        batch: A plain batch of ``B`` rows of ``P * s`` tokens, whose labels are -100 but at the tokens that some bag
-            predicts.
+        batch: A plain batch of ``B`` rows of ``P * s`` tokens. Labels are -100 at tokens that no bag predicts.
         positions: Model positions, ``B * P``.
-        dropped: Attended tokens at the ends of rows that do not fill a bag and are left out.
+        dropped: Attended tokens that are left out, because they do not fill a bag at the end of their row.
     """
 
     batch: dict[str, Any]
@@ -60,10 +59,10 @@ def check_fold_settings(expand: str, superpose: str) -> None:
 
 
 def check_bag_size(value: Any) -> int:
-    """A bag size, if it is one.
+    """Return a bag size.
 
     Raises:
-        ValueError: If it is no integer of at least 1.
+        ValueError: If it is not an integer of at least 1.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f'bag_size is {value!r}: give an integer, the tokens in a bag, or 1 for plain training.')
@@ -71,25 +70,18 @@ def check_bag_size(value: Any) -> int:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a batch's value is one for all rows: a number, a string, a flag, or a tensor without dimensions."""
+    """Whether a value is the same for all rows: a number, a string, a flag, or a tensor without dimensions."""
     return isinstance(value, (int, float, str)) or (isinstance(value, torch.Tensor) and value.ndim == 0)
 
 
 def is_needed(key: str, takes: Collection[str] | None) -> bool:
-    """Whether a batch's value is read: by superposition, or by a model that takes these, or all if None."""
+    """Whether superposition or the model reads a batch's value. ``takes`` is as for :func:`lay_out`."""
     return takes is None or key in takes or key in _PER_TOKEN or key in _PER_ROW
 
 
 def is_full(mask: torch.Tensor | None) -> bool:
-    """Whether all tokens are attended. It reads the mask: on a GPU, that would wait for it."""
+    """Whether all tokens are attended. On a GPU this would wait for the mask."""
     return mask is None or not mask.numel() or bool(mask.min() > 0)  # `all` takes a CPU three times as long
-
-
-def _any_ignored(labels: torch.Tensor) -> bool:
-    """Whether some label is -100, or else a number that is no token's."""
-    if labels.dtype == torch.int64 and labels.stride(-1) == 1:
-        labels = labels.view(torch.int32)  # half of a negative number is negative, and a CPU compares halves faster
-    return bool(labels.numel()) and bool(labels.min() < 0)
 
 
 def fold_batch(
@@ -119,8 +111,8 @@ def fold_batch(
             as in Hugging Face and MPT batches, with -100 where there is none, and they are the ids if absent. Optional:
             ``attention_mask`` and ``sequence_id``, ``(R, L)``; llm-foundry's lists ``total_tokens`` and
             ``loss_generating_tokens``, ``R`` long; plain numbers, strings and flags, which are kept; other values of
-            whole rows, which are kept unless rows are joined; ``token_type_ids`` of nothing but 0 and
-            ``position_ids`` that count from 0 in each row, which are so ``(B, P)`` again.
+            whole rows, which are kept unless rows are joined; ``token_type_ids`` of nothing but 0, and
+            ``position_ids`` that count from 0 in each row. These two become ``(B, P)``, of 0 and counting from 0.
         bag_size: Tokens in a bag, ``s``; 1 for plain training.
         expand: ``sequence``, ``batch`` or ``none``.
         superpose: ``both``, ``input`` or ``output``.
@@ -155,18 +147,18 @@ def lay_out(
     pin: bool = False,
     takes: Collection[str] | None = None,
 ) -> Layout:
-    """The rows that the model will see, of plain tokens still.
+    """Put the tokens in the rows that the model will see. They are plain tokens still.
 
     Args:
         batch: As for :func:`fold_batch`.
         bag_size: Tokens in a bag, ``s``.
         expand: ``sequence``, ``batch`` or ``none``.
         superpose: ``both``, ``input`` or ``output``.
-        weights: Weights of a bag's targets, ``(s,)``. If given, ``loss_generating_tokens`` ``(B,)`` has the sum of the
-            weights of each row's targets, and ``total_tokens`` ``(B,)`` its attended tokens: a list where the batch has
-            lists, else a tensor. Microbatches weighed by them add up to the loss of the batch.
-        pin: Whether the rows are to be in pinned memory, which a GPU copies from while the host goes on.
-        takes: What the model's forward takes, if all else is left out before it; None if it takes the whole batch.
+        weights: Weights of a bag's targets, ``(s,)``. If given, ``loss_generating_tokens`` ``(B,)`` is the weight of
+            each row's targets, and ``total_tokens`` ``(B,)`` the number of its attended tokens. They are lists if the
+            batch has lists, else tensors. Microbatches weighed by them add up to the loss of the batch.
+        pin: Whether to put the rows in pinned memory, which a GPU copies from while the host goes on.
+        takes: The keys that the model's forward takes. None if it takes the whole batch.
 
     Raises:
         ValueError: As :func:`fold_batch`.
@@ -187,7 +179,7 @@ def lay_out(
             if key == 'sequence_id':
                 value = _separate_joined_rows(value, joined)
             result[key] = value.reshape(rows, length).narrow(1, 0, kept)
-    for key in _TAKEN_FOR_GRANTED if takes is None else ():  # a model that is given the whole batch may read them
+    for key in _TAKEN_FOR_GRANTED if takes is None else ():  # a model that gets the whole batch may read them
         if key in batch:
             row = torch.arange(kept) if key == 'position_ids' else torch.zeros(kept, dtype=torch.int64)
             result[key] = _copy(row.expand(rows, kept), pin=pin)
@@ -201,7 +193,8 @@ def lay_out(
         result['total_tokens'] = [sum(totals[row * joined : (row + 1) * joined]) for row in range(rows)]
     if weights is not None:
         of_columns, of_row = _weights_of_columns(kept, bag_size, superpose, tuple(weights.tolist()))
-        if mask is None and not _any_ignored(labels):
+        # No label is ignored. `any` would take a CPU five times as long as `min`.
+        if mask is None and not (labels.numel() and labels.min() < 0):
             tokens = torch.full((rows,), of_row or _NEXT_TO_NOTHING, dtype=torch.float64, device=labels.device)
         else:
             tokens = (result['labels'] != IGNORE_INDEX).double() @ of_columns.to(labels.device)
@@ -220,7 +213,7 @@ def lay_out(
 def _only_targets(
     labels: torch.Tensor, mask: torch.Tensor | None, bag_size: int, superpose: str, pin: bool
 ) -> torch.Tensor:
-    """A copy of the labels ``(B, P * s)``, -100 where a token is no bag's target."""
+    """Copy labels ``(B, P * s)``, with -100 at tokens that are not the target of a bag."""
     targets = _copy(labels, torch.int64, pin)
     targets.narrow(1, 0, 1 if superpose == 'output' else bag_size).fill_(IGNORE_INDEX)
     if superpose == 'input':
@@ -231,7 +224,7 @@ def _only_targets(
 
 
 def _copy(value: torch.Tensor, dtype: torch.dtype | None = None, pin: bool = False) -> torch.Tensor:
-    """A contiguous copy, made at once where it is to be."""
+    """Make a contiguous copy, at once in the memory where it stays."""
     return torch.empty(value.shape, dtype=dtype or value.dtype, device=value.device, pin_memory=pin).copy_(value)
 
 
@@ -239,7 +232,7 @@ def _copy(value: torch.Tensor, dtype: torch.dtype | None = None, pin: bool = Fal
 def _weights_of_columns(
     columns: int, bag_size: int, superpose: str, weights: tuple[float, ...]
 ) -> tuple[torch.Tensor, float]:
-    """What a target in each column of a row weighs in all the bags that predict it, ``(columns,)``, and their sum."""
+    """The weight of a target in each column of a row, over all bags that predict it, ``(columns,)``; and the sum."""
     of_bag = torch.tensor(weights, dtype=torch.float64)
     if superpose == 'output':  # the target in column c is one of the min(c, s) positions before it
         before = torch.arange(columns).clamp(max=bag_size)
@@ -251,19 +244,19 @@ def _weights_of_columns(
     return of_columns, float(of_columns.sum())
 
 
-def bag_rows(batch: Mapping[str, Any], bag_size: int, superpose: str, padded: bool = True) -> dict[str, Any]:
-    """Bags of the tokens of each row, ``(B, P * s)`` to ``(B, P, s)``.
+def bag_rows(batch: Mapping[str, Any], bag_size: int, superpose: str, padded: bool) -> dict[str, Any]:
+    """Make bags of the tokens of each row, ``(B, P * s)`` to ``(B, P, s)``.
 
-    It reads no value of a tensor: on a GPU, that would wait for it.
+    It reads no values of a tensor. On a GPU that would wait for them.
 
     Args:
         batch: Rows as :func:`lay_out` makes them.
-        bag_size: Tokens in a bag, ``s``.
-        superpose: ``both``, ``input`` or ``output``.
-        padded: Whether some token is not attended; if not, there is no ``bag_mask``.
+        bag_size: As for :func:`lay_out`.
+        superpose: As for :func:`lay_out`.
+        padded: Whether some token is not attended. If not, there is no ``bag_mask``.
 
     Returns:
-        dict: As :func:`fold_batch`, without labels and what llm-foundry's count of tokens reads.
+        dict: As of :func:`fold_batch`, without labels and without the values that llm-foundry counts tokens by.
     """
     folded = {key: value for key, value in batch.items() if key not in ('labels', *_PER_ROW, *_TAKEN_FOR_GRANTED)}
     mask = batch.get('attention_mask') if padded else None
@@ -287,7 +280,7 @@ def bag_rows(batch: Mapping[str, Any], bag_size: int, superpose: str, padded: bo
 
 
 def bag_targets(labels: torch.Tensor, mask: torch.Tensor | None, bag_size: int, superpose: str) -> torch.Tensor:
-    """What each position predicts, ``(B, P, s)``, of labels and mask ``(B, P * s)``: -100 where there is none."""
+    """The targets of each position, ``(B, P, s)``, from labels and mask ``(B, P * s)``; -100 where there is none."""
     ahead = 1 if superpose == 'output' else bag_size
     rows, known = len(labels), labels.shape[1] - ahead
     following = torch.empty(rows, known + bag_size, dtype=torch.int64, device=labels.device)
@@ -335,15 +328,15 @@ def _check_batch(
 
 
 def extra_values(batch: Mapping[str, Any], joined: int = 1, takes: Collection[str] | None = None) -> dict[str, Any]:
-    """The values of a batch that are of whole rows, and carried as they are.
+    """The values of a batch that belong to whole rows. They are carried on as they are.
 
     Args:
         batch: As for :func:`fold_batch`.
-        joined: Rows that are joined into one.
-        takes: What the model's forward takes, if all else is left out before it; None if it takes the whole batch.
+        joined: How many rows are joined into one.
+        takes: As for :func:`lay_out`.
 
     Raises:
-        ValueError: If the model takes a value that is neither of whole rows nor the same for all, or rows are joined.
+        ValueError: If the model takes a value that can neither be carried on nor folded.
     """
     check_kinds(batch, takes)
     rows, length = batch['input_ids'].shape
@@ -368,7 +361,7 @@ def extra_values(batch: Mapping[str, Any], joined: int = 1, takes: Collection[st
 
 
 def check_kinds(batch: Mapping[str, Any], takes: Collection[str] | None = None) -> None:
-    """Refuse, with a ValueError, needed values other than tensors, lists and plain ones: what rows are they of?"""
+    """Refuse, with a ValueError, a needed value whose type says nothing of rows."""
     for key, value in batch.items():
         kinds = torch.Tensor if key in _PER_TOKEN else _OF_ROWS
         known = isinstance(value, kinds) or (key not in _PER_TOKEN and is_plain(value))
@@ -380,7 +373,7 @@ def check_kinds(batch: Mapping[str, Any], takes: Collection[str] | None = None) 
 
 
 def _says_nothing(key: str, value: Any) -> bool:
-    """Whether it is what a model takes for granted: one text for all tokens, and positions from 0 in each row."""
+    """Whether a value is what a model takes for granted: token types of 0, or positions from 0 in each row."""
     if key not in _TAKEN_FOR_GRANTED:
         return False
     given = torch.as_tensor(value)
@@ -392,7 +385,7 @@ def _says_nothing(key: str, value: Any) -> bool:
 
 
 def _separate_joined_rows(sequence_id: torch.Tensor, joined: int) -> torch.Tensor:
-    """Shift the ids of ``joined`` consecutive rows so that no two of them share one; -1 (padding) stays."""
+    """Shift sequence ids so that no two of ``joined`` consecutive rows share one. -1 (padding) stays."""
     if joined == 1:
         return sequence_id
     groups = sequence_id.reshape(-1, joined, sequence_id.shape[1])
@@ -402,7 +395,7 @@ def _separate_joined_rows(sequence_id: torch.Tensor, joined: int) -> torch.Tenso
 
 
 def _last_attended(sequence_id: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Sequence id of each bag's last attended token, ``(B, P)``; of its last token where none is attended."""
+    """The sequence id of each bag's last attended token, ``(B, P)``. If none is attended, of its last token."""
     if mask is None:
         return sequence_id[..., -1].contiguous()
     order = torch.arange(1, mask.shape[2] + 1, device=mask.device)

@@ -77,7 +77,7 @@ def test_rows_laid_out_stay_plain_and_bag_by_themselves(
     for row in range(len(rows)):
         part = {key: value[row : row + 1] for key, value in layout.batch.items()}
         assert part['input_ids'].tolist() == [[token for p in rows[row] for token in p.tokens]]
-        bags = bag_rows(part, bag_size, superpose)
+        bags = bag_rows(part, bag_size, superpose, padded=True)
         bags['labels'] = bag_targets(part['labels'], part.get('attention_mask'), bag_size, superpose)
         for key in ('input_ids', 'labels', 'attention_mask', 'sequence_id', 'bag_mask'):
             if key in bags and key in whole:
@@ -94,7 +94,8 @@ def test_no_rows(superpose: str):
     batch = {'input_ids': ids, 'attention_mask': ids.bool()}
     layout = lay_out(batch, 2, 'none', superpose, torch.ones(2) / 2)
     targets = bag_targets(layout.batch['labels'], layout.batch['attention_mask'], 2, superpose)
-    assert bag_rows(layout.batch, 2, superpose)['input_ids'].shape == (0, *((6,) if superpose == 'output' else (3, 2)))
+    bags = bag_rows(layout.batch, 2, superpose, padded=False)
+    assert bags['input_ids'].shape == (0, *((6,) if superpose == 'output' else (3, 2)))
     assert targets.shape == (0, 6 if superpose == 'output' else 3, 2)
     assert layout.batch['loss_generating_tokens'].shape == layout.batch['total_tokens'].shape == (0,)
 
