@@ -14,9 +14,8 @@ from composer.models import ComposerModel, HuggingFaceModel
 from torch import nn
 from torch.nn import functional
 
-from composer_tst.ops.embedding import NOT_FOR_BAGS
 from composer_tst.ops.fold import IGNORE_INDEX, is_plain
-from composer_tst.ops.superposed import find_embedding
+from composer_tst.ops.superposed import find_embedding, tables_of
 from composer_tst.ops.watch import leaving_no_trace
 
 log = logging.getLogger(__name__)
@@ -445,9 +444,4 @@ def check_model(model: Any) -> None:
                 'MPT keeps the load-balancing loss of megablocks experts outside its outputs, where superposition '
                 'would lose it: use a Hugging Face mixture of experts.'
             )
-    embedding = find_embedding(model)
-    for option in NOT_FOR_BAGS:
-        if getattr(embedding, option):
-            raise ValueError(
-                f'The input embedding of {name} has {option}, which is not defined for bags: make it without.'
-            )
+    tables_of(model, find_embedding(model))

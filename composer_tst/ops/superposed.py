@@ -64,7 +64,7 @@ class superposed:
         self._given = self._ids if self._ids.ndim == 2 else self._ids[..., 0]
         if self._ids.ndim == 3 and self._ids.shape[2] > 1:
             embedding = find_embedding(self._model) if self._embedding is None else self._embedding
-            self._tables = _tables(self._model, embedding)
+            self._tables = tables_of(self._model, embedding)
             self._given = BASE + torch.arange(self._given.numel(), dtype=self._ids.dtype, device=self._ids.device)
             self._given = self._given.view(self._ids.shape[:2])
             mask = None if self._mask is None else self._mask.flatten(0, 1) != 0
@@ -149,20 +149,22 @@ def restore(model: nn.Module) -> None:
 
 def _check_folded(folded: Any) -> None:
     """Refuse, with a ValueError, what fold_batch has not made."""
-    ids, labels = (folded.get(key) if isinstance(folded, Mapping) else None for key in ('input_ids', 'labels'))
-    if not isinstance(ids, Tensor):
-        what = f'a {type(folded).__name__}' + (' without input_ids' if isinstance(folded, Mapping) else '')
-    elif ids.ndim == 3 or (ids.ndim == 2 and isinstance(labels, Tensor) and labels.ndim == 3):
-        if ids.dtype in (torch.int64, torch.int32):
-            return
-        what = f'input_ids of {ids.dtype}'
-    else:
-        what = f'input_ids of shape {tuple(ids.shape)}, which are not folded'
-    raise ValueError(f'superposed was given {what}: give it a batch of int64 or int32 ids that fold_batch has made.')
+    batch: Any = folded if isinstance(folded, Mapping) else {}
+    ids, labels = batch.get('input_ids'), batch.get('labels')
+    dimensions = [value.ndim if isinstance(value, Tensor) else 0 for value in (ids, labels)]
+    if (dimensions[0] != 3 and dimensions != [2, 3]) or ids.dtype not in (torch.int64, torch.int32):
+        given = f'input_ids of {ids.dtype}, {tuple(ids.shape)}' if isinstance(ids, Tensor) else 'no tensor of input_ids'
+        raise ValueError(
+            f'superposed was given {given}: give it a batch of int64 or int32 ids that fold_batch has made.'
+        )
 
 
-def _tables(model: nn.Module, embedding: nn.Embedding) -> list[nn.Embedding]:
-    """The embeddings that ids may be looked up in: those as long as the input embedding, which comes first."""
+def tables_of(model: nn.Module, embedding: nn.Embedding) -> list[nn.Embedding]:
+    """The embeddings that ids may be looked up in: the input embedding first, and all others of its length.
+
+    Raises:
+        ValueError: If one has an option that is not defined for bags, or looks bags up already.
+    """
     if not isinstance(embedding, nn.Embedding):
         raise ValueError(
             f'embedding is a {type(embedding).__name__}: give the nn.Embedding that {type(model).__name__} looks token '

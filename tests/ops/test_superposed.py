@@ -844,16 +844,16 @@ def test_flex_attention_that_knows_nothing_of_ids_trains():
 MISUSED: dict[str, tuple[Any, str]] = {
     'a tensor': (
         lambda: superposed(Model(), cast(Any, torch.zeros(2, 3))),
-        'superposed was given a Tensor: give it a batch of int6',
+        'superposed was given no tensor of input_ids: give it a batch of int64 or int32 ids that',
     ),  # pyright: ignore
-    'no ids': (lambda: superposed(Model(), {'x': 1}), 'superposed was given a dict without input_ids: give it a batch'),
+    'no ids': (lambda: superposed(Model(), {'x': 1}), 'superposed was given no tensor of input_ids: give it a batch'),
     'not folded': (
         lambda: superposed(Model(), {'input_ids': torch.zeros(4, 6).long(), 'labels': torch.zeros(4, 6).long()}),
-        r'superposed was given input_ids of shape \(4, 6\), which are not folded: give it a batch of',
+        r'superposed was given input_ids of torch.int64, \(4, 6\): give it a batch of',
     ),
     'one row': (
         lambda: superposed(Model(), {'input_ids': torch.zeros(4).long()}),
-        r'of shape \(4,\), which are not fold',
+        r', \(4,\): give it a batch of int64 or int32 ids that fold_batch has made',
     ),
     'floats': (
         lambda: superposed(Model(), {'input_ids': torch.zeros(1, 4, 2)}),
@@ -861,7 +861,7 @@ MISUSED: dict[str, tuple[Any, str]] = {
     ),
     'small': (
         lambda: superposed(Model(), {'input_ids': torch.zeros(1, 4, 2).short()}),
-        'input_ids of torch.int16: give',
+        'input_ids of torch.int16, ',
     ),
     'a weight': (
         lambda: superposed(Model(), fold(), Model().wte.weight).__enter__(),  # pyright: ignore
