@@ -1,6 +1,6 @@
 """Bags in any module's input embedding, for one forward and backward pass.
 
-The model is given one id for each bag (see ``lookup.py``). Its first call on such ids is watched (see ``watch.py``).
+The model gets one id for each bag (see ``lookup.py``). Its first call on such ids is watched (see ``watch.py``).
 """
 
 import contextlib
@@ -14,12 +14,12 @@ from composer_tst.ops.embedding import NOT_FOR_BAGS
 from composer_tst.ops.lookup import BASE, BagLookup, swap, swap_back
 from composer_tst.ops.watch import FirstCall, is_watched, take_stand_ins_off, version_of, watch_again
 
-# What a batch has for the loss and for counting, and a model's forward does not take.
+# Values for the loss and for counting. A model's forward does not take them.
 _NOT_FOR_FORWARD = ('labels', 'bag_mask', 'total_tokens', 'loss_generating_tokens')
 
 
 class superposed:
-    """Give a model's input embedding bags to look up, for the forward and backward pass inside a ``with`` block.
+    """Have a model's input embedding look up bags, for the forward and backward pass in a ``with`` block.
 
     .. code-block:: python
 
@@ -28,26 +28,26 @@ class superposed:
             loss = multi_hot_cross_entropy(logits.flatten(0, 1), folded['labels'].flatten(0, 1))
             loss.backward()  # inside: recomputed activations look bags up too
 
-    The first time that a model is called in such a block, in training and in evaluation mode, it is called twice. The
-    first call is watched: it refuses a model that reads the ids by value, or writes to them. It has no gradient and is
-    not compiled. It changes no bit of the second call: random numbers (of torch, numpy and ``random``), buffers, and
-    numbers that modules keep are put back. What it cannot see: a branch that is first taken later.
+    The first call of a model in such a block is made twice; so is the first in evaluation mode. The first of the two
+    is watched: it refuses a model that reads the ids by value, or writes to them. It has no gradient and is not
+    compiled. It changes no bit of the second. Random numbers (of torch, numpy and ``random``), buffers, and values that
+    modules keep are put back. It cannot see a branch that is first taken later.
 
     Args:
-        model: The model, wrapped, sharded, compiled or plain, as it is called in the block.
-        folded: A batch as :func:`~composer_tst.functional.fold_batch` makes it: ``input_ids`` ``(B, P, s)``, or ``(B,
-            P)`` for ``superpose: output``. With bags of one token all is plain.
-        embedding: The module that the ids are looked up in. By default what ``get_input_embeddings`` gives, else the
-            only ``nn.Embedding`` of the model.
+        model: The module that is called in the block: wrapped, sharded, compiled or plain.
+        folded: A batch that :func:`~composer_tst.functional.fold_batch` has made: ``input_ids`` ``(B, P, s)``, or
+            ``(B, P)`` for ``superpose: output``. With bags of one token nothing is changed.
+        embedding: The module that looks the ids up. By default that of ``get_input_embeddings``, else the only
+            ``nn.Embedding`` of the model.
 
     Yields:
-        dict: What to call the model with, without labels: ``input_ids`` ``(B, P)``, ``attention_mask`` and the rest.
+        dict: The inputs of the model: ``input_ids`` ``(B, P)``, ``attention_mask`` and the rest, without labels.
 
     Raises:
-        ValueError: On entering, if the model has no such embedding, its embedding has an option that is not defined for
-            bags, the batch is not folded, or another block is open on the model. In the block, if the model reads or
-            changes the ids or does not look them up. On leaving, if the ids were changed in place or the model was not
-            called.
+        ValueError: On entering, if the model has no such embedding, if its embedding has an option that is not defined
+            for bags, if the batch is not folded, or if another block is open on the model. In the block, if the model
+            reads or changes the ids, or does not look them up. On leaving, if the ids were changed in place, or the
+            model was not called.
     """
 
     def __init__(self, model: nn.Module, folded: Mapping[str, Any], embedding: nn.Embedding | None = None):
@@ -97,7 +97,7 @@ class superposed:
             )
 
     def follow_labels(self, labels: Tensor) -> None:
-        """Refuse, in a watched call, a model that reads these labels, which it is given to hand on."""
+        """Have the watched call refuse a model that reads these labels. It may hand them on."""
         if self._first_call is not None:
             self._first_call.labels.append(labels)
 
@@ -107,7 +107,7 @@ class superposed:
         return version_of(self._given) != self._version
 
     def restore(self) -> None:
-        """Leave the model as it was, wherever the pass has ended."""
+        """Put the model back as it was, wherever the pass has ended."""
         for table in self._tables:
             swap_back(table)
         if self._first_call is not None:
@@ -115,10 +115,10 @@ class superposed:
 
 
 def find_embedding(model: nn.Module) -> nn.Embedding:
-    """The module that a model looks its token ids up in.
+    """The module in which a model looks up its token ids.
 
-    It is what the outermost ``get_input_embeddings`` gives, else the model's only ``nn.Embedding``. Wrappers (FSDP,
-    activation checkpointing, ``torch.compile``) are looked through.
+    The outermost ``get_input_embeddings`` gives it. Without one, it is the model's only ``nn.Embedding``. Wrappers
+    (FSDP, activation checkpointing, ``torch.compile``) are looked through.
 
     Raises:
         ValueError: If there is not exactly one.
@@ -126,7 +126,7 @@ def find_embedding(model: nn.Module) -> nn.Embedding:
     found: nn.Module = model
     for module in model.modules():
         if hasattr(module, 'get_input_embeddings'):
-            with contextlib.suppress(NotImplementedError):  # of a base class that does not know
+            with contextlib.suppress(NotImplementedError):  # a base class may not know
                 given = module.get_input_embeddings()  # pyright: ignore[reportCallIssue]
                 found = given if isinstance(given, nn.Module) else model
                 break
@@ -140,7 +140,7 @@ def find_embedding(model: nn.Module) -> nn.Embedding:
 
 
 def restore(model: nn.Module) -> None:
-    """Leave a model as it was, wherever a pass has ended, and watch its next one."""
+    """Put a model back as it was, wherever a pass has ended, and watch its next call."""
     for module in model.modules():
         swap_back(module)
     take_stand_ins_off(model)

@@ -1,8 +1,11 @@
 """A model's first call on ids that stand for bags, watched.
 
-The ids say nothing about tokens. A model that computes with them would train on nonsense. So its first call is made
-once more before it (:class:`FirstCall`): without a gradient, uncompiled and without a trace, while :class:`_Watch`
-follows the ids and refuses what reads or changes them.
+The ids say nothing about tokens. A model that computes with them would train on nonsense. So :class:`FirstCall` makes
+the model's first call twice.
+
+1. The watched call has no gradient and is not compiled. :class:`_Watch` follows the ids, and refuses what reads or
+   changes them. :func:`leaving_no_trace` puts back what the call has changed.
+2. The second call is the real one.
 """
 
 import collections
@@ -30,17 +33,17 @@ from composer_tst.ops.lookup import stands_for_bags
 
 
 def version_of(ids: Tensor) -> int | None:
-    """How often a tensor was changed in place; tensors of inference mode do not say."""
+    """How often a tensor was changed in place. None for a tensor of inference mode, which does not count."""
     return None if ids.is_inference() else ids._version
 
 
-# Models whose first call was watched: in training or in evaluation mode, on ids that stand for bags or plain ones.
+# Models whose first call was watched: in training mode or not, and on ids that stand for bags or on plain ones.
 _WATCHED: dict[tuple[bool, bool], weakref.WeakSet[nn.Module]] = collections.defaultdict(weakref.WeakSet)
 _CALL = '_compiled_call_impl'
 
 
 def is_watched(model: nn.Module, bags: bool) -> bool:
-    """Whether a call of the model was watched, in the mode that it is in: training or evaluation."""
+    """Whether a call of the model was watched in its present mode, training or evaluation."""
     return model in _WATCHED[model.training, bags]
 
 
@@ -51,12 +54,12 @@ def watch_again(model: nn.Module) -> None:
 
 
 class CallStandIn:
-    """Stands where ``nn.Module.compile`` puts the compiled call, and is called in place of a model.
+    """Be called in place of a model. It stands where ``nn.Module.compile`` puts the compiled call.
 
-    What stands there is never compiled itself, and copies of the model leave it out.
+    What stands there is not compiled, and copies of the model leave it out.
 
     Args:
-        model: The model that it stands in for, from now on.
+        model: The model to stand in for, from now on.
     """
 
     def __init__(self, model: nn.Module):
@@ -64,12 +67,12 @@ class CallStandIn:
         self.put_on()
 
     def put_on(self) -> None:
-        """Stand in for the model's call, or what stands in for it now."""
+        """Stand in for the model's call, or for another stand-in."""
         self._had = vars(self.model).get(_CALL)
         vars(self.model)[_CALL] = self
 
     def take_off(self) -> None:
-        """Leave the model's call as it was."""
+        """Put the model's call back as it was."""
         stands = vars(self.model).get(_CALL)
         if stands is self:
             del vars(self.model)[_CALL]
@@ -79,33 +82,33 @@ class CallStandIn:
             stands._had = self._had
 
     def call_on(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model as ever."""
+        """Call the model without the stand-in."""
         return (self._had or self.model._call_impl)(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy of the model is called as ever: Composer's models copy what torch's leave out."""
+        """A copy of the model has no stand-in. Composer's models copy this attribute, torch's do not."""
 
     def __reduce__(self) -> Any:
         return type(None), ()
 
 
 def take_stand_ins_off(model: nn.Module) -> None:
-    """Leave a model's call as it was, wherever a pass has ended."""
+    """Put a model's call back as it was, wherever a pass has ended."""
     while isinstance(stand_in := vars(model).get(_CALL), CallStandIn):
         stand_in.take_off()
 
 
 class FirstCall(CallStandIn):
-    """What a model's next call on ids that stand for bags goes through: a watched call before it.
+    """Make a watched call before a model's first call on ids that stand for bags.
 
     Args:
         model: The model.
-        given: The ids that it is given.
-        tables: The embeddings that look bags up, the input embedding first; none if ids are plain.
+        given: The ids that the model gets.
+        tables: The embeddings that look bags up, the input embedding first. None if ids are plain.
 
     Attributes:
-        came: Whether there was such a call.
-        labels: Labels that the model is given to hand on, and must not read.
+        came: Whether the model was called on these ids.
+        labels: Labels that the model may hand on but not read.
     """
 
     def __init__(self, model: nn.Module, given: Tensor, tables: list[nn.Embedding]):
@@ -117,15 +120,16 @@ class FirstCall(CallStandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, the first time twice."""
-        if torch.compiler.is_compiling():  # a function around the model: leaving the block refuses it
+        if torch.compiler.is_compiling():
+            # The caller is being compiled, so nothing can be watched. `superposed.__exit__` raises.
             return self.model._call_impl(*args, **kwargs)
         self.take_off()
         try:
             again, copies = _copy_call(args, kwargs)
             ids = [value for value in copies.values() if isinstance(value, Tensor) and stands_for_bags(value)]
-            ours = bool(ids) or id(self._given) in copies  # else it is a call beside the pass, on plain ids
+            ours = bool(ids) or id(self._given) in copies  # other calls in the block are on plain ids
             self.came |= ours
-            unchanged = version_of(self._given) == self._version  # else leaving the block refuses it
+            unchanged = version_of(self._given) == self._version  # if they were changed, `superposed.__exit__` raises
             if ours and unchanged and not is_watched(self.model, bool(self._tables)):
                 labels = [*self.labels, *(copies[id(label)] for label in self.labels if id(label) in copies)]
                 watch = _Watch(self.model, self._tables, [self._given, *ids] if self._tables else [], labels)
@@ -136,11 +140,11 @@ class FirstCall(CallStandIn):
                 _WATCHED[self.model.training, bool(self._tables)].add(self.model)
             return self.model(*args, **kwargs)
         finally:
-            self.put_on()  # until the block is left: the next call may be in the other mode
+            self.put_on()  # the next call in the block may be in the other mode
 
 
 def _copy_call(args: Any, kwargs: Any) -> tuple[Any, dict[int, Any]]:
-    """Copy a call's arguments, as a forward may change them; give also each copy by the id of what it is a copy of."""
+    """Copy a call's arguments, which a forward may change. The second result has each copy by its original's id."""
     copies: dict[int, Any] = {}
     try:  # a batch may be of a class of one's own
         with _DeepCopies():
@@ -152,10 +156,10 @@ def _copy_call(args: Any, kwargs: Any) -> tuple[Any, dict[int, Any]]:
 
 
 class _DeepCopies(TorchFunctionMode):
-    """Copy also tensors that are results of others, which torch refuses to."""
+    """Have ``deepcopy`` copy tensors with a gradient function too, which torch refuses."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Copy a tensor, or call what is called."""
+        """Copy a tensor, or call the function."""
         if func is Tensor.__deepcopy__:
             return args[1].setdefault(id(args[0]), args[0].detach().clone())
         return func(*args, **(kwargs or {}))
@@ -257,34 +261,35 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Operators that move values of their first argument, and read none.
+# Operators that move the values of their first argument, and read none.
 _MOVES = _names("""
     view _unsafe_view reshape _reshape_alias alias detach clone contiguous _to_copy copy_ pin_memory lift_fresh
     lift_fresh_copy t transpose permute expand squeeze unsqueeze slice select narrow split split_with_sizes chunk unbind
     unfold as_strided roll repeat flip index index_select masked_select gather cat stack constant_pad_nd
 """)
-# Those that make no more than a copy, as moving to a device does: labels are for the loss, whole.
+# Operators that only copy, as moving to a device does. No more may be done with labels, which are for the loss.
 _COPIES = _names('alias detach clone _to_copy lift_fresh')
 # Operators that ask for shapes.
 _SHAPES = _names("""
     empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros new_ones new_full
     new_empty_strided is_same_size sym_size sym_numel sym_stride is_pinned record_stream
 """)
-# Methods of a tensor that hand its values to other than torch's operators: numpy, a loop in Python, a Triton kernel.
-_LEAVES = _names('tolist numpy __array__ __dlpack__ data_ptr')
-# transformers: one warns of padding without a mask; one counts positions, where no bag is padding.
-_HARMLESS = ('warn_if_padding_and_no_attention_mask', 'create_position_ids_from_input_ids')
+# Methods that give a tensor's values to code that is not an operator of torch: numpy, Python, a Triton kernel.
+_GIVES_VALUES_AWAY = _names('tolist numpy __array__ __dlpack__ data_ptr')
+# Functions of transformers that may read ids. One warns of padding without a mask. The other counts positions, and
+# takes no bag for padding.
+_MAY_READ = ('warn_if_padding_and_no_attention_mask', 'create_position_ids_from_input_ids')
 
 
 class _Watch(TorchDispatchMode):
-    """Follow ids, and refuse what reads them by value or writes to them, but for lookups in a :class:`BagLookup`.
+    """Follow ids, and refuse what reads or writes them, except a lookup in a :class:`BagLookup`.
 
-    A result that shares their storage, or is a copy, holds ids too. Labels, which a model may be given to hand on, are
-    followed in the same way.
+    A result that shares their storage, or is a copy of them, holds ids too. Labels are followed in the same way: a
+    model may hand them on.
 
     Args:
-        model: Whose pass it is.
-        tables: The embeddings that look bags up, the input embedding first; none if ids are plain.
+        model: The model of the pass.
+        tables: The embeddings that look bags up, the input embedding first. None if ids are plain.
         ids: Tensors of ids that stand for bags.
         labels: Tensors of labels.
     """
@@ -302,7 +307,7 @@ class _Watch(TorchDispatchMode):
 
     def __enter__(self) -> Any:
         for operator in torch._ops._higher_order_ops.values():
-            if _Watch not in operator.python_key_table:  # flex_attention and its kind: a mode must say what to do
+            if _Watch not in operator.python_key_table:  # flex_attention, say: a mode needs a rule for it
                 operator.py_impl(_Watch)(_of_functions(operator))
         self._methods.__enter__()
         return super().__enter__()
@@ -323,18 +328,18 @@ class _Watch(TorchDispatchMode):
         """Run an operator, or refuse it."""
         kwargs = kwargs or {}
         name = func._schema.name.partition('::')[2]
-        what = self.what(args, kwargs)
+        what = self.kind_held(args, kwargs)
         if what is None or name in _SHAPES:
             return func(*args, **kwargs)
         if func.namespace == 'composer_tst':
             self._looked_up |= any(frame.f_locals.get('self') is self._tables[0] for frame in _frames())
             return func(*args, **kwargs)
-        if any(frame.f_code.co_name in _HARMLESS for frame in _frames()):
+        if any(frame.f_code.co_name in _MAY_READ for frame in _frames()):
             return func(*args, **kwargs)
-        writes = func._schema.is_mutable and self.what(args[0]) is not None
+        writes = func._schema.is_mutable and self.kind_held(args[0]) is not None
         moved = 1 if name == 'copy_' else 0
         may = _MOVES if what == 'ids' else _COPIES
-        if writes or name not in may or self.what(args[moved + 1 :], kwargs) is not None:
+        if writes or name not in may or self.kind_held(args[moved + 1 :], kwargs) is not None:
             self.refuse(name, what, writes)
         result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
@@ -349,8 +354,8 @@ class _Watch(TorchDispatchMode):
             storage = part.untyped_storage()
             self._held[storage._cdata] = StorageWeakRef(storage), what
 
-    def what(self, *values: Any) -> str | None:
-        """Whether there are ids or labels among values."""
+    def kind_held(self, *values: Any) -> str | None:
+        """``ids`` or ``labels`` if there are such among the values, else None."""
         for value in tree_leaves(values):
             if isinstance(value, Tensor):
                 for part in _parts(value):
@@ -361,21 +366,14 @@ class _Watch(TorchDispatchMode):
 
     def refuse(self, operator: str, what: str, writes: bool = False) -> None:
         """Raise a ValueError that names the module, the operator and the line."""
-        names = {id(module): name for name, module in self._model.named_modules()}
-        owner, line = type(self._model).__name__, ''
         here = __file__.rpartition('/')[0]
         frames = [frame for frame in _frames() if not frame.f_code.co_filename.startswith(here)]
-        for frame in frames:
-            if id(frame.f_locals.get('self')) in names:
-                module = frame.f_locals['self']
-                name = names[id(module)]
-                kind = vars(module).get('superposed_class', type(module)).__name__
-                owner = f'{name} ({kind})' if name else kind
-                break
-        for frame in frames:
-            if '/torch/' not in frame.f_code.co_filename:
-                line = f', {frame.f_code.co_filename.rpartition("/")[2]}:{frame.f_lineno}'
-                break
+        names = {id(module): name for name, module in self._model.named_modules()}
+        module = next((f.f_locals['self'] for f in frames if id(f.f_locals.get('self')) in names), self._model)
+        name, kind = names[id(module)], vars(module).get('superposed_class', type(module)).__name__
+        owner = f'{name} ({kind})' if name else kind
+        own = [frame for frame in frames if '/torch/' not in frame.f_code.co_filename]
+        line = f', {own[0].f_code.co_filename.rpartition("/")[2]}:{own[0].f_lineno}' if own else ''
         if what == 'labels':
             raise ValueError(
                 f'{owner} reads the labels by {operator}{line} in its forward, and a bag has several: have the forward '
@@ -389,7 +387,7 @@ class _Watch(TorchDispatchMode):
 
 
 class _WatchMethods(TorchFunctionMode):
-    """Refuse what hands the values of ids to other than torch's operators, and let hooks wait for a gradient."""
+    """Refuse methods that give the values of ids away. Ignore hooks on a tensor without a gradient."""
 
     def __init__(self, watch: _Watch):
         super().__init__()
@@ -398,7 +396,7 @@ class _WatchMethods(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Call a method, or refuse it."""
         name = getattr(func, '__name__', '')
-        if name in _LEAVES and (what := self._watch.what(args)):
+        if name in _GIVES_VALUES_AWAY and (what := self._watch.kind_held(args)):
             self._watch.refuse(name, what)
         if name in ('retain_grad', 'register_hook') and not args[0].requires_grad:  # a watched call has no gradient
             return RemovableHandle(collections.OrderedDict())
@@ -406,11 +404,11 @@ class _WatchMethods(TorchFunctionMode):
 
 
 def _of_functions(operator: Any) -> Callable[..., Any]:
-    """What a watch does with an operator that takes functions: it runs unwatched if they have no ids."""
+    """The rule for an operator that takes functions: refuse it if they have ids, else run it unwatched."""
 
     def rule(watch: _Watch, *args: Any, **kwargs: Any) -> Any:
         captured = [_captured(value) for value in tree_leaves((args, kwargs))]
-        if what := watch.what(args, kwargs, captured):
+        if what := watch.kind_held(args, kwargs, captured):
             watch.refuse(operator.name(), what)
         return operator(*args, **kwargs)
 
@@ -418,7 +416,7 @@ def _of_functions(operator: Any) -> Callable[..., Any]:
 
 
 def _captured(function: Any) -> list[Any]:
-    """The values that a function has with it: of functions around it, of a partial, or of the object it belongs to."""
+    """The values that a function holds: in its closure, as a partial, or in its object."""
     found: list[Any] = []
     waiting, seen = [function], set()
     while waiting:
@@ -428,7 +426,7 @@ def _captured(function: Any) -> list[Any]:
         seen.add(id(value))
         held: list[Any] = []
         for cell in getattr(value, '__closure__', None) or ():
-            with contextlib.suppress(ValueError):  # one that is empty as yet
+            with contextlib.suppress(ValueError):  # the cell may be empty still
                 held.append(cell.cell_contents)
         if isinstance(value, functools.partial):
             held += [value.func, *tree_leaves((value.args, value.keywords))]
@@ -439,7 +437,7 @@ def _captured(function: Any) -> list[Any]:
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
-    """The tensors with a storage that a tensor is made of: of a DTensor, the local one."""
+    """The tensors with a storage that a tensor consists of. For a DTensor it is the local tensor."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return [part for name in names for part in _parts(getattr(tensor, name))]
@@ -447,7 +445,7 @@ def _parts(tensor: Tensor) -> list[Tensor]:
 
 
 def _frames() -> Iterator[types.FrameType]:
-    """The frames that have called, from the innermost."""
+    """The frames of the callers, the innermost first."""
     frame = sys._getframe(2)
     while frame is not None:
         yield frame
