@@ -84,7 +84,7 @@ class superposed:
         if kind is not None or not self._tables:
             return
         name = type(self._model).__name__
-        if self._first_call is not None and not self._first_call.came:
+        if self._first_call is not None and not self._first_call.was_called:
             raise ValueError(
                 f'superposed was given {name}, which was not called on the inputs of its block, or in a compiled '
                 'function alone: give it the module that you call, and the first time call that outside of compiled '

@@ -107,7 +107,7 @@ class FirstCall(CallStandIn):
         tables: The embeddings that look bags up, the input embedding first. None if ids are plain.
 
     Attributes:
-        came: Whether the model was called on these ids.
+        was_called: Whether the model was called on these ids.
         labels: Labels that the model may hand on but not read.
     """
 
@@ -115,7 +115,7 @@ class FirstCall(CallStandIn):
         super().__init__(model)
         self._given, self._tables = given, tables
         self._version = version_of(given)
-        self.came = False
+        self.was_called = False
         self.labels: list[Tensor] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +128,7 @@ class FirstCall(CallStandIn):
             again, copies = _copy_call(args, kwargs)
             ids = [value for value in copies.values() if isinstance(value, Tensor) and stands_for_bags(value)]
             ours = bool(ids) or id(self._given) in copies  # other calls in the block are on plain ids
-            self.came |= ours
+            self.was_called |= ours
             unchanged = version_of(self._given) == self._version  # if they were changed, `superposed.__exit__` raises
             if ours and unchanged and not is_watched(self.model, bool(self._tables)):
                 labels = [*self.labels, *(copies[id(label)] for label in self.labels if id(label) in copies)]

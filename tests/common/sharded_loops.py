@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -255,11 +255,20 @@ def buffers_of_ddp(watched: bool) -> list[float]:
     return torch.cat(each).tolist()
 
 
+def buffer_of_fsdp1() -> str:
+    """FSDP1 casts buffers in its first call, for all calls that follow."""
+    model: Any = Model()
+    model.blocks[0].register_buffer('scale', torch.ones(1))
+    step(fsdp1(model, mixed_precision=MixedPrecision(buffer_dtype=torch.bfloat16)), fold_of(dist.get_rank()))
+    return str(dict(model.named_buffers())['blocks.0._fsdp_wrapped_module.scale'].dtype)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group('gloo')
     results: dict[str, Any] = {name: run(case) for name, case in CASES.items()}
     results['buffers'] = [buffers_of_ddp(watched) for watched in (False, True)]
+    results['cast buffer'] = buffer_of_fsdp1()
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -53,3 +53,7 @@ def test_buffers_and_weights_of_ddp_are_to_the_bit_those_of_a_run_that_was_not_w
     unwatched, watched = on_two['buffers']
     assert watched == unwatched
     assert len(set(watched)) > len(watched) / 2 + 1
+
+
+def test_a_buffer_that_fsdp1_casts_in_the_watched_call_stays_cast(on_two: dict[str, Any]):
+    assert on_two['cast buffer'] == 'torch.bfloat16'
