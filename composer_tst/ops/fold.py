@@ -377,11 +377,8 @@ def _says_nothing(key: str, value: Any) -> bool:
     if key not in _TAKEN_FOR_GRANTED:
         return False
     given = torch.as_tensor(value)
-    return (
-        not given.any()
-        if key == 'token_type_ids'
-        else bool((given == torch.arange(given.shape[-1], device=given.device)).all())
-    )
+    usual = 0 if key == 'token_type_ids' else torch.arange(given.shape[-1], device=given.device)
+    return bool((given == usual).all())
 
 
 def _separate_joined_rows(sequence_id: torch.Tensor, joined: int) -> torch.Tensor:
