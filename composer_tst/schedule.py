@@ -215,7 +215,8 @@ def _walk(
             phase += 1
         reads = draws(phases[phase].bag_size)
         some = min(steps_to(moment, reads) for moment in (phases[phase].until, max_duration))
-        left = math.inf if data.batches is None else data.batches - drawn
+        # A resumed run may have fewer batches in an epoch than were drawn of it before.
+        left = math.inf if data.batches is None else max(0, data.batches - drawn)
         epoch_ends = left < reads
         if epoch_ends:
             tail = data.tail(int(left), reads)
