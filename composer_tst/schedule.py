@@ -151,26 +151,66 @@ def plan_steps(
     if any(needed.get(time.unit, 0) is None for time in (max_duration, *(phase.until for phase in phases))):
         return None
     now = now or Timestamp()
+    of_batch = {TimeUnit.SAMPLE: data.samples or 0, TimeUnit.TOKEN: data.tokens or 0}
+    unit = TimeUnit.BATCH if max_duration.unit == TimeUnit.EPOCH else max_duration.unit
 
-    def walk(total: int) -> Plan:
-        """The plan if shares of the duration are those of ``total``."""
-        unit = TimeUnit.BATCH if max_duration.unit == TimeUnit.EPOCH else max_duration.unit
-        placed = [
-            replace(phase, until=Time(share_of(phase.until, total), unit))
-            if phase.until.unit == TimeUnit.DURATION
-            else phase
-            for phase in phases
-        ]
-        return _walk(placed, draws, max_duration, data, now, drawn)
+    def placed(phase: Phase, total: int) -> Phase:
+        """The phase, with a share of the duration as a share of ``total``."""
+        share = phase.until.unit == TimeUnit.DURATION
+        return replace(phase, until=Time(share_of(phase.until, total), unit)) if share else phase
+
+    def walk(total: int | None) -> Plan:
+        """Go through the run, many equal steps at a time; if ``total`` is None, without the phases."""
+        course = [] if total is None else [placed(phase, total) for phase in phases]
+        course.append(Phase(1, max_duration))  # recovery
+        counts = {each: int(now.get(each).value) for each in (TimeUnit.BATCH, TimeUnit.EPOCH, *of_batch)}
+        steps, batches = [0] * len(course), [0] * len(course)
+        current, in_epoch = 0, drawn
+
+        def reached(moment: Time) -> bool:
+            return counts[moment.unit] >= moment.value
+
+        def steps_to(moment: Time, reads: int) -> float:
+            of_step = 1 if moment.unit == TimeUnit.BATCH else of_batch.get(moment.unit, 0) * reads
+            # An epoch ends when its batches are drawn.
+            return math.ceil((moment.value - counts[moment.unit]) / of_step) if of_step else math.inf
+
+        while not reached(max_duration):
+            while reached(course[current].until):
+                current += 1
+            reads = draws(course[current].bag_size)
+            some = min(steps_to(moment, reads) for moment in (course[current].until, max_duration))
+            # A resumed run may have fewer batches in an epoch than were drawn of it before.
+            left = math.inf if data.batches is None else max(0, data.batches - in_epoch)
+            epoch_ends = left < reads
+            if epoch_ends:
+                tail = data.tail(int(left), reads)
+                if not in_epoch + tail:
+                    raise too_short(int(left), reads)
+                some, reads = min(1, tail), tail
+            elif data.batches is not None:
+                some = min(some, left // reads)
+            counts[TimeUnit.BATCH] += int(some)
+            for each, amount in of_batch.items():
+                counts[each] += int(some) * reads * amount
+            steps[current] += int(some)
+            batches[current] += int(some) * reads
+            in_epoch += int(some) * reads
+            if epoch_ends:
+                counts[TimeUnit.EPOCH] += 1
+                in_epoch = 0
+        epochs = None if data.batches is None else counts[TimeUnit.EPOCH] + in_epoch / data.batches
+        sizes = [phase.bag_size for phase in course]
+        return Plan([Stretch(*each) for each in zip(sizes, steps, batches, strict=True)], data, int(now.batch), epochs)
 
     if max_duration.unit != TimeUnit.EPOCH:
         return walk(int(max_duration.value))
-    # The more steps are superposed, the fewer an epoch has: bisect for the total whose shares give that total.
-    low, high = int(now.batch), _walk([], draws, max_duration, data, now, drawn).total
+    # Each superposed step shortens its epoch, so the total depends on the share and the share on the total: bisect.
+    low, high = int(now.batch), walk(None).total
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if walk(middle).total <= middle else (middle + 1, high)
-    # Where whole epochs fall out, the share may not be met; then rather a little less than no recovery.
+    # No total may fit exactly. If the plan has no recovery and the one for one step less has, take that.
     plan, less = walk(high), walk(high - 1)
     return less if phases and plan.ends[-1] >= plan.total and less.ends[-1] < less.total else plan
 
@@ -187,62 +227,10 @@ def check_epochs_end(phases: Sequence[Phase], max_duration: Time, data: Data) ->
             )
 
 
-def _walk(
-    phases: Sequence[Phase],
-    draws: Callable[[int], int],
-    max_duration: Time,
-    data: Data,
-    now: Timestamp,
-    drawn: int,
-) -> Plan:
-    """Go through a run whose phases end at moments that are known, as many steps at a time as are alike."""
-    phases = [*phases, Phase(1, max_duration)]  # recovery
-    of_batch = {TimeUnit.SAMPLE: data.samples or 0, TimeUnit.TOKEN: data.tokens or 0}
-    counts = {unit: int(now.get(unit).value) for unit in (TimeUnit.BATCH, TimeUnit.EPOCH, *of_batch)}
-    steps, batches = [0] * len(phases), [0] * len(phases)
-    phase = 0
-
-    def reached(moment: Time) -> bool:
-        return counts[moment.unit] >= moment.value
-
-    def steps_to(moment: Time, reads: int) -> float:
-        of_step = 1 if moment.unit == TimeUnit.BATCH else of_batch.get(moment.unit, 0) * reads
-        # An epoch ends where its batches do.
-        return math.ceil((moment.value - counts[moment.unit]) / of_step) if of_step else math.inf
-
-    while not reached(max_duration):
-        while reached(phases[phase].until):
-            phase += 1
-        reads = draws(phases[phase].bag_size)
-        some = min(steps_to(moment, reads) for moment in (phases[phase].until, max_duration))
-        # A resumed run may have fewer batches in an epoch than were drawn of it before.
-        left = math.inf if data.batches is None else max(0, data.batches - drawn)
-        epoch_ends = left < reads
-        if epoch_ends:
-            tail = data.tail(int(left), reads)
-            if not drawn + tail:
-                raise too_short(int(left), reads)
-            some, reads = min(1, tail), tail
-        elif data.batches is not None:
-            some = min(some, left // reads)
-        counts[TimeUnit.BATCH] += int(some)
-        for unit, amount in of_batch.items():
-            counts[unit] += int(some) * reads * amount
-        steps[phase] += int(some)
-        batches[phase] += int(some) * reads
-        drawn += int(some) * reads
-        if epoch_ends:
-            counts[TimeUnit.EPOCH] += 1
-            drawn = 0
-    epochs = None if data.batches is None else counts[TimeUnit.EPOCH] + drawn / data.batches
-    sizes = [each.bag_size for each in phases]
-    return Plan([Stretch(*each) for each in zip(sizes, steps, batches, strict=True)], data, int(now.batch), epochs)
-
-
-def too_short(batches: int, drawn: int) -> ValueError:
-    """What to say of an epoch that has no whole step."""
+def too_short(batches: int, per_step: int) -> ValueError:
+    """The refusal of an epoch that has no whole step."""
     return ValueError(
-        f'The train loader has {batches} batches but one superposed step reads {drawn}: '
+        f'The train loader has {batches} batches but one superposed step reads {per_step}: '
         'use a smaller bag_size, more data, or a smaller batch.'
     )
 
