@@ -511,7 +511,7 @@ def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path
         (['max_duration=4800'], 'max_duration is 4800 without a unit, which Composer takes for epochs: give 4800ba'),
         (['bag_size'], 'bag_size is no override and no option: give overrides as KEY=VALUE'),
         (['max_durration=20ba'], 'max_durration is no key of llm-foundry (did you mean max_duration?): remove it'),
-        (['scheduler.t_warmup=2800ba'], 't_warmup=2800ba and t_decay=0.1dur overlap in max_duration=3000ba'),
+        (['scheduler.t_warmup=2800ba'], 't_warmup=2800ba and t_decay=0.1dur do not fit in max_duration=3000ba'),
         (['scheduler=cosine'], "scheduler is 'cosine': give its settings by name"),
         (['scheduler.alpha_f=2'], 'alpha_f=2 must be a number from 0 to 1'),
         (['scheduler.t_decay=5000tok'], 't_decay=5000tok cannot be counted back from max_duration=3000ba'),
