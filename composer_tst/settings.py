@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from composer.core import Time, TimeUnit
 
-from composer_tst.ops.fold import check_fold_settings
+from composer_tst.ops.fold import check_bag_size, check_fold_settings
 
 # What `token_superposition` is set by, as a YAML calls it.
 SETTINGS = ('bag_size', 'duration', 'phases', 'superpose', 'expand', 'weighting')
 _UNITS = (TimeUnit.DURATION, TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE, TimeUnit.EPOCH)
-INSIST = 'load it by load_path, not autoresume, with load_ignore_keys: [state/algorithms]'
 
 Weighting = str | Sequence[float]
 
@@ -134,26 +133,21 @@ def parse_phases(
             is at or past the end of training, or is not after the one before it.
     """
     if phases is None:
-        if bag_size is None and duration is None:
-            raise ValueError('Superposition needs bag_size and duration, or phases: give one or the other.')
-        if duration is None:
+        if bag_size is None or duration is None:
             raise ValueError(
-                f'bag_size is {bag_size!r} but there is no duration: say when it ends, as duration: 0.3dur.'
+                f'Superposition needs bag_size and duration, or phases, and bag_size is {bag_size!r} and duration is '
+                f'{duration!r}: give both, as bag_size: 6 and duration: 0.3dur.'
             )
-        if bag_size is None:
-            raise ValueError(f'duration is {duration!r} but there is no bag_size: say how many tokens, as bag_size: 6.')
-        return [Phase(_bag_size(bag_size), _moment(duration, 'duration'))]
+        return [Phase(check_bag_size(bag_size, 2), _moment(duration, 'duration'))]
     if bag_size is not None or duration is not None:
         raise ValueError('phases says what bag_size and duration would: give phases, or bag_size and duration.')
-    if isinstance(phases, (str, Mapping)) or not isinstance(phases, Sequence):
+    if isinstance(phases, (str, Mapping)) or not isinstance(phases, Sequence) or not phases:
         raise ValueError(f'phases is {phases!r}: give a list of {{bag_size, until}}, from coarse to fine.')
-    if len(phases) == 0:
-        raise ValueError('phases is empty: give at least one {bag_size, until}.')
     parsed = []
     for phase in phases:
         if not isinstance(phase, Mapping) or set(phase) != {'bag_size', 'until'}:
             raise ValueError(f'A phase is {phase!r}: give it bag_size and until, and nothing else.')
-        parsed.append(Phase(_bag_size(phase['bag_size']), _moment(phase['until'], 'until')))
+        parsed.append(Phase(check_bag_size(phase['bag_size'], 2), _moment(phase['until'], 'until')))
     for before, after in itertools.pairwise(parsed):
         if after.bag_size > before.bag_size:
             raise ValueError(
@@ -165,12 +159,6 @@ def parse_phases(
                 'give increasing times.'
             )
     return parsed
-
-
-def _bag_size(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-        raise ValueError(f'bag_size is {value!r}: give an integer of at least 2.')
-    return value
 
 
 def _moment(value: Any, name: str) -> Time:
@@ -264,5 +252,6 @@ def _refuse_if_changed(name: str, saved: Any, current: Any) -> None:
     if current != saved:
         raise ValueError(
             f'{name} is {current} but the checkpoint was trained with {saved}: set it back or, to go on with '
-            f'{current} from here all the same, {INSIST}.'
+            f'{current} from here all the same, load it by load_path, not autoresume, with load_ignore_keys: '
+            '[state/algorithms].'
         )

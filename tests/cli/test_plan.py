@@ -524,7 +524,7 @@ def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path
         (['model.n_layers=two'], 'model: mpt_causal_lm refuses these settings'),
         (['max_seq_len=${nothing}'], 'nothing'),
         (['--bag-size', '1', '--duration', '0.3dur'], 'bag_size is 1: give an integer of at least 2'),
-        (['--bag-size', '4'], 'bag_size is 4 but there is no duration'),
+        (['--bag-size', '4'], 'bag_size is 4 and duration is None: give both'),
         (
             ['algorithms.token_superposition=4'],
             'algorithms.token_superposition is 4: give settings by name, as algorithms: {token_s',

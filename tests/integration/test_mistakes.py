@@ -22,9 +22,9 @@ NO_TIME = 'which is no Composer Time: write it as 0.3dur, 6000ba, 100000tok, 500
 
 SETTINGS: list[tuple[dict[str, Any], str]] = [
     # settings of token_superposition                              what it says
-    ({}, 'Superposition needs bag_size and duration, or phases'),
-    ({'bag_size': 4}, 'bag_size is 4 but there is no duration: say when it ends, as duration: 0.3dur.'),
-    ({'duration': '0.3dur'}, "duration is '0.3dur' but there is no bag_size: say how many tokens, as bag_size: 6."),
+    ({}, 'Superposition needs bag_size and duration, or phases, and bag_size is None and duration is None: give both'),
+    ({'bag_size': 4}, 'bag_size is 4 and duration is None: give both'),
+    ({'duration': '0.3dur'}, "bag_size is None and duration is '0.3dur': give both"),
     (
         BAG | {'bagsize': 4},
         'token_superposition.bagsize is no setting (did you mean bag_size?): use bag_size, duration',
@@ -67,7 +67,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     (BAG | {'weighting': [1, 2, 3, float('nan')]}, 'give finite numbers'),
     (BAG | {'weighting': [0, 1, 1, 1], 'superpose': 'input'}, 'input predicts the first token alone'),
     (BAG | {'phases': [{'bag_size': 4, 'until': '0.3dur'}]}, 'give phases, or bag_size and duration.'),
-    ({'phases': []}, 'phases is empty: give at least one {bag_size, until}.'),
+    ({'phases': []}, 'phases is []: give a list of {bag_size, until}, from coarse to fine.'),
     ({'phases': [8, 4, 2]}, 'A phase is 8: give it bag_size and until, and nothing else.'),
     ({'phases': [{'bag_size': 4}]}, "A phase is {'bag_size': 4}: give it bag_size and until"),
     ({'phases': [{'bag_size': 4, 'until': '1ba', 'expand': 'none'}]}, 'give it bag_size and until, and nothing else.'),
