@@ -1,4 +1,4 @@
-"""What a user sets: phases of bags, how bags are made and weighed, and what of it may differ on resume."""
+"""What a user sets: phases, how bags are made and weighed, and which settings may differ on resume."""
 
 import difflib
 import itertools
@@ -12,7 +12,7 @@ from composer.core import Time, TimeUnit
 
 from composer_tst.ops.fold import check_bag_size, check_fold_settings
 
-# What `token_superposition` is set by, as a YAML calls it.
+# The settings of `token_superposition` in a YAML.
 SETTINGS = ('bag_size', 'duration', 'phases', 'superpose', 'expand', 'weighting')
 _UNITS = (TimeUnit.DURATION, TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE, TimeUnit.EPOCH)
 
@@ -29,7 +29,7 @@ _RULES = {
 
 @dataclass(frozen=True)
 class Phase:
-    """One superposition phase: bags of ``bag_size`` tokens ``until`` a moment of training."""
+    """A superposition phase: bags of ``bag_size`` tokens ``until`` a moment of training."""
 
     bag_size: int
     until: Time
@@ -37,7 +37,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run, checked; they never change.
+    """The checked settings of a run. They never change.
 
     Attributes:
         phases: From coarse to fine.
@@ -56,11 +56,11 @@ class Settings:
         return 1 if self.expand == 'none' else bag_size
 
     def microbatch_scale(self, bag_size: int) -> int:
-        """How many times the rows of a plain microbatch have as many positions: rows may become shorter."""
+        """How many times more rows a microbatch may have: rows are shorter, except with ``sequence`` and ``output``."""
         return 1 if self.expand == 'sequence' or self.superpose == 'output' else bag_size
 
     def weights(self, bag_size: int) -> torch.Tensor:
-        """Weights of a bag's targets, ``(bag_size,)``, that sum to one."""
+        """Weights of a bag's targets, ``(bag_size,)``. They sum to one."""
         return target_weights(self.weighting, bag_size)
 
     def as_dict(self) -> dict[str, Any]:
@@ -84,12 +84,12 @@ def parse_settings(
     """Check the settings of a run.
 
     Raises:
-        ValueError: On one that cannot be followed, or two that do not go together.
+        ValueError: If a setting cannot be followed, or two settings exclude each other.
     """
     parsed = parse_phases(bag_size, duration, phases)
     check_fold_settings(expand, superpose)
     for phase in parsed:
-        # A rule is checked by its name, whatever the number of weights.
+        # A rule is checked by its name alone, so any number of weights will do.
         weights = target_weights(weighting, 1 if isinstance(weighting, str) else phase.bag_size)
         if superpose == 'input' and weights[0] == 0:
             raise ValueError(
@@ -101,18 +101,8 @@ def parse_settings(
     return Settings(tuple(parsed), superpose, expand, weighting)
 
 
-def refuse_unknown(name: str, unknown: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse settings that there are not, with the nearest of those that there are.
-
-    Args:
-        name: What they are settings of, as a YAML calls it.
-        unknown: Those that were given.
-        known: Those that there are.
-
-    Raises:
-        ValueError: If any was given.
-    """
-    known = list(known)
+def refuse_unknown(name: str, unknown: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse, with a ValueError, settings that ``name`` does not have, and suggest the nearest ``known`` one."""
     for setting in unknown:
         nearest = difflib.get_close_matches(setting, known, 1)
         meant = f' (did you mean {nearest[0]}?)' if nearest else ''
@@ -128,9 +118,9 @@ def parse_phases(
     """Read the settings ``bag_size`` and ``duration``, or ``phases``.
 
     Raises:
-        ValueError: If both or neither are given, a bag size is not an integer of at least 2 or grows from one
-            phase to the next, or a moment is not a Composer Time in dur, ba, tok, sp or ep, is not positive,
-            is at or past the end of training, or is not after the one before it.
+        ValueError: If both or neither are given; if a bag size is not an integer of at least 2, or grows from one
+            phase to the next; if a moment is not a positive Composer Time in dur, ba, tok, sp or ep, is a share of
+            1dur or more, or is not after the moment before it.
     """
     if phases is None:
         if bag_size is None or duration is None:
@@ -170,7 +160,7 @@ def _moment(value: Any, name: str) -> Time:
         ) from None
     if moment.unit not in _UNITS:
         raise ValueError(f'{name} is {value}: give it in dur, ba, tok, sp or ep.')
-    if not moment.value > 0:  # nor if it is no number
+    if not moment.value > 0:  # true of NaN too
         raise ValueError(f'{name} is {value}, so no step would be superposed: give a positive time.')
     if moment.unit == TimeUnit.DURATION and moment.value >= 1:
         raise ValueError(
@@ -181,7 +171,7 @@ def _moment(value: Any, name: str) -> Time:
 
 
 def target_weights(weighting: Weighting, bag_size: int) -> torch.Tensor:
-    """Weights of the targets in one bag, normalised to sum to one.
+    """Compute the weights of the targets in one bag. They sum to one.
 
     Args:
         weighting: ``uniform``, ``power_law`` (``1/k``), ``exponential`` (``exp(-k)``), ``first``, or a
@@ -211,20 +201,20 @@ def target_weights(weighting: Weighting, bag_size: int) -> torch.Tensor:
 
 
 def check_resumed_settings(saved: Mapping[str, Any], settings: Settings, begun: int, under_way: bool) -> str:
-    """Compare the settings in a checkpoint with those of the run that resumes from it.
+    """Compare the settings in a checkpoint with the settings of the run that resumes from it.
 
-    What has been trained cannot be changed: the bag sizes of the phases that have begun (recovery counts as one, of
-    bag size 1), the end of the one under way, and how bags are made and weighed once there were any. What concerns
-    phases to come, or the end of one that has ended, is harmless.
+    What has been trained cannot change: the bag sizes of phases that have begun, the end of the phase under way, and
+    once a phase has begun, how bags are made and weighed. Recovery counts as a phase of bag size 1. Settings of phases
+    to come may change, and so may the end of a phase that has ended.
 
     Args:
-        saved: The checkpoint's, as :meth:`Settings.as_dict` gives them.
-        settings: Those of the run.
+        saved: The settings in the checkpoint, as :meth:`Settings.as_dict` gives them.
+        settings: The settings of the run.
         begun: How many phases have taken a step, recovery included.
-        under_way: Whether the last of them may take more.
+        under_way: Whether the last phase that has begun may take more steps.
 
     Returns:
-        str: The settings that differ harmlessly, as a sentence; empty if there are none.
+        str: The harmless differences, as a sentence; empty if there are none.
 
     Raises:
         ValueError: If a setting differs that has already been trained with.
