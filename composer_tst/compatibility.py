@@ -435,11 +435,6 @@ def check_model(model: Any) -> None:
             raise ValueError(f'{name} is an encoder-decoder: superposition needs a causal (decoder-only) model.')
         if not model.shift_labels:
             raise ValueError(f'{name} is no causal language model: superposition needs one (shift_labels=True).')
-        if getattr(model.config, 'output_router_logits', False) and not hasattr(model.config, 'router_aux_loss_coef'):
-            raise ValueError(
-                f'{type(model.config).__name__} does not keep the weight of its router loss in router_aux_loss_coef, '
-                'where superposition looks for it: set output_router_logits: false, or use another mixture of experts.'
-            )
         if getattr(getattr(model.model, 'transformer', None), 'mb_args', None) is not None:
             raise ValueError(
                 'MPT keeps the load-balancing loss of megablocks experts outside its outputs, where superposition '

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from common.trainers import VOCAB_SIZE, Rows, llama, logged, make_trainer
+from common.trainers import VOCAB_SIZE, Rows, hugging_face, llama, logged, make_trainer
 from composer import Algorithm, Callback, Event
 from composer.models import ComposerModel
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import JetMoeConfig, JetMoeForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from composer_tst import TokenSuperposition
@@ -186,6 +187,14 @@ def test_what_a_loss_adds_is_said_to_be_left_out(caplog: pytest.LogCaptureFixtur
 
     model: Any = llama()
     model.model.loss_function = z_loss
+    make_trainer(model, rows(), TokenSuperposition(3, '2ba'), '4ba')[0].fit()
+    assert caplog.text.count('The loss of HuggingFaceModel is more than a cross-entropy') == 1
+
+
+def test_a_router_loss_whose_weight_is_not_known_is_said_to_be_left_out(caplog: pytest.LogCaptureFixture):
+    sizes: dict[str, Any] = {'vocab_size': VOCAB_SIZE, 'hidden_size': 16, 'num_hidden_layers': 1, 'kv_channels': 8}
+    sizes |= {'intermediate_size': 16, 'num_key_value_heads': 2, 'num_local_experts': 2, 'num_experts_per_tok': 1}
+    model = hugging_face(JetMoeForCausalLM(JetMoeConfig(**sizes, output_router_logits=True)))
     make_trainer(model, rows(), TokenSuperposition(3, '2ba'), '4ba')[0].fit()
     assert caplog.text.count('The loss of HuggingFaceModel is more than a cross-entropy') == 1
 
