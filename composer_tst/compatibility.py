@@ -259,9 +259,8 @@ def _refuse_shifted(ids: torch.Tensor, labels: torch.Tensor) -> None:
 
 def _compare_losses(model: Any, outputs: Mapping[str, Any], row: Mapping[str, Any], loss: torch.Tensor) -> None:
     """Hold the loss of a Hugging Face model against the cross-entropy of its logits and its router's loss."""
-    # Its labels are without the mask, as superposition's are with it.
-    targets = functional.pad(row['labels'][:, 1:].long(), (0, 1), value=IGNORE_INDEX)
-    expected = functional.cross_entropy(outputs['logits'].float().flatten(0, 1), targets.flatten())
+    # Such a model does not mask its labels.
+    expected = functional.cross_entropy(outputs['logits'].float().flatten(0, 1), _next(row['labels']).flatten())
     _say_what_is_left_out(model, outputs, loss, expected)
 
 
@@ -273,12 +272,9 @@ def _total(losses: Any) -> torch.Tensor:
     return total
 
 
-def _next_labels(row: Mapping[str, Any]) -> torch.Tensor:
-    """What each token is to predict, ``(B, L)``: the label that follows it, -100 where none does."""
-    labels = row.get('labels', row['input_ids']).long()
-    if 'attention_mask' in row:
-        labels = labels.masked_fill(row['attention_mask'] == 0, IGNORE_INDEX)
-    return functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+def _next(labels: torch.Tensor) -> torch.Tensor:
+    """What each token is to predict, ``(B, L)``: the label that follows it, or -100 at the end of a row."""
+    return functional.pad(labels[:, 1:].long(), (0, 1), value=IGNORE_INDEX)
 
 
 def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> torch.Tensor:
@@ -288,7 +284,8 @@ def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> torch.T
     name, logits = type(model).__name__, logits_of(model, outputs)
     if logits.shape[:2] != row['input_ids'].shape:
         return _NONE  # which the first superposed step refuses
-    given, expected = row.get('labels', row['input_ids']), _next_labels(row)
+    given = row.get('labels', row['input_ids'])
+    expected = _next(given.masked_fill(row['attention_mask'] == 0, IGNORE_INDEX) if 'attention_mask' in row else given)
     if int(expected.max()) >= logits.shape[-1]:
         raise ValueError(
             f'{name} returns {logits.shape[-1]} values at each position, and labels have token {int(expected.max())}: '
@@ -305,24 +302,14 @@ def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> torch.T
     told, wrong = int((trained & valid).sum()), int((trained & valid & ~right).sum())
     if not told:
         return _NONE
-    if wrong and bool((predicted == given)[trained].all()):
-        raise ValueError(
-            f'The loss of {name} predicts labels[t] at t, and superposition the label of the next token, '
-            'labels[t + 1]: give the label of token t at t, and have the loss shift them.'
-        )
-    if 2 * wrong > told:
+    not_shifted = bool((predicted == given)[trained].all())
+    if wrong and (not_shifted or 2 * wrong > told):
         raise ValueError(
             f'The loss of {name} predicts another token than labels[t + 1] at {wrong} of {told} positions t of the '
-            'first rows: have its forward return logits, and its loss predict the label of the next token, as '
-            'superposition does.'
+            'first rows: give the label of token t at t, have its forward return logits, and have its loss predict '
+            'the label of the next token.'
         )
     ignored = _trained_nowhere(model, outputs, row, expected[right][:1].cpu())
-    left_out = valid & ~right & ~torch.isin(expected, ignored.to(expected.device))
-    if bool(left_out.any()):
-        log.warning(
-            f'The loss of {name} leaves out {int(left_out.sum())} of {int(valid.sum())} targets in the first rows: '
-            'superposed steps train on all that labels have.'
-        )
     cross_entropy = functional.cross_entropy(logits.float()[trained], predicted[trained])
     _say_what_is_left_out(model, outputs, loss, cross_entropy)
     return ignored

@@ -97,7 +97,7 @@ class Ended(Shifted):
             lambda: DataLoader(Shifted(48, 12), batch_size=4),
             'labels are shifted already: at t they have',
         ),
-        ('not shifted', rows, r'The loss of Own predicts labels\[t\] at t, and superposition the label of the next'),
+        ('not shifted', rows, r'The loss of Own predicts another token than labels\[t \+ 1\] at 44 of 44 positions'),
         ('two ahead', rows, r'The loss of Own predicts another token than labels\[t \+ 1\] at'),
         ('head in loss', rows, 'Own returns 16 values at each position, and labels have token 2'),
         ('padding', lambda: rows(pad), 'The loss of Own ignores token 0, which labels have 72 times in this batch'),
@@ -161,13 +161,12 @@ def end(ids: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize('size', [1, 4])
-def test_a_place_that_a_loss_leaves_out_is_no_token(size: int, caplog: pytest.LogCaptureFixture):
+def test_a_place_that_a_loss_leaves_out_is_no_token(size: int):
     trainer, logger = make_trainer(
         Own('but the last'), rows(end), TokenSuperposition(3, '2ba'), '4ba', device_train_microbatch_size=size
     )
     trainer.fit()
     assert len(logged(logger, 'loss/train/total')) == 4
-    assert f'The loss of Own leaves out {size} of {11 * size} targets in the first rows' in caplog.text
 
 
 @pytest.mark.parametrize('how', ['', 'alone', 'hidden', 'in place', 'shifts in place'])
