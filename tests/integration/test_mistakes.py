@@ -182,7 +182,7 @@ RUNS: list[tuple[str, dict[str, Any], str]] = [
     ('embeddings', {'train': rows_of(lambda row: row | {'inputs_embeds': torch.ones(12, 16)})}, 'give input_ids'),
     ('a short mask', {'train': rows_of(lambda row: row | {'attention_mask': torch.ones(6)})}, 'attention_mask has'),
     ('short rows', {'train': random_loader(length=6), 'expand': 'none'}, 'bag_size is 4 but a row has 6 tokens'),
-    ('an encoder-decoder', {'model': t5}, 'encoder-decoder: superposition needs a causal (decoder-only) model.'),
+    ('an encoder-decoder', {'model': t5}, 'is an encoder-decoder: use a causal (decoder-only) model.'),
     ('another method', {'beside': algorithms.LabelSmoothing()}, 'LabelSmoothing cannot be combined with Token'),
     ('a stopper', {'callbacks': [EarlyStopper('LanguageCrossEntropy', 'train')]}, 'set its dataloader_label to eval.'),
 ]  # fmt: skip

@@ -35,8 +35,11 @@ def test_the_embedding_of_ones_own_model_is_its_only_one():
 @pytest.mark.parametrize(
     ('make', 'message'),
     [
-        (lambda: nn.Linear(2, 2), 'Linear is no ComposerModel'),
-        (lambda: hugging_face(BertForMaskedLM(BertConfig(intermediate_size=16, **TINY))), 'no causal language model'),
+        (lambda: nn.Linear(2, 2), 'Linear is not a ComposerModel'),
+        (
+            lambda: hugging_face(BertForMaskedLM(BertConfig(intermediate_size=16, **TINY))),
+            'is not a causal language model: use a decoder-only model',
+        ),
         (
             lambda: hugging_face(
                 T5ForConditionalGeneration(
