@@ -230,7 +230,7 @@ def test_shards_are_counted_against_the_data_there_is(tmp_path: Path):
 
 
 MODEL = Model(267_000_000, 267_000_000, 193_000_000, 30 * 576)
-BATCH = Run(1024, 2048, Time.from_batch(20000), (), 'both', 'sequence', 'uniform')
+BATCH = Run((), 'both', 'sequence', 'uniform', 1024, 2048, Time.from_batch(20000))
 
 
 def test_expected_loss_is_read_off_the_published_grid_of_the_nearest_scale():
