@@ -70,6 +70,10 @@ def pad(ids: torch.Tensor, first: int = 0) -> None:
     ids[first:, 6:] = 0
 
 
+def repeat(ids: torch.Tensor) -> None:
+    ids[:, 4:] = 5
+
+
 class Shifted(Rows):
     """Rows whose labels are shifted; with ``ends``, the last is a token that ids do not have, and padding follows."""
 
@@ -98,6 +102,11 @@ class Ended(Shifted):
             'labels are shifted already: at t they have',
         ),
         ('not shifted', rows, r'The loss of Own predicts another token than labels\[t \+ 1\] at 44 of 44 positions'),
+        (
+            'not shifted',
+            lambda: rows(repeat),
+            r'The loss of Own predicts another token than labels\[t \+ 1\] at 16 of 44 positions',
+        ),
         ('two ahead', rows, r'The loss of Own predicts another token than labels\[t \+ 1\] at'),
         ('head in loss', rows, 'Own returns 16 values at each position, and labels have token 2'),
         ('padding', lambda: rows(pad), 'The loss of Own ignores token 0, which labels have 72 times in this batch'),
