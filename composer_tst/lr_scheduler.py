@@ -64,6 +64,8 @@ class WarmupStableDecayScheduler(ComposerScheduler):
         refuse_unknown('scheduler', unknown, ('t_warmup', 't_decay', 'alpha_f', 'scale_warmup'))
         if isinstance(alpha_f, bool) or not isinstance(alpha_f, (int, float)) or not 0 <= alpha_f <= 1:
             raise ValueError(f'alpha_f={alpha_f!r} must be a number from 0 to 1: it is a share of the learning rate.')
+        if not isinstance(scale_warmup, bool):
+            raise ValueError(f'scale_warmup={scale_warmup!r} must be true or false.')
         self.t_warmup = _parse('t_warmup', t_warmup)
         self.t_decay = _parse('t_decay', t_decay)
         self.alpha_f = alpha_f
@@ -109,6 +111,8 @@ def _parse(name: str, value: str | Time) -> Time:
         time = Time.from_input(value)
     except (ValueError, RuntimeError, TypeError, OverflowError):
         raise ValueError(f"{name}={value!r} is not a Composer time; write a number and a unit, as '2000ba'.") from None
-    if time.unit == TimeUnit.SECOND or not time.value >= 0:
-        raise ValueError(f'{name}={value} is negative or on the wall clock; give a length in dur, ba, tok, sp or ep.')
+    if time.unit == TimeUnit.SECOND:
+        raise ValueError(f'{name}={value} is on the wall clock; give it in dur, ba, tok, sp or ep.')
+    if not time.value >= 0:
+        raise ValueError(f'{name}={value} is negative; give a length of time.')
     return time

@@ -125,8 +125,8 @@ def parse_phases(
     if phases is None:
         if bag_size is None or duration is None:
             raise ValueError(
-                f'Superposition needs bag_size and duration, or phases, and bag_size is {bag_size!r} and duration is '
-                f'{duration!r}: give both, as bag_size: 6 and duration: 0.3dur.'
+                f'bag_size is {bag_size!r} and duration is {duration!r}: give both, as bag_size: 6 and duration: '
+                '0.3dur, or give phases.'
             )
         return [Phase(check_bag_size(bag_size, 2), _moment(duration, 'duration'))]
     if bag_size is not None or duration is not None:

@@ -567,8 +567,8 @@ def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path
         ),
         (['max_duration=0ba'], 'max_duration is 0ba: give a positive time'),
         (['max_duration=-5ba'], 'max_duration is -5ba: give a positive time'),
-        (['algorithms.token_superposition={}'], 'needs bag_size and duration'),
-        (['algorithms.token_superposition=null'], 'needs bag_size and duration'),
+        (['algorithms.token_superposition={}'], 'bag_size is None and duration is None: give both'),
+        (['algorithms.token_superposition=null'], 'bag_size is None and duration is None: give both'),
         (
             ['algorithms.token_superposition.expand=batch', '--bag-size', '33', '--duration', '0.3dur'],
             'max_seq_len is 64, and a row by itself needs 66 tokens for bags of 33',

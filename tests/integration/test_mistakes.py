@@ -22,7 +22,7 @@ NO_TIME = 'which is no Composer Time: write it as 0.3dur, 6000ba, 100000tok, 500
 
 SETTINGS: list[tuple[dict[str, Any], str]] = [
     # settings of token_superposition                              what it says
-    ({}, 'Superposition needs bag_size and duration, or phases, and bag_size is None and duration is None: give both'),
+    ({}, 'bag_size is None and duration is None: give both'),
     ({'bag_size': 4}, 'bag_size is 4 and duration is None: give both'),
     ({'duration': '0.3dur'}, "bag_size is None and duration is '0.3dur': give both"),
     (
@@ -96,10 +96,10 @@ SCHEDULER: list[tuple[dict[str, Any], str]] = [
     ({'t_warmup': None}, "t_warmup=None is not a Composer time; write a number and a unit, as '2000ba'."),
     ({'t_warmup': 2}, 't_warmup=2 is not a Composer time'),
     ({'t_warmup': '2 steps'}, "t_warmup='2 steps' is not a Composer time"),
-    ({'t_warmup': '-1ba'}, 't_warmup=-1ba is negative or on the wall clock; give a length in dur, ba, tok, sp or ep.'),
-    ({'t_warmup': '10s'}, 't_warmup=10s is negative or on the wall clock'),
-    ({'t_decay': '-0.1dur'}, 't_decay=-0.1dur is negative or'),
-    ({'t_decay': '10s'}, 't_decay=10s is negative or on the wall clock'),
+    ({'t_warmup': '-1ba'}, 't_warmup=-1ba is negative; give a length of time.'),
+    ({'t_warmup': '10s'}, 't_warmup=10s is on the wall clock; give it in dur, ba, tok, sp or ep.'),
+    ({'t_decay': '-0.1dur'}, 't_decay=-0.1dur is negative'),
+    ({'t_decay': '10s'}, 't_decay=10s is on the wall clock'),
     ({'t_decay': '2000tok'}, 't_decay=2000tok cannot be counted back from max_duration=8ba; give it in ba'),
     ({'t_decay': '9ba'}, 't_warmup=2ba and t_decay=9ba do not fit in max_duration=8ba; shorten one of them'),
     ({'t_decay': '1.5dur'}, 't_decay=1.5dur do not fit in max_duration=8ba'),
@@ -108,6 +108,7 @@ SCHEDULER: list[tuple[dict[str, Any], str]] = [
     ({'twarmup': '2ba'}, 'scheduler.twarmup is no setting (did you mean t_warmup?): use t_warmup, t_decay, alpha_f'),
     ({'alpha_f': '0.0'}, "alpha_f='0.0' must be a number from 0 to 1: it is a share of the learning rate."),
     ({'t_warmup': 'infba'}, "t_warmup='infba' is not a Composer time"),
+    ({'scale_warmup': 'yes'}, "scale_warmup='yes' must be true or false."),
     ({'alpha_f': None}, 'alpha_f=None must be a number from 0 to 1'),
     ({'alpha_f': 1.1}, 'alpha_f=1.1 must be a number from 0 to 1'),
     ({'alpha_f': -0.1}, 'alpha_f=-0.1 must be a number from 0 to 1'),
