@@ -61,19 +61,22 @@ class TokenSuperposition(Algorithm):
     Timestamps count data samples and tokens. Evaluation is plain next-token evaluation throughout. Train metrics
     are absent while superposed: the multi-hot cross-entropy is logged as ``loss/train/total``.
 
-    Logs every step ``superposition/bag_size`` (1 in recovery), and, cumulative over all ranks,
-    ``superposition/data_tokens`` (read, without the tails of rows that ``expand`` ``batch`` and ``none`` drop and
-    without what another algorithm cuts off; padding counts as it does in Composer's ``time/token``, and if it does not
-    count, the tails of rank 0 stand for those of every rank) and
-    ``superposition/s_tokens`` (model positions, padding included). A mixture of
-    experts also logs ``superposition/router_loss`` while superposed, the mean over this rank's microbatches. At the end
-    of each epoch it logs ``superposition/samples_left_out``, cumulative too: the tails that did not fill a step.
+    Logs at every step, over all ranks:
 
-    A resumed run goes on as if it had not stopped. Settings that concern only phases to come may differ from the
-    checkpoint's, and a share of the duration (``0.3dur``) is one of the duration as it now is; but a phase that has
-    ended never begins again, unless the clock does (``reset_time``).
+    - ``superposition/bag_size``: 1 in recovery.
+    - ``superposition/data_tokens``: tokens read so far. The ends of rows that ``expand`` ``batch`` and ``none`` drop
+      are not among them, nor what another algorithm cuts off. Padding counts if Composer's ``time/token`` counts it.
+      If not, the ends that rank 0 has dropped stand for those of every rank.
+    - ``superposition/s_tokens``: model positions so far, padding included.
+    - ``superposition/router_loss``: of a mixture of experts while superposed, the mean over this rank's microbatches.
 
-    All that belongs to a run is of the Trainer: in a second one, and when it is copied, the algorithm starts clean.
+    Logs at the end of each epoch ``superposition/samples_left_out``: samples so far that did not fill a step.
+
+    A resumed run goes on as if it had not stopped. Phases that have not begun may have other settings than in the
+    checkpoint. ``0.3dur`` is a share of ``max_duration`` as it now is. A phase that has ended does not begin again,
+    except with ``reset_time``.
+
+    Progress belongs to one Trainer. A second Trainer, and a copy of the algorithm, begin with none.
 
     ``device_train_microbatch_size`` keeps its meaning: where rows become shorter (``expand`` ``batch`` or ``none``), a
     microbatch has ``bag_size`` times as many of them.
@@ -147,13 +150,13 @@ class TokenSuperposition(Algorithm):
         return self._at(event) is not None
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Do it."""
+        """Call the handler of this event."""
         do = self._at(event)
         assert do is not None
         do(state, logger)
 
     def _at(self, event: Event) -> Callable[[State, Logger], None] | None:
-        """The method named as the event: of the fit, of a superposed microbatch, or of the algorithm."""
+        """The handler of an event: the method of its name, of the fit, its microbatches or the algorithm."""
         fit = self._run.fit
         for part in (fit, fit and fit.microbatches, self):
             if method := getattr(part, event.value, None):
@@ -161,7 +164,7 @@ class TokenSuperposition(Algorithm):
         return None
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        """Refuse, with a ValueError, to be a callback: Composer calls this of callbacks alone."""
+        """Refuse, with a ValueError, to be a callback: Composer calls this method on callbacks alone."""
         raise ValueError('token_superposition is in callbacks: it is an algorithm, give it in algorithms.')
 
     def init(self, state: State, logger: Logger) -> None:
@@ -174,7 +177,7 @@ class TokenSuperposition(Algorithm):
         restore_model(state.model)
         check_model(unwrapped(state.model))
         ours = self if self._run.state is None else copy.copy(self)
-        # Composer runs the events named AFTER_ from last to first: we fold last, after SeqLengthWarmup and Alibi.
+        # Composer runs events named AFTER_ from last to first: we lay rows out after SeqLengthWarmup and Alibi.
         state.algorithms.remove(self)
         state.algorithms.insert(0, ours)
         ours._run.state = weakref.ref(state)
@@ -191,6 +194,7 @@ class TokenSuperposition(Algorithm):
         changes = check_resumed_settings(saved, self.settings, begun, under_way=begun > len(run.progress.ended))
         if changes:
             log.info('Superposition resumes with other settings, where they change nothing of the past: %s.', changes)
+            # FIT_START places the phases again.
             run.progress.max_duration, run.progress.ends = None, run.progress.ends[: len(self.settings.phases)]
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -205,7 +209,7 @@ class TokenSuperposition(Algorithm):
         state.callbacks.sort(key=lambda callback: isinstance(callback, _Last))
         if int(state.timestamp.batch) == 0:  # the clock begins, or begins again
             self._run.progress = Progress()
-            if self._run.has_drawn:  # for as long as this fit says
+            if self._run.has_drawn:  # each fit then has its own length
                 self._run.max_duration = None
         self._run.fit = Fit(self.settings, self._run, state)
         self._run.fit.start()
@@ -221,7 +225,8 @@ class _TrainingRun:
 
     Attributes:
         state: The Trainer's, None as long as there is none.
-        max_duration: That of the Trainer, None if each fit has its own, or superposition was added later.
+        max_duration: The Trainer's at AFTER_LOAD. None if each fit has its own: after ``reset_time``, or if
+            superposition was added to a Trainer that was made before.
         progress: How far training has come.
         saved_settings: Those of a checkpoint that is being loaded.
         has_drawn: Whether this Trainer has drawn data.
@@ -243,18 +248,18 @@ class _TrainingRun:
 
 
 class _Last(Callback):
-    """Goes after all other callbacks, and is closed after a fit that has failed. Algorithms are neither."""
+    """What the algorithm does as a callback: Composer runs this one after all others, and closes it if a fit fails."""
 
     def __init__(self, algorithm: TokenSuperposition):
         self._algorithm = algorithm
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Draw the rest of an epoch that is under way: it has no other start."""
+        """Prepare the loader for the rest of an epoch. Composer sends no EPOCH_START in the middle of one."""
         if int(state.timestamp.batch_in_epoch) > 0:
             self.epoch_start(state, logger)
 
     def epoch_start(self, state: State, logger: Logger) -> None:
-        """Draw from the loader that there is now, after all who may set, wrap or look at it."""
+        """Prepare the loader, once all callbacks have set, wrapped or read it."""
         fit = self._algorithm._run.fit
         if fit is not None and self._algorithm in state.algorithms:
             fit.begin_epoch()
@@ -266,7 +271,7 @@ class _Last(Callback):
 
 
 class Fit:
-    """One fit of a Trainer, a method an event. All that it changes is put back by :meth:`close`.
+    """One fit of a Trainer. A method named as an event handles it. All that a fit changes, :meth:`close` puts back.
 
     Args:
         settings: What the user set.
@@ -287,8 +292,8 @@ class Fit:
         self._state = state
         # Of several fits, the length of training is that of the Trainer.
         self._max_duration = later(run.max_duration, state.max_duration)
-        self._whole = same(run.max_duration, state.max_duration)
-        self._more_comes = run.max_duration is not None and not self._whole
+        self._trains_to_end = same(run.max_duration, state.max_duration)
+        self._more_comes = run.max_duration is not None and not self._trains_to_end
         self._undo = ExitStack()
         self._at_next_batch = ExitStack()
         self._loader = TrainLoader(state, self.schedule, not run.has_drawn, self._undo)
@@ -297,7 +302,8 @@ class Fit:
         self._warned_of_tail = False
         self._ignored: Tensor | None = None  # tokens that the model's own loss leaves out, once it has been seen
         self._positions = self._dropped = 0
-        self._given = self._read = 0  # tokens of a step on this rank, padding too: of its rows, and of the model's
+        # Tokens of the step on this rank, padding included: in the batch as it came, and as it was laid out.
+        self._came = self._read = 0
 
     def start(self) -> None:
         """Begin, at FIT_START.
@@ -316,8 +322,8 @@ class Fit:
     def _place_phases(self) -> None:
         """Fix when the phases to come end, and begin with the one whose time it is.
 
-        The moments that a checkpoint has stand, as long as the length of training does: a resumed run is the run that
-        did not stop, also where it reads other amounts than were planned.
+        The ends in a checkpoint are kept if the length of training is the same. So a resumed run changes phase at the
+        same step as one that did not stop.
         """
         schedule, now = self.schedule, self._state.timestamp
         data = self._data()
@@ -327,7 +333,7 @@ class Fit:
             report_moved_ends(schedule, before)
         # The first batch shows how many samples one has: what depends on that is checked then.
         self._plan = schedule.plan(self._max_duration, replace(data, samples=None), now)
-        schedule.check(now, self._plan, self._whole, self._more_comes)
+        schedule.check(now, self._plan, self._trains_to_end, self._more_comes)
         bag_size = schedule.bag_size
         if schedule.advance(now):
             report_change(bag_size, schedule.bag_size, now, self._progress.dropped)
@@ -335,7 +341,6 @@ class Fit:
     def _data(self, first: Any = None) -> Data:
         """What the train loader gives, as far as is known, perhaps by its first batch."""
         check_loader(self._state.dataloader)
-        self._loader.check_length()
         data = self._loader.data(first)
         check_epochs_end(self.schedule.phases_to_come, self._max_duration, data)
         return data
@@ -344,8 +349,10 @@ class Fit:
         """Change the model, the train metrics and the microbatch size, until recovery."""
         self._undo.callback(self._leave_model)
         self.microbatches = Microbatches(self._state, self.schedule.settings)
-        # Composer computes them at the end of an epoch, also one that superposition ends with.
-        self._undo.callback(self._at_next_batch.callback, put_train_metrics_aside(self._state))
+        # They come back at the first batch of recovery. If they came back at once and the epoch ended with this step,
+        # Composer would compute them of nothing.
+        give_back = put_train_metrics_aside(self._state)
+        self._undo.callback(self._at_next_batch.callback, give_back)
         self._undo.callback(self._microbatch_size.scale, 1)
         self._enter_phase(self.microbatches)
 
@@ -360,23 +367,23 @@ class Fit:
         self._microbatch_size.scale(settings.microbatch_scale(bag_size))
 
     def begin_epoch(self) -> None:
-        """Draw an epoch, or the rest of one, from the loader there is now."""
+        """Prepare the loader for an epoch, or for the rest of one."""
         if self.schedule.draws > 1:
             check_loader(self._state.dataloader)
         self._loader.begin_epoch()
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        """Make the batch of a superposed step the rows that the model will see; leave one in recovery alone."""
+        """Lay out the batch of a superposed step. One in recovery is left as it is."""
         self._run.has_drawn = True
-        self._loader.take()
+        self._loader.confirm_step()
         self._at_next_batch.close()
         if self.microbatches is not None:
             self._lay_out(state, self.microbatches)
         else:
-            self.close()  # in a run that is resumed in recovery, the loader comes back
+            self.close()  # a run that resumes in recovery has a stand-in for its loader until here
             ids = ids_of(state.batch)
             self._positions, self._dropped = 0 if ids is None else ids.numel(), 0
-            self._given = self._read = self._positions
+            self._came = self._read = self._positions
 
     def _lay_out(self, state: State, microbatches: Microbatches) -> None:
         if self._ignored is None:
@@ -396,7 +403,7 @@ class Fit:
         mask = layout.batch.get('attention_mask')
         microbatches.begin_batch(full=mask is not None and is_full(mask))
         state.batch, self._positions, self._dropped = layout
-        self._given, self._read = given['input_ids'].numel(), layout.batch['input_ids'].numel()
+        self._came, self._read = given['input_ids'].numel(), layout.batch['input_ids'].numel()
 
     def _announce(self, state: State) -> None:
         """Say what the run is going to do, now that its first batch shows what a batch holds."""
@@ -404,12 +411,12 @@ class Fit:
         data, progress = self._data(state.batch), self._progress
         self._plan = self.schedule.plan(self._max_duration, data, now)
         if data.tokens and int(now.batch) == progress.began:
-            # Whatever the steps before superposition read, they had the positions of plain ones.
+            # A step before superposition had at most the positions of a plain one.
             progress.s_tokens = min(progress.s_tokens, int(now.batch) * data.tokens)
         report_shares(self.schedule, self._plan)
         report_plan(self.schedule, self._plan, now)
-        if before is None:
-            self.schedule.check(now, self._plan, self._whole, self._more_comes)
+        if before is None:  # at FIT_START there was no plan to check
+            self.schedule.check(now, self._plan, self._trains_to_end, self._more_comes)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Count and log a step, and end a phase whose time has come."""
@@ -437,7 +444,7 @@ class Fit:
         before, ranks = self._state.previous_timestamp, dist.get_world_size()
         assert before is not None
         counted = int(self._state.timestamp.token) - int(before.token)
-        if not self._given or counted < self._given * ranks:  # padding does not count
+        if not self._came or counted < self._came * ranks:  # padding is not counted: the dropped ends are all we know
             return self._dropped * ranks
         return counted - self._read * ranks
 
@@ -460,7 +467,7 @@ class Fit:
             self._undo.close()
         else:
             self._enter_phase(self.microbatches)
-        # KillLossSpike notes the last loss after our BATCH_END: callbacks come after algorithms.
+        # KillLossSpike keeps the loss of this step, after our BATCH_END. It must not compare it with a next-token loss.
         self._at_next_batch.callback(forget_losses, self._state.callbacks)
         report_change(before, self.schedule.bag_size, self._state.timestamp, self._progress.dropped)
 

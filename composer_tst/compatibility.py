@@ -1,4 +1,7 @@
-"""What a run cannot have: models, algorithms, callbacks, loaders and data that superposition must refuse."""
+"""Refuse models, algorithms, callbacks, loaders and data that cannot be superposed.
+
+The first functions read a Composer model: its forward's arguments, its logits, its loss.
+"""
 
 import copy
 import logging
@@ -19,24 +22,21 @@ from composer_tst.ops.superposed import find_embedding, tables_of
 from composer_tst.ops.watch import leaving_no_trace
 
 log = logging.getLogger(__name__)
+_NONE = torch.empty(0, dtype=torch.int64)  # no tokens
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The ComposerModel in a Trainer's model."""
+    """The ComposerModel in the model of a Trainer."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def takes(model: Any) -> Collection[str] | None:
-    """The values of a batch that a model's forward is given; None if it is given the whole batch."""
+    """The keys of a batch that a model's forward takes, None if it takes the whole batch."""
     return model.model_forward_args if isinstance(model, HuggingFaceModel) else None
 
 
 def logits_of(model: Any, outputs: Any) -> torch.Tensor:
-    """The logits ``(B, P, V)`` in what a model's forward returns.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """The logits ``(B, P, V)`` in what a model's forward returns; a ValueError if it returns none."""
     if isinstance(outputs, Mapping):
         logits, names = outputs.get('logits'), ', '.join(outputs)
     else:
@@ -50,7 +50,7 @@ def logits_of(model: Any, outputs: Any) -> torch.Tensor:
 
 
 def is_known(loss: Any) -> bool:
-    """Whether a loss is the next-token cross-entropy of Composer's, llm-foundry's or transformers' own models."""
+    """Whether a loss belongs to Composer, llm-foundry or transformers: the cross-entropy of the next token."""
     return getattr(loss, '__module__', '').partition('.')[0] in ('composer', 'llmfoundry', 'transformers')
 
 
@@ -71,11 +71,7 @@ _REFUSED = {
 
 
 def check_algorithms(stack: Iterable[Algorithm], ours: type[Algorithm]) -> None:
-    """Refuse algorithms that would make a superposed run fail or train on nonsense.
-
-    Raises:
-        ValueError: If one of them cannot be combined with superposition, or there are two of ``ours``.
-    """
+    """Refuse, with a ValueError, algorithms that cannot be superposed, and a second of ``ours``."""
     stack = list(stack)
     if sum(isinstance(algorithm, ours) for algorithm in stack) > 1:
         raise ValueError(
@@ -92,11 +88,7 @@ def check_algorithms(stack: Iterable[Algorithm], ours: type[Algorithm]) -> None:
 
 
 def check_callbacks(callbacks: Iterable[Callback]) -> None:
-    """Refuse callbacks that need what a superposed step does not have.
-
-    Raises:
-        ValueError: If there is one.
-    """
+    """Refuse, with a ValueError, callbacks that need what a superposed step does not have."""
     for callback in callbacks:
         if _is_a(callback, 'llmfoundry.callbacks.loss_perp_v_len_callback', 'LossPerpVsContextLengthLogger'):
             raise ValueError(
@@ -112,11 +104,7 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
 
 
 def check_loader(loader: Any) -> None:
-    """Refuse llm-foundry's finetuning loader, which trains on the responses to prompts alone.
-
-    Raises:
-        ValueError: If it is one.
-    """
+    """Refuse, with a ValueError, llm-foundry's finetuning loader, which trains on the responses to prompts alone."""
     collator = getattr(loader, 'collate_fn', None)
     while collator is not None:
         if _is_a(collator, 'llmfoundry.data.finetuning.collator', 'Seq2SeqFinetuningCollator'):
@@ -128,18 +116,18 @@ def check_loader(loader: Any) -> None:
 
 
 def check_batch(batch: Mapping[str, Any], given: Mapping[str, Any], bag_size: int, superpose: str, model: Any) -> None:
-    """Refuse data that would be trained on otherwise than meant.
+    """Refuse a batch on which a superposed step would train wrongly.
 
     Args:
-        batch: Rows as :func:`~composer_tst.ops.fold.lay_out` makes them.
-        given: The batch that they are made of.
+        batch: The rows that :func:`~composer_tst.ops.fold.lay_out` has made.
+        given: The batch from which it has made them.
         bag_size: Tokens in a bag.
         superpose: ``both``, ``input`` or ``output``.
         model: The ComposerModel.
 
     Raises:
-        ValueError: If the model needs labels and there are none; a label is below 0 but not -100; or MPT's flash
-            attention would leave positions out.
+        ValueError: If the model needs labels and there are none; if a label is negative but not -100; or if MPT's
+            flash attention would leave positions out.
     """
     if 'labels' not in given and isinstance(model, HuggingFaceModel):
         raise ValueError(f'The batch has no labels (it has {", ".join(given)}): have the collator add them.')
@@ -166,7 +154,7 @@ def check_batch(batch: Mapping[str, Any], given: Mapping[str, Any], bag_size: in
 
 
 def check_ignored(labels: torch.Tensor, ignored: torch.Tensor, model: Any) -> None:
-    """Refuse, with a ValueError, labels of a token that the model's own loss trains on nowhere."""
+    """Refuse, with a ValueError, labels that have a token that the model's own loss ignores."""
     found = labels[torch.isin(labels, ignored.to(labels.device))] if len(ignored) else ignored
     if len(found):
         raise ValueError(
@@ -176,22 +164,23 @@ def check_ignored(labels: torch.Tensor, ignored: torch.Tensor, model: Any) -> No
         )
 
 
-def check_first_batch(state: State, scale: int = 1) -> torch.Tensor:
-    """Hold what the model's own loss makes of a batch against what superposition will make of it, on its first rows.
+def check_first_batch(state: State, scale: int) -> torch.Tensor:
+    """Compare, on the first rows of a batch, the model's own loss with the loss of superposition.
 
-    A Hugging Face model computes its loss in its forward. Of a loss of one's own, the gradient tells at each position
-    which token it is trained to predict.
+    A model with a loss of its own and a Hugging Face model are called with these rows, as in a plain run. A Hugging
+    Face model computes its loss in its forward. Of another loss, the gradient tells which token it predicts at each
+    position.
 
     Args:
-        state: The Trainer's.
-        scale: How many times the rows of a plain microbatch the microbatch size has now.
+        state: The state of the Trainer. Its batch is not laid out yet.
+        scale: The microbatch size is this many times the size in plain training.
 
     Returns:
-        torch.Tensor: The tokens that the model's own loss trains on nowhere, such as padding.
+        torch.Tensor: The tokens that the model's own loss ignores, such as padding.
 
     Raises:
-        ValueError: If ids are beyond the embedding, labels are shifted already, or the model's own loss predicts other
-            tokens than labels say.
+        ValueError: If ids are beyond the embedding, labels are shifted already, or the model's own loss predicts
+            another token than the next.
     """
     batch, model = state.batch, unwrapped(state.model)
     _refuse_large(batch['input_ids'], model)
@@ -218,16 +207,13 @@ def check_first_batch(state: State, scale: int = 1) -> torch.Tensor:
     return _NONE
 
 
-_NONE = torch.empty(0, dtype=torch.int64)
-
-
 def _copy(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch whose tensors may be written to."""
+    """A copy of a batch whose tensors a loss may write to."""
     return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in row.items()}
 
 
 def _loss_function(model: Any) -> Any:
-    """What a Hugging Face model computes its loss with in its forward, as far as is known."""
+    """The function with which the forward of a Hugging Face model computes its loss, None if it has none."""
     return getattr(model.model, 'loss_function', None) if isinstance(model, HuggingFaceModel) else None
 
 
@@ -247,7 +233,7 @@ def _refuse_large(ids: torch.Tensor, model: Any) -> None:
 
 def _refuse_shifted(ids: torch.Tensor, labels: torch.Tensor) -> None:
     valid = labels != IGNORE_INDEX
-    within = valid[:, :-1] & valid[:, 1:]  # the last label before padding may be a token that ids do not have
+    within = valid[:, :-1] & valid[:, 1:]  # without the last label before padding: ids may not have its token
     ahead = (labels == ids.roll(-1, 1))[:, :-1][within]
     if len(ahead) and bool((labels != ids)[valid].any()) and bool(ahead.all()):
         raise ValueError(
@@ -257,37 +243,34 @@ def _refuse_shifted(ids: torch.Tensor, labels: torch.Tensor) -> None:
 
 
 def _compare_losses(model: Any, outputs: Mapping[str, Any], row: Mapping[str, Any], loss: torch.Tensor) -> None:
-    """Hold the loss of a Hugging Face model against the cross-entropy of its logits and its router's loss."""
-    # Its labels are without the mask, as superposition's are with it.
-    targets = functional.pad(row['labels'][:, 1:].long(), (0, 1), value=IGNORE_INDEX)
-    expected = functional.cross_entropy(outputs['logits'].float().flatten(0, 1), targets.flatten())
+    """Compare the loss of a Hugging Face model with the cross-entropy of its logits plus its router's loss."""
+    # Such a model does not mask its labels.
+    expected = functional.cross_entropy(outputs['logits'].float().flatten(0, 1), _next(row['labels']).flatten())
     _say_what_is_left_out(model, outputs, loss, expected)
 
 
 def _total(losses: Any) -> torch.Tensor:
-    """The loss that Composer trains on, of what a model's loss returns."""
+    """The loss that Composer trains on, from what a model's loss returns."""
     if isinstance(losses, Mapping):
         losses = [losses['total']] if 'total' in losses else list(losses.values())
     total: Any = sum(each.mean() for each in (losses if isinstance(losses, (tuple, list)) else [losses]))
     return total
 
 
-def _next_labels(row: Mapping[str, Any]) -> torch.Tensor:
-    """What each token is to predict, ``(B, L)``: the label that follows it, -100 where none does."""
-    labels = row.get('labels', row['input_ids']).long()
-    if 'attention_mask' in row:
-        labels = labels.masked_fill(row['attention_mask'] == 0, IGNORE_INDEX)
-    return functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+def _next(labels: torch.Tensor) -> torch.Tensor:
+    """What each token is to predict, ``(B, L)``: the label that follows it, or -100 at the end of a row."""
+    return functional.pad(labels[:, 1:].long(), (0, 1), value=IGNORE_INDEX)
 
 
 def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> torch.Tensor:
-    """Hold a loss of one's own against labels; return the tokens that it trains on nowhere."""
+    """Compare a loss of one's own with the labels, and return the tokens that it ignores."""
     if isinstance(model, HuggingFaceModel) and isinstance(outputs, Mapping) and outputs.get('logits') is None:
-        return _NONE  # it may give them where it is given no labels
+        return _NONE  # it may return logits only if it is given no labels
     name, logits = type(model).__name__, logits_of(model, outputs)
     if logits.shape[:2] != row['input_ids'].shape:
-        return _NONE  # which the first superposed step refuses
-    given, expected = row.get('labels', row['input_ids']), _next_labels(row)
+        return _NONE  # the first superposed step refuses it
+    given = row.get('labels', row['input_ids'])
+    expected = _next(given.masked_fill(row['attention_mask'] == 0, IGNORE_INDEX) if 'attention_mask' in row else given)
     if int(expected.max()) >= logits.shape[-1]:
         raise ValueError(
             f'{name} returns {logits.shape[-1]} values at each position, and labels have token {int(expected.max())}: '
@@ -298,37 +281,28 @@ def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> torch.T
         if isinstance(model, HuggingFaceModel) and isinstance(outputs, Mapping):
             _compare_losses(model, outputs, row, loss)
         return _NONE
-    valid, trained = expected != IGNORE_INDEX, gradient.ne(0).any(-1)
-    predicted = gradient.argmin(-1)  # that of a cross-entropy is below 0 at the target alone
+    trained = gradient.ne(0).any(-1)
+    predicted = gradient.argmin(-1)  # the gradient of a cross-entropy is negative only at the target
     right = trained & (predicted == expected)
-    told, wrong = int((trained & valid).sum()), int((trained & valid & ~right).sum())
+    told = int((trained & (expected != IGNORE_INDEX)).sum())
+    wrong = told - int(right.sum())
     if not told:
         return _NONE
-    if wrong and bool((predicted == given)[trained].all()):
-        raise ValueError(
-            f'The loss of {name} predicts labels[t] at t, and superposition the label of the next token, '
-            'labels[t + 1]: give the label of token t at t, and have the loss shift them.'
-        )
-    if 2 * wrong > told:
+    not_shifted = bool((predicted == given)[trained].all())
+    if wrong and (not_shifted or 2 * wrong > told):
         raise ValueError(
             f'The loss of {name} predicts another token than labels[t + 1] at {wrong} of {told} positions t of the '
-            'first rows: have its forward return logits, and its loss predict the label of the next token, as '
-            'superposition does.'
+            'first rows: give the label of token t at t, have its forward return logits, and have its loss predict '
+            'the label of the next token.'
         )
-    ignored = _trained_nowhere(model, outputs, row, expected[right][:1].cpu())
-    left_out = valid & ~right & ~torch.isin(expected, ignored.to(expected.device))
-    if bool(left_out.any()):
-        log.warning(
-            f'The loss of {name} leaves out {int(left_out.sum())} of {int(valid.sum())} targets in the first rows: '
-            'superposed steps train on all that labels have.'
-        )
+    ignored = _ignored_tokens(model, outputs, row, expected[right][:1].cpu())
     cross_entropy = functional.cross_entropy(logits.float()[trained], predicted[trained])
     _say_what_is_left_out(model, outputs, loss, cross_entropy)
     return ignored
 
 
 def _loss_and_gradient(model: Any, outputs: Any, row: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The loss of logits and labels, and its gradient ``(B, L, V)``; None if it is not of these logits, or infinite."""
+    """The loss, and its gradient by the logits ``(B, L, V)``: None if it does not depend on them or is not finite."""
     row, leaf = _copy(row), logits_of(model, outputs).detach().float().requires_grad_()
     with torch.enable_grad():
         logits = leaf.clone()  # a loss may write to it
@@ -336,7 +310,7 @@ def _loss_and_gradient(model: Any, outputs: Any, row: Mapping[str, Any]) -> tupl
             of_forward = _loss_function(model) if outputs.get('loss') is not None else None
             outputs = copy.copy(outputs)
             outputs['logits'] = logits  # pyright: ignore[reportIndexIssue]
-            if of_forward is not None:  # the loss that forward has computed, with a gradient
+            if of_forward is not None:  # forward's loss has no gradient: compute it again for one
                 again = of_forward(logits=logits, labels=row['labels'], vocab_size=logits.shape[-1])
                 outputs['loss'] = outputs['loss'] + again - again.detach()
         elif isinstance(outputs, (tuple, list)):
@@ -349,12 +323,12 @@ def _loss_and_gradient(model: Any, outputs: Any, row: Mapping[str, Any]) -> tupl
     return loss.detach(), gradient if gradient is not None and bool(gradient.isfinite().all()) else None
 
 
-def _trained_nowhere(model: Any, outputs: Any, row: Mapping[str, Any], trained: torch.Tensor) -> torch.Tensor:
-    """The tokens that a loss trains on nowhere: each is put at some places, beside one that it has trained on."""
+def _ignored_tokens(model: Any, outputs: Any, row: Mapping[str, Any], trained: torch.Tensor) -> torch.Tensor:
+    """The tokens that a loss ignores. Put each at some places, beside one that it trains on, and read the gradient."""
     ids, generator = row['input_ids'], torch.Generator().manual_seed(0)
     places = ids[:, 1:].numel()
     left = torch.randperm(logits_of(model, outputs).shape[-1], generator=generator)
-    while True:  # a loss may leave places out, too: what is left comes at others
+    while True:  # a loss may also leave places out: try the tokens that are left at other places
         found = []
         for some in left.split(max(1, places - 1)):
             tokens = torch.cat([some, trained])
@@ -386,25 +360,24 @@ def _say_what_is_left_out(model: Any, outputs: Any, loss: torch.Tensor, cross_en
 
 
 def check_eval_batch(batch: Any, model: Any) -> None:
-    """Refuse, with a ValueError, an eval batch without the labels that Composer's Hugging Face models pop from it."""
-    if getattr(type(model), 'eval_forward', None) is not HuggingFaceModel.eval_forward or not isinstance(
-        batch, Mapping
-    ):
+    """Refuse, with a ValueError, an eval batch without labels if Composer would fail on it with a bare KeyError."""
+    composers = getattr(type(model), 'eval_forward', None) is HuggingFaceModel.eval_forward
+    if not composers or not isinstance(batch, Mapping) or 'labels' in batch:
         return
-    if 'labels' not in batch and (model.use_logits or batch.get('mode') in ('generate', 'icl_task')):
+    if model.use_logits or batch.get('mode') in ('generate', 'icl_task'):
         raise ValueError(
             f'An eval batch has no labels (it has {", ".join(batch)}): have the collator of the eval loader add them.'
         )
 
 
 def _attends_by_length(model: Any) -> bool:
-    """Whether it is an MPT that gives flash attention the lengths of the sequences in a row."""
+    """Whether a model is an MPT that gives flash attention the lengths of the sequences in a row."""
     transformer: Any = getattr(getattr(model, 'model', None), 'transformer', None)
     return bool(getattr(transformer, 'attn_uses_sequence_id', False)) and transformer.attn_impl == 'flash'
 
 
 def forget_losses(callbacks: Iterable[Callback]) -> None:
-    """Have llm-foundry's KillLossSpike begin a new window, so that it compares no losses of different bag sizes."""
+    """Have llm-foundry's KillLossSpike begin a new window: losses of different bag sizes do not compare."""
     for callback in callbacks:
         if _is_a(callback, 'llmfoundry.callbacks.kill_loss_spike_callback', 'KillLossSpike'):
             spike: Any = callback
@@ -413,7 +386,7 @@ def forget_losses(callbacks: Iterable[Callback]) -> None:
 
 
 def _is_a(thing: Any, module: str, name: str) -> bool:
-    """Whether a thing is of a class of llm-foundry, which a Composer run need not have imported."""
+    """Whether a thing is of a class of llm-foundry. If nobody has imported the class, it is not."""
     return module in sys.modules and isinstance(thing, getattr(sys.modules[module], name))
 
 
@@ -421,24 +394,19 @@ def check_model(model: Any) -> None:
     """Refuse a model that cannot be trained superposed.
 
     Raises:
-        ValueError: If it is no causal language model with one input embedding, is wrapped by PEFT, has an embedding
-            that changes what it looks up, or keeps a loss of its own outside its outputs.
+        ValueError: If it is not a causal language model with one input embedding, is wrapped by PEFT, has an
+            embedding that changes what it looks up, or keeps a loss outside its outputs.
     """
     name = type(model).__name__
     if not isinstance(model, ComposerModel):
-        raise ValueError(f'{name} is no ComposerModel: wrap it, for example in composer.models.HuggingFaceModel.')
+        raise ValueError(f'{name} is not a ComposerModel: wrap it, for example in composer.models.HuggingFaceModel.')
     if isinstance(model, HuggingFaceModel):
         if model.using_peft:
             raise ValueError('The model is wrapped by PEFT: superposition is for pre-training, train it without.')
         if model.config.is_encoder_decoder:
-            raise ValueError(f'{name} is an encoder-decoder: superposition needs a causal (decoder-only) model.')
+            raise ValueError(f'{name} is an encoder-decoder: use a causal (decoder-only) model.')
         if not model.shift_labels:
-            raise ValueError(f'{name} is no causal language model: superposition needs one (shift_labels=True).')
-        if getattr(model.config, 'output_router_logits', False) and not hasattr(model.config, 'router_aux_loss_coef'):
-            raise ValueError(
-                f'{type(model.config).__name__} does not keep the weight of its router loss in router_aux_loss_coef, '
-                'where superposition looks for it: set output_router_logits: false, or use another mixture of experts.'
-            )
+            raise ValueError(f'{name} is not a causal language model: use a decoder-only model (shift_labels=True).')
         if getattr(getattr(model.model, 'transformer', None), 'mb_args', None) is not None:
             raise ValueError(
                 'MPT keeps the load-balancing loss of megablocks experts outside its outputs, where superposition '

@@ -1,15 +1,12 @@
-"""The data of a step: several loader batches as one, and what was drawn of the epoch."""
+"""The data of a step: several loader batches as one, and how many batches of the epoch were drawn."""
 
 import copy
 import logging
 import math
-import random
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, NamedTuple, cast
 
-import numpy as np
-import torch
 import wrapt
 from composer.core import State, Timestamp
 from composer.utils import dist
@@ -24,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Resumption(NamedTuple):
-    """Where the next iteration begins.
+    """Where in the epoch the loader's next ``iter()`` begins.
 
     Attributes:
         drawn: The loader batches of the epoch that are drawn already.
@@ -38,80 +35,85 @@ class Resumption(NamedTuple):
 
 
 def where_epoch_stands(
-    steps: int, read: int, kept: Progress, given: int | None, samples: int | None, length: int | None
+    steps: int, read: int, kept: Progress, resumes_at: int | None, samples: int | None, length: int | None
 ) -> Resumption:
     """Where in an epoch the data of a run go on.
 
-    Composer draws the steps of an epoch again and passes over them. A dataset that resumes by itself goes on after the
+    Composer draws the steps of an epoch again and skips them. A dataset that resumes by itself goes on after the
     samples that its state in the checkpoint counts.
 
     Args:
         steps: The steps done in the epoch.
         read: The samples that they read.
         kept: What the checkpoint kept; nothing, if it was loaded without algorithms.
-        given: The samples after which the dataset goes on by itself, None if Composer draws the steps again.
+        resumes_at: The samples after which the dataset goes on by itself, None if Composer draws the steps again.
         samples: Samples of a loader batch, None if the loader does not say.
         length: Loader batches in an epoch, None if there is no end.
     """
-    by_itself = given is not None
-    if not (given if by_itself else steps):
+    if resumes_at is None:
+        if not steps:
+            return Resumption()
+        unknown = max(steps, read // samples) if samples else steps
+        return Resumption(unknown if kept.drawn is None else kept.drawn, steps)
+    if not resumes_at:
         return Resumption()
-    # All batches were drawn. The dataset's count is lower because the tail was left out.
+    # If the checkpoint says that all batches were drawn, that counts. The dataset's own count lacks the tail.
     same_batches = kept.batch_samples == samples
     all_drawn = same_batches and kept.drawn is not None and length is not None and kept.drawn >= length
-    if given is not None and samples and not all_drawn:
-        return Resumption(given // samples)
-    drawn = kept.drawn
-    if drawn is None:
-        drawn = max(steps, read // samples) if samples else steps
-    return Resumption(drawn, 0 if by_itself else steps, known=not by_itself or kept.drawn is not None)
+    if samples and not all_drawn:
+        return Resumption(resumes_at // samples)
+    return Resumption(steps if kept.drawn is None else kept.drawn, known=kept.drawn is not None)
 
 
-def samples_given(dataset: Any, time: Timestamp) -> int:
-    """The samples of the epoch after which a dataset that resumes by itself goes on."""
+def settle_dataset(dataset: Any, time: Timestamp) -> int:
+    """The samples of the epoch after which a dataset that resumes by itself goes on.
+
+    A StreamingDataset whose state was saved at the end of an epoch is moved to the next.
+    """
     if not isinstance(dataset, StreamingDataset):
         return int(time.sample_in_epoch)
     saved = dataset.state_dict(0, from_beginning=False)
-    given, epoch = int(saved['sample_in_epoch']), int(saved['epoch'])
-    if given == int(time.batch_in_epoch) == 0 and epoch < int(time.epoch):
-        # Saved at an epoch's end, it is that epoch at its beginning: have it begin the next.
+    resumes_at, epoch = int(saved['sample_in_epoch']), int(saved['epoch'])
+    if resumes_at == int(time.batch_in_epoch) == 0 and epoch < int(time.epoch):
+        # Saved at the end of epoch n, the state says: epoch n, sample 0.
         dist.barrier()  # the ranks of a node have one state
         dataset.load_state_dict({**saved, 'epoch': epoch + 1})
-    return given
+    return resumes_at
 
 
 class BagLoader(wrapt.ObjectProxy):
     """A stand-in for a train loader in one epoch: joins the batches of each step, and counts what it draws.
 
-    In all but iteration it is the loader itself: its type, length, dataset and sampler, so that Composer's
-    resumption, sampler seeding and checkpoints see what they would see without it; a copy is one of the loader.
+    In all but iteration it is the loader itself: its type, length, dataset and sampler. Composer's resumption, sampler
+    seeding and checkpoints see what they see without it. A copy is a copy of the loader.
 
     At the end of an epoch fewer batches than a step needs may be left. They make a smaller step, or none if the
-    loader has ``drop_last``. Rows that cannot be joined to a whole row of bags are left out. Either way the
-    number of samples left out is counted. They are not carried into the next step or epoch: a StreamingDataset's state
-    in a checkpoint counts samples within one epoch, so a run resumed there could not draw them again.
+    loader has ``drop_last``. Rows that do not fill a row of bags are left out. The samples left out are counted. They
+    are not carried into the next step or epoch: a StreamingDataset's state counts samples within one epoch, so that a
+    run resumed there could not draw them again.
 
     Args:
         loader: The train loader.
         joins_rows: Whether a step's rows are joined in groups of as many as it draws batches.
         limit: The batches to draw in an epoch, or None for all.
         resumption: Where the epoch begins.
-        draws: The loader batches that the coming step draws.
+        draws: Tells how many loader batches the coming step draws.
         takes: What the model's forward takes of a batch, None if it takes all.
         ended: What to call when the epoch has no further step.
 
     Attributes:
         drawn: The loader batches drawn in the epoch.
         left_out: The samples left out of it, on this rank.
-        pending: For each step drawn and not trained on yet, the loader batches that it asked for.
+        pending: For each step that was yielded and not trained on yet, the loader batches that it asked for.
         last: Of the step drawn last, the loader batches and the shape of the ids; None before it.
-        retired: Whether the epoch is over, for whoever still iterates what stands around this one.
-        trained_on: Whether a step was trained on. Another ``iter()`` then only looks at the data, and counts nothing.
-        replaying: Whether the steps drawn are ones that the trainer is to pass over. Set it to False where it trains on
-            one of them: the epoch then goes on from there.
+        retired: True once the epoch or superposition is over. An ``iter()`` then gives the loader's own batches.
+        trained_on: True once the trainer has trained on a step. Another ``iter()`` is then somebody's look at the data,
+            and counts nothing.
+        replaying: True while the steps yielded are old ones, which Composer skips. Set it to False if the trainer
+            trains on one of them: the epoch goes on from there.
     """
 
-    # What the class names, wrapt keeps on the stand-in; all else is the loader's.
+    # wrapt keeps an attribute on the stand-in if the class names it. All others are the loader's.
     joins_rows = retired = trained_on = replaying = False
     drawn = left_out = 0
     limit = resumption = draws = takes = ended = pending = last = cast(Any, None)
@@ -152,7 +154,7 @@ class BagLoader(wrapt.ObjectProxy):
         self.drawn, self.left_out, self.pending = 0 if steps else drawn, 0, []
         batches = iter(self.__wrapped__)
         if self.limit is not None and self.drawn >= self.limit:
-            # All of the epoch was drawn before. But as it begins, a dataset counts its epochs and takes up its state.
+            # Nothing is left of the epoch. A dataset takes up its state, and counts the epoch, at its first batch.
             next(batches, None)
         else:
             yield from self._replay(batches, drawn, steps)
@@ -160,23 +162,26 @@ class BagLoader(wrapt.ObjectProxy):
         self.ended()
 
     def _replay(self, batches: Iterator[Any], drawn: int, steps: int) -> Iterator[Any]:
-        """Draw as many steps as the trainer passes over, until ``drawn`` batches are drawn."""
-        group: list[Any] = []
+        """Yield the ``steps`` that Composer skips, and draw the batches that they had, ``drawn`` in all.
+
+        The first has the batches of the coming step: a trainer that skips none trains on it. The others share the rest,
+        and yield one of theirs, for nobody reads it.
+        """
+        batch: Any = None
         self.replaying = steps > 0
-        # A trainer that does not pass over them trains on the first.
-        draws = max(1, min(self.draws(), drawn - steps + 1))
-        for _ in range(steps):
-            if self.drawn < drawn:
-                group = self._draw(batches, draws)
-            if not group:  # the epoch is shorter than it was
+        for left in range(steps, 0, -1):
+            is_first = left == steps
+            count = (
+                max(1, min(self.draws(), drawn - steps + 1)) if is_first and left > 1 else (drawn - self.drawn) // left
+            )
+            group = self._draw(batches, count)
+            if group:
+                batch = merge_batches(group, self.takes) if is_first and len(group) > 1 else group[0]
+            elif count:  # the epoch is shorter than it was
                 return
-            yield merge_batches(group, self.takes) if len(group) > 1 else group[0]
+            yield batch
             if not self.replaying:
                 return
-            draws = 1
-        # The trainer has put back the random numbers of the coming step.
-        with same_random_numbers():
-            self._draw(batches, drawn - self.drawn)
         self.replaying = False
 
     def _steps(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -201,18 +206,6 @@ class BagLoader(wrapt.ObjectProxy):
         return group
 
 
-@contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """Draw without a trace in the random numbers to come."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
 def check_epoch_is_whole(loader: Any, length: int, drawn: int) -> None:
     """Refuse an epoch cut short: a StreamingDataset that fails to read a shard ends the epoch with no error.
 
@@ -225,7 +218,7 @@ def check_epoch_is_whole(loader: Any, length: int, drawn: int) -> None:
         RuntimeError: If the loader has given fewer batches than its length, by more than one a worker.
     """
     dataset = getattr(loader, 'dataset', None)
-    # By other methods, batches leave out rows of each stream.
+    # Other batching methods leave rows out: fewer batches are then no fault.
     if not isinstance(dataset, StreamingDataset) or dataset.batching_method != 'random':
         return
     if drawn < length - max(1, getattr(loader, 'num_workers', 0)):
@@ -238,8 +231,8 @@ def check_epoch_is_whole(loader: Any, length: int, drawn: int) -> None:
 class TrainLoader:
     """The train loader of a fit: puts a :class:`BagLoader` in its place where one is needed, and counts what is drawn.
 
-    It stands there from the last moment before an epoch is drawn until its end, so that what somebody sets, wraps or
-    looks at in between is the loader itself.
+    It is put there just before an epoch is drawn, and taken away at the epoch's end. Whoever sets, wraps or reads the
+    loader between epochs finds the user's own.
 
     Args:
         state: The Trainer's.
@@ -255,20 +248,20 @@ class TrainLoader:
         self._joins_rows = schedule.settings.expand == 'sequence'
         self._stand_in: BagLoader | None = None
         self._counted = 0  # of the samples that the stand-in has left out
-        self._length: int | None = None
+        self._length: int | None = None  # Composer's, while an epoch is cut short
         self._cut_short = False
-        time, given = state.timestamp, None
+        time, resumes_at = state.timestamp, None
         if 'train' in state.dataset_resumption:
-            given = samples_given(getattr(state.dataloader, 'dataset', None), time) if fresh else 0
+            resumes_at = settle_dataset(getattr(state.dataloader, 'dataset', None), time) if fresh else 0
         steps, read = int(time.batch_in_epoch), int(time.sample_in_epoch)
         samples, length = self._batch_samples(), self._batches()
-        self._resumption = where_epoch_stands(steps, read, self._progress, given, samples, length)
-        self._steps = steps or int(bool(given))  # of the epoch: whether there are any is what counts
+        self._resumption = where_epoch_stands(steps, read, self._progress, resumes_at, samples, length)
+        self._has_steps = bool(steps or resumes_at)  # in this epoch
         self._progress.drawn = self._resumption.drawn
-        undo.callback(self._leave)
+        undo.callback(self._put_loader_back)
 
     def begin_epoch(self) -> None:
-        """Stand in for the loader there is now, where a step draws several batches or an epoch is under way."""
+        """Put a stand-in around the loader there is now, if a step draws several batches or an epoch is under way."""
         state, (drawn, steps, _) = self._state, self._resumption
         if self._schedule.draws > 1:
             self.check_length()
@@ -283,13 +276,13 @@ class TrainLoader:
             self._resumption,
             lambda: self._schedule.draws,
             takes(unwrapped(state.model)),
-            self._let_end,
+            self._end_short_epoch,
         )
         self._stand_in, self._counted = loader, 0
         state.set_dataloader(loader, state.dataloader_label, -1 if limit is None else limit)
 
-    def _leave(self) -> None:
-        """Put the train loader back. The epoch under way goes on with what it has begun to iterate."""
+    def _put_loader_back(self) -> None:
+        """Put the train loader back. The iterator under way goes on."""
         state, loader = self._state, self._stand_in
         if loader is not None:
             loader.retired = True
@@ -298,23 +291,24 @@ class TrainLoader:
                 state.set_dataloader(loader.__wrapped__, state.dataloader_label, -1 if limit is None else limit)
 
     def end_iteration(self) -> None:
-        """Take note of an iteration in tokens that ends in the middle of an epoch: what follows begins another."""
-        if self._steps:
+        """Note an iteration in tokens that ends in the middle of an epoch: another epoch follows."""
+        if self._has_steps:
             self._cut_short = True
             self._begin_anew()
 
     def _begin_anew(self) -> None:
         """Nothing of the coming epoch is drawn."""
-        self._progress.drawn, self._steps = 0, 0
+        self._progress.drawn, self._has_steps = 0, False
         self._resumption = Resumption()
-        self._leave()
+        self._put_loader_back()
         self._stand_in = None
 
-    def _let_end(self) -> None:
+    def _end_short_epoch(self) -> None:
         """Have Composer end the epoch whose last step is done.
 
-        Once an iteration has ended in the middle of an epoch, it ends only those of as many steps as loader batches,
-        and would look for a step in vain for ever.
+        After an iteration has ended in the middle of an epoch, Composer ends an epoch only when ``batch_in_epoch`` is
+        ``dataloader_len``. A superposed epoch has fewer steps. So the length is that of the steps done, until
+        :meth:`end_epoch` puts it back.
         """
         state = self._state
         if self._cut_short and state.dataloader_len is not None:
@@ -327,26 +321,25 @@ class TrainLoader:
         if batches is not None and batches < draws:
             raise too_short(batches, draws)
 
-    def take(self) -> None:
-        """Take note that the trainer trains on the step drawn last.
+    def confirm_step(self) -> None:
+        """Note that the trainer trains on the step that was drawn last.
 
         Raises:
             ValueError: If it may be another: the loader was replaced once the epoch was begun, or the trainer has not
-                passed over the steps it has done.
+                skipped the steps it has done.
         """
-        loader, draws = self._stand_in, self._schedule.draws
-        if loader is None:
-            return
-        loader.trained_on = True
-        if loader.replaying:
-            loader.replaying = False
-            if not self._schedule.finished and loader.drawn != draws:
-                raise ValueError(
-                    f'The run is at step {int(self._state.timestamp.batch_in_epoch)} of the epoch but its data at step '
-                    '0: set spin_dataloaders: true, or use a StreamingDataset, which resumes itself.'
-                )
-            return
-        pending, loader.pending = loader.pending, []
+        loader, draws, pending = self._stand_in, self._schedule.draws, [1]
+        if loader is not None:
+            loader.trained_on = True
+            if loader.replaying:
+                loader.replaying = False
+                if not self._schedule.finished and loader.drawn != draws:
+                    raise ValueError(
+                        f'The run is at step {int(self._state.timestamp.batch_in_epoch)} of the epoch but its data at '
+                        'step 0: set spin_dataloaders: true, or use a StreamingDataset, which resumes itself.'
+                    )
+                return
+            pending, loader.pending = loader.pending, []
         if pending != [draws]:
             raise ValueError(
                 'The train loader was replaced or wrapped after the last callback of EPOCH_START, so that a step may '
@@ -354,10 +347,10 @@ class TrainLoader:
             )
 
     def count(self, steps: int) -> None:
-        """Keep what was drawn, at the end of a step or, with no further step, of an epoch."""
+        """Keep what was drawn: after a step (``steps`` is 1), and after an epoch's tail (0)."""
         progress, loader = self._progress, self._stand_in
         progress.batch_samples = self._batch_samples()
-        self._steps += steps
+        self._has_steps |= steps > 0
         if loader is None:
             progress.drawn = (progress.drawn or 0) + steps
             return
@@ -384,7 +377,7 @@ class TrainLoader:
         drawn, batches = self._progress.drawn or 0, self._batches()
         if batches is not None and self._resumption.known:
             check_epoch_is_whole(state.dataloader, batches, drawn)
-        if not self._schedule.finished and not self._steps:
+        if not self._schedule.finished and not self._has_steps:
             raise too_short(drawn, self._schedule.draws)
         self._begin_anew()
 
@@ -398,11 +391,11 @@ class TrainLoader:
         return None if rows is None else rows * dist.get_world_size()
 
     def data(self, first: Any = None) -> Data:
-        """What a loader batch holds: by the first batch that training draws, and before by what the loader tells."""
+        """What a loader batch holds, by the first batch that training draws, or else by what the loader tells."""
         loader, settings, ids = self._state.dataloader, self._schedule.settings, ids_of(first)
         rows, length, tokens = getattr(loader, 'batch_size', None), row_length_of(first), None
         if ids is not None and ids.ndim == 2 and len(ids):
-            # Other algorithms may have reshaped what was drawn. If they have cut it, it is not known what a step reads.
+            # Other algorithms may have reshaped the batch. If they have cut it, it does not tell what a step reads.
             last = None if self._stand_in is None else self._stand_in.last
             draws, shape = last or (self._schedule.draws, ids.shape)
             rows = -(-shape[0] // draws)

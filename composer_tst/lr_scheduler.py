@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from composer.core import State, Time, TimeUnit
@@ -33,8 +32,8 @@ class WarmupStableDecayScheduler(ComposerScheduler):
     tokens): it is measured on its own clock. ``t_decay`` counts back from the end, so it must have the unit
     of ``max_duration``, or be a share of it (``dur``); epochs and batches convert into each other.
 
-    Like all of Composer's schedulers it is read before the trainer moves its clock on: batch ``n``, counted
-    from 0, is trained with :math:`\alpha` of ``n - 1`` batches, and batch 0 with that of none.
+    Composer reads all its schedulers before it moves its clock. So batch ``n``, counted from 0, is trained with
+    :math:`\alpha` of ``n - 1`` batches, and batch 0 with :math:`\alpha` of none.
 
     .. warning::
         By default, initial warmup time is **not** scaled according to any provided scale schedule ratio.
@@ -48,9 +47,10 @@ class WarmupStableDecayScheduler(ComposerScheduler):
 
     Raises:
         ValueError: On construction, if a time is not a Composer time, is negative or on the wall clock, or if
-            ``alpha_f`` is no number from 0 to 1. When the trainer is built, if ``t_decay`` cannot be converted to
-            the unit of ``max_duration`` or is longer than that, or if warmup and decay overlap. Where their units
-            cannot be compared, an overlap only shows, and is an error, at the batch where the decay would begin.
+            ``alpha_f`` is not a number from 0 to 1. When the trainer is built, if ``t_decay`` cannot be converted to
+            the unit of ``max_duration``, or if warmup and decay do not fit in ``max_duration``. If their units cannot
+            be compared, that is an error only at the batch where the decay would begin.
+        RuntimeError: When the trainer is built, if a time needs the length of an epoch and the train loader has none.
     """
 
     def __init__(
@@ -74,9 +74,9 @@ class WarmupStableDecayScheduler(ComposerScheduler):
     def __call__(self, state: State, ssr: float = 1.0) -> float:
         """The multiplier at ``state.timestamp``; ``ssr`` as in :class:`~composer.optim.ComposerScheduler`."""
         assert state.max_duration is not None, 'max_duration should be set whenever schedulers are invoked'
-        t_warmup = _convert('t_warmup', self.t_warmup, state, ssr if self.scale_warmup else 1.0)
-        t_decay = _convert('t_decay', self.t_decay, state, ssr)
-        t_max = _convert('max_duration', Time.from_duration(1.0), state)
+        t_warmup = _convert_time(self.t_warmup, state, ssr if self.scale_warmup else 1.0)
+        t_decay = _convert_time(self.t_decay, state, ssr)
+        t_max = _convert_time(Time.from_duration(1.0), state)
         if t_decay.unit != t_max.unit:
             raise ValueError(
                 f't_decay={self.t_decay.to_timestring()} cannot be counted back from '
@@ -84,21 +84,16 @@ class WarmupStableDecayScheduler(ComposerScheduler):
                 f'give it in {state.max_duration.unit.value}, or as a share such as 0.1dur.'
             )
 
-        # Trainer(scale_schedule_ratio=...) calls its schedulers once before it scales max_duration
-        before_scaling = ssr != 1.0 and state.timestamp.batch == 0
-        if t_decay > t_max and not before_scaling:
-            raise ValueError(
-                f't_decay={self.t_decay.to_timestring()} is longer than '
-                f'max_duration={state.max_duration.to_timestring()}; shorten it or train for longer.'
-            )
         elapsed = state.timestamp.get(t_warmup.unit)
         remaining = t_max - state.timestamp.get(t_max.unit)
         warming_up, decaying = elapsed < t_warmup, remaining <= t_decay
-        overlap = t_warmup.unit == t_max.unit and t_warmup + t_decay > t_max
-        if (overlap or (warming_up and decaying)) and not before_scaling:
+        too_long = t_decay > t_max or (t_warmup.unit == t_max.unit and t_warmup + t_decay > t_max)
+        # Trainer(scale_schedule_ratio=...) calls its schedulers once before it scales max_duration.
+        before_scaling = ssr != 1.0 and state.timestamp.batch == 0
+        if (too_long or (warming_up and decaying)) and not before_scaling:
             raise ValueError(
                 f't_warmup={self.t_warmup.to_timestring()} and t_decay={self.t_decay.to_timestring()} '
-                f'overlap in max_duration={state.max_duration.to_timestring()}; '
+                f'do not fit in max_duration={state.max_duration.to_timestring()}; '
                 'shorten one of them or train for longer.'
             )
 
@@ -111,7 +106,7 @@ class WarmupStableDecayScheduler(ComposerScheduler):
 
 
 def _parse(name: str, value: str | Time) -> Time:
-    """``value`` as a time that a schedule can be measured in, or a ValueError that names the setting."""
+    """Read a time that a schedule can be measured in, or raise a ValueError that names the setting."""
     try:
         time = Time.from_input(value)
     except (ValueError, RuntimeError, TypeError, OverflowError):
@@ -121,20 +116,3 @@ def _parse(name: str, value: str | Time) -> Time:
     if not time.value >= 0:
         raise ValueError(f'{name}={value} is negative; give a length of time.')
     return time
-
-
-def _convert(name: str, time: Time, state: State, ssr: float = 1.0) -> Time[int]:
-    """Composer's conversion of shares and epochs, with its failures in the terms of the setting."""
-    try:
-        converted = _convert_time(time, state, ssr)
-    except RuntimeError:
-        raise ValueError(
-            f'{name}={time.to_timestring()} needs the number of batches in an epoch, which the train loader '
-            'does not give; set max_duration, t_warmup and t_decay in ba or tok.'
-        ) from None
-    if time.value and not converted.value:
-        warnings.warn(
-            f'{name}={time.to_timestring()} comes to nothing: it is less than one {converted.unit.value}.',
-            stacklevel=2,
-        )
-    return converted

@@ -1,4 +1,4 @@
-"""What a run says: its course as it starts, what may be amiss, each change, and what it has read."""
+"""What a run says: its plan at the start, warnings, each change of bag size, and what it has read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from composer_tst.schedule import Plan, Schedule, same
 
 log = logging.getLogger(__name__)
 
-# A recovery phase below this share of the steps is short: at 0.8 superposed a third of the published gain is left.
+# Recovery is short below this share of the steps. With 80% of steps superposed, a third of the published gain is left.
 ENOUGH_RECOVERY = Fraction(1, 2)
 JUMP = (
     'When recovery begins, the training loss becomes another quantity, the next-token loss; in published runs it jumps '
@@ -24,13 +24,13 @@ JUMP = (
 
 
 def first_lines(plan: Plan) -> list[str]:
-    """What the run is going to do, from its first step on, a sentence a line."""
+    """What the run is going to do, one sentence a line."""
     parts = []
     before = plan.stretches[0] if plan.stretches[0].bag_size == 1 else None
-    # The last batch of an epoch may be smaller than the others.
+    # The last batch of an epoch may be smaller.
     up_to = 'up to ' if plan.data.uses_tail and (plan.epochs or 0) >= 1 else ''
     for stretch in plan.stretches:
-        # Before superposition began, steps need not have been plain: a checkpoint may be loaded without algorithms.
+        # Steps before superposition need not be plain: the checkpoint may have been loaded without algorithms.
         what = f'bags of {stretch.bag_size} for ' if stretch.bag_size > 1 else 'plain tokens for '
         what = 'before it ' if stretch is before else what
         tokens = plan.tokens_of(stretch)
@@ -45,7 +45,7 @@ def first_lines(plan: Plan) -> list[str]:
 
 
 def unknown_course(until: str, bag_sizes: Sequence[int]) -> list[str]:
-    """The same where the steps cannot be known before training.
+    """What the run is going to do, if its steps are not known before training.
 
     Args:
         until: When superposition ends, as the user wrote it.
@@ -60,7 +60,7 @@ def unknown_course(until: str, bag_sizes: Sequence[int]) -> list[str]:
 
 
 def data_repeat(plan: Plan) -> list[str]:
-    """What is amiss if a run reads its data more than once: one sentence, or none."""
+    """Warn, in one sentence, of a run that reads its data more than once."""
     if plan.epochs is None or plan.epochs <= 1:
         return []
     assert plan.data.batches is not None
@@ -73,7 +73,7 @@ def data_repeat(plan: Plan) -> list[str]:
 
 
 def recovery_is_short(plan: Plan) -> list[str]:
-    """What is amiss if recovery is short: one sentence, or none."""
+    """Warn, in one sentence, of a short recovery."""
     recovery = plan.total - plan.ends[-1]
     if recovery >= ENOUGH_RECOVERY * plan.total:
         return []
@@ -89,7 +89,7 @@ def last_line(steps: int, data_tokens: int, s_tokens: int) -> str:
     Args:
         steps: Steps trained.
         data_tokens: Data tokens read, all ranks together.
-        s_tokens: Model positions, all ranks together: the data tokens that a plain run of this cost reads.
+        s_tokens: Model positions, all ranks together. A plain run of this cost reads as many data tokens.
     """
     return (
         f'Superposition: {_count(steps, "step")} read {_si(data_tokens)} data tokens in {_si(s_tokens)} positions of '
@@ -97,17 +97,12 @@ def last_line(steps: int, data_tokens: int, s_tokens: int) -> str:
     )
 
 
-def no_save_folder(folder: str) -> str:
-    """Where phase_checkpointer writes when the run saves nothing itself."""
-    return f'phase_checkpointer: this run has no save_folder, so checkpoints of its phases go to {folder}.'
-
-
 def _count(number: int, unit: str) -> str:
     return f'{number:,} {unit}{"" if number == 1 else "s"}'
 
 
 def _round(number: float) -> str:
-    """Two digits where it is small, one after the point elsewhere; never rounded down to 1 from above it."""
+    """Two digits if it is below 1, else one after the point. A number above 1 is never shown as 1."""
     text = f'{number:.2g}' if number < 1 else f'{number:.1f}'
     return f'{math.ceil(number * 1000) / 1000:g}' if number > 1 and float(text) == 1 else text
 
@@ -120,10 +115,9 @@ def _si(number: float) -> str:
 
 
 def say(lines: Iterable[str]) -> None:
-    """Say what a user should see without having asked for a log, on rank 0.
+    """Show lines to the user, on rank 0.
 
-    Python shows no log of the level INFO unless it is told to. Composer's own progress bar and console logger print to
-    stderr for that reason; so does this, where the log would not show it.
+    By default, Python shows no log of level INFO. Then print to stderr, as Composer's progress bar does.
     """
     if dist.get_global_rank():
         return
@@ -136,10 +130,10 @@ def say(lines: Iterable[str]) -> None:
 
 
 def report_plan(schedule: Schedule, plan: Plan | None, now: Timestamp) -> None:
-    """Say what the run is going to do, and warn of what may be amiss with that.
+    """Say what the run is going to do, and warn of what may go wrong.
 
     Args:
-        schedule: The phases, resolved.
+        schedule: The phases, with their ends fixed.
         plan: The expected steps of the phases to come, or None if they are not known.
         now: Where the run stands.
     """
@@ -155,7 +149,7 @@ def report_plan(schedule: Schedule, plan: Plan | None, now: Timestamp) -> None:
 
 
 def report_moved_ends(schedule: Schedule, before: Sequence[Time]) -> None:
-    """Say which phases to come end elsewhere than at the moments ``before``, which a checkpoint had."""
+    """Say which phases to come no longer end at the moments ``before``, which the checkpoint had."""
     longest = schedule.progress.max_duration
     assert longest is not None
     for phase, old, new in zip(schedule.phases_to_come, before, schedule.ends_to_come, strict=False):
@@ -168,7 +162,7 @@ def report_moved_ends(schedule: Schedule, before: Sequence[Time]) -> None:
 
 
 def report_shares(schedule: Schedule, plan: Plan | None) -> None:
-    """Say what a share of the duration comes to where it is not plainly one of steps, for a plan if there is one."""
+    """Warn if a share of the duration is not a share of steps, or if an epoch has fewer steps than in a plain run."""
     until, longest = schedule.settings.phases[-1].until, schedule.progress.max_duration
     assert longest is not None
     if longest.unit in (TimeUnit.TOKEN, TimeUnit.SAMPLE) and until.unit == TimeUnit.DURATION:
@@ -188,7 +182,7 @@ def report_shares(schedule: Schedule, plan: Plan | None) -> None:
 
 
 def report_dropped(dropped: int, length: int, bag_size: int, expand: str) -> None:
-    """Say how many tokens of a step are left out, at the ends of its rows."""
+    """Warn that tokens at the ends of rows are left out."""
     log.warning(
         f'bag_size {bag_size} does not divide rows of {length} tokens: expand: {expand} drops {dropped} tokens a step '
         'on each rank.'
@@ -196,7 +190,7 @@ def report_dropped(dropped: int, length: int, bag_size: int, expand: str) -> Non
 
 
 def report_change(before: int, now: int, timestamp: Timestamp, dropped: int) -> None:
-    """Say that the bag size has changed, when, and after how much data."""
+    """Say at which batch the bag size has changed, and after how many data tokens."""
     recovers = ' (the recovery phase begins)' if now == 1 else ''
     say(
         [
@@ -207,7 +201,7 @@ def report_change(before: int, now: int, timestamp: Timestamp, dropped: int) -> 
 
 
 def report_no_recovery(schedule: Schedule, timestamp: Timestamp) -> None:
-    """Say that training stops while superposed."""
+    """Warn that training stops before recovery."""
     log.warning(
         f'Training stops at {timestamp.batch.to_timestring()}, before superposition ends at '
         f'{schedule.settings.phases[-1].until.to_timestring()}: the model has had no recovery phase.'

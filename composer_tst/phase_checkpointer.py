@@ -8,7 +8,7 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import parse_uri
 
-from composer_tst.messages import no_save_folder, say
+from composer_tst.messages import say
 from composer_tst.schedule import schedule_of
 from composer_tst.settings import refuse_unknown
 
@@ -16,12 +16,12 @@ from composer_tst.settings import refuse_unknown
 class PhaseCheckpointer(Callback):
     """Saves one full checkpoint after the last step of each superposition phase.
 
-    The checkpoints go beside the trainer's own, wherever its ``save_folder`` is (local or remote), each in a folder
-    that names the change: ``bag6-to-bag1/ep0-ba6000-rank0.pt``. Without a ``save_folder`` they go to Composer's
-    default, ``{run_name}/checkpoints``. They are never rotated away, and do not move the ``latest`` link. A run that
-    repeats the last step of a phase after a failure writes the same checkpoint again, over the first.
+    The checkpoints go to the trainer's ``save_folder``, local or remote. Each has a folder that names the change:
+    ``bag6-to-bag1/ep0-ba6000-rank0.pt``. Without a ``save_folder`` they go to Composer's default,
+    ``{run_name}/checkpoints``. They are never rotated away and do not move the ``latest`` link. A run that repeats the
+    last step of a phase after a failure overwrites the checkpoint of that phase.
 
-    From one of them a recovery run can be forked: ``load_path: .../bag6-to-bag1/ep0-ba6000-rank0.pt``.
+    To fork a recovery run, load one: ``load_path: .../bag6-to-bag1/ep0-ba6000-rank0.pt``.
     """
 
     def __init__(self, **unknown: Any):
@@ -43,17 +43,17 @@ class PhaseCheckpointer(Callback):
                 folder = callback.folder if uploader is None else uploader.remote_folder
                 break
         else:
-            say([no_save_folder(folder.format(run_name=state.run_name))])
+            say([f'phase_checkpointer: save_folder is not set, so checkpoints go to {state.run_name}/checkpoints.'])
         self._saver = CheckpointSaver(
             folder=folder,
-            remote_file_name=parse_uri(folder)[2] or '.',  # a bucket as a whole
+            remote_file_name=parse_uri(folder)[2] or '.',  # the folder may be a whole bucket
             latest_filename=None,
             latest_remote_file_name=None,
             save_interval=lambda state, event: True,
             overwrite=True,
-            num_checkpoints_to_keep=0 if parse_uri(folder)[0] else -1,  # once it is on its way, the local copy goes
+            num_checkpoints_to_keep=0 if parse_uri(folder)[0] else -1,  # after an upload, delete the local copy
         )
-        self._saver.init(state, logger)  # which fills in what a logger knows, as {mlflow_run_id}
+        self._saver.init(state, logger)  # fills in what loggers know, such as {mlflow_run_id}
         assert self._saver.remote_file_name is not None
         self._remote_folder = self._saver.remote_file_name.filename
 
@@ -71,7 +71,7 @@ class PhaseCheckpointer(Callback):
         self._save_if_changed(Event.EPOCH_CHECKPOINT, state, logger)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Look after uploads."""
+        """Check the uploads."""
         self._saver.batch_end(state, logger)
 
     def fit_end(self, state: State, logger: Logger) -> None:
@@ -79,7 +79,7 @@ class PhaseCheckpointer(Callback):
         self._saver.fit_end(state, logger)
 
     def post_close(self) -> None:
-        """Close the uploader, if the run came as far as having one."""
+        """Close the uploader, if ``init`` made one."""
         if hasattr(self, '_saver'):
             self._saver.post_close()
 
@@ -95,6 +95,6 @@ class PhaseCheckpointer(Callback):
 
 
 def _bag_size(state: State) -> int:
-    """That of the coming step."""
+    """The bag size of the next step."""
     schedule = schedule_of(state.algorithms)
     return 1 if schedule is None else schedule.bag_size

@@ -23,11 +23,11 @@ class Data:
         batches: Loader batches in an epoch, None if there is no end.
         samples: Samples in a loader batch, all ranks together.
         tokens: Tokens in a loader batch, all ranks together, if no row is padded.
-        uses_tail: Whether an epoch's last batches make a step where they are fewer than a step reads.
-        joined_rows: Where a step's rows are joined, the rows of a loader batch on one rank: a tail that has not enough
-            of them for one row of bags makes no step.
-        row_length: Where rows are bagged one by one, the length of one: the tokens at its end that fill no bag are
-            dropped.
+        uses_tail: Whether the last batches of an epoch make a step if they are fewer than a step reads.
+        joined_rows: Rows of a loader batch on one rank, if rows are joined, else None. A tail with too few rows for
+            one row of bags makes no step.
+        row_length: Tokens in a row, if each row is bagged by itself, else None. Tokens at its end that fill no bag
+            are dropped.
     """
 
     batches: int | None = None
@@ -43,17 +43,17 @@ class Data:
             return self.tokens
         return self.tokens // self.row_length * (self.row_length - self.row_length % bag_size)
 
-    def tail(self, left: int, drawn: int) -> int:
-        """How many of the ``left`` last batches of an epoch are read, where a step reads ``drawn``."""
-        joins = self.joined_rows is None or left * self.joined_rows >= drawn
+    def tail(self, left: int, per_step: int) -> int:
+        """How many of the ``left`` last batches of an epoch are read, if a step reads ``per_step``."""
+        joins = self.joined_rows is None or left * self.joined_rows >= per_step
         return left if self.uses_tail and joins else 0
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Steps of one bag size, one after another, and the loader batches that they read.
+    """Consecutive steps of one bag size, and the loader batches that they read.
 
-    Those of steps before superposition may be a fraction: as many as hold the tokens that were read.
+    ``batches`` of the steps before superposition is computed from tokens and may be a fraction.
     """
 
     bag_size: int
@@ -66,10 +66,10 @@ class Plan:
     """The steps a run is expected to take.
 
     Attributes:
-        stretches: Those of each phase and, last, of recovery. Some may have no steps.
+        stretches: One for each phase and, last, one for recovery. A stretch may have no steps.
         data: What the train loader gives.
-        start: The step with which the first of them begins.
-        epochs: The epochs that the run goes through, those before it begins too; None if they have no end.
+        start: The step at which the first stretch begins.
+        epochs: The epochs of the run, those before ``start`` too; None if an epoch has no end.
     """
 
     stretches: list[Stretch]
@@ -90,29 +90,29 @@ class Plan:
 
     @property
     def times(self) -> float:
-        """How many times the data of a plain run of as many steps its steps read."""
+        """The data that the run reads, divided by what a plain run with as many steps reads."""
         if not self.data.tokens:
             return float(sum(stretch.batches for stretch in self.stretches) / self.total)
         return sum(self.tokens_of(stretch) or 0 for stretch in self.stretches) / (self.total * self.data.tokens)
 
     def tokens_of(self, stretch: Stretch) -> int | None:
-        """The tokens that some of its steps read, None if they are not known."""
+        """The tokens that a stretch reads, None if they are not known."""
         read = self.data.read(stretch.bag_size)
         return None if read is None else int(stretch.batches * read)
 
 
 def same(time: Time | None, other: Time | None) -> bool:
-    """Whether two times are one; Composer compares none of different units."""
+    """Whether two times have one value and unit. Composer cannot compare times of different units."""
     return time is not None and other is not None and time.to_timestring() == other.to_timestring()
 
 
 def later(time: Time | None, other: Time) -> Time:
-    """The later of two times, or the other if Composer cannot compare them."""
+    """The later of two times, or ``other`` if their units differ."""
     return time if time is not None and time.unit == other.unit and time > other else other
 
 
 def share_of(duration: Time, whole: int) -> int:
-    """A share of the duration in whole units, rounded down: 0.29dur of 100 is 29, which floats make 28."""
+    """A share of the duration in whole units, rounded down. 0.29dur of 100 is 29; with floats it would be 28."""
     return int(Fraction(repr(float(duration.value))) * whole)
 
 
@@ -138,10 +138,10 @@ def plan_steps(
         drawn: Loader batches drawn in this epoch.
 
     Returns:
-        Plan | None: None if a time is given in a unit whose amount in a loader batch is not known.
+        Plan | None: None if a time is in a unit of which a loader batch holds an unknown amount.
 
     Raises:
-        ValueError: If an epoch is too short for a step, or the length of training in another unit.
+        ValueError: If an epoch is too short for a step, or ``max_duration`` is in another unit.
     """
     if max_duration.unit == TimeUnit.ITERATION:
         raise ValueError(
@@ -151,32 +151,72 @@ def plan_steps(
     if any(needed.get(time.unit, 0) is None for time in (max_duration, *(phase.until for phase in phases))):
         return None
     now = now or Timestamp()
+    of_batch = {TimeUnit.SAMPLE: data.samples or 0, TimeUnit.TOKEN: data.tokens or 0}
+    unit = TimeUnit.BATCH if max_duration.unit == TimeUnit.EPOCH else max_duration.unit
 
-    def walk(total: int) -> Plan:
-        """The plan if shares of the duration are those of ``total``."""
-        unit = TimeUnit.BATCH if max_duration.unit == TimeUnit.EPOCH else max_duration.unit
-        placed = [
-            replace(phase, until=Time(share_of(phase.until, total), unit))
-            if phase.until.unit == TimeUnit.DURATION
-            else phase
-            for phase in phases
-        ]
-        return _walk(placed, draws, max_duration, data, now, drawn)
+    def placed(phase: Phase, total: int) -> Phase:
+        """The phase, with a share of the duration as a share of ``total``."""
+        share = phase.until.unit == TimeUnit.DURATION
+        return replace(phase, until=Time(share_of(phase.until, total), unit)) if share else phase
+
+    def walk(total: int | None) -> Plan:
+        """Go through the run, many equal steps at a time; if ``total`` is None, without the phases."""
+        course = [] if total is None else [placed(phase, total) for phase in phases]
+        course.append(Phase(1, max_duration))  # recovery
+        counts = {each: int(now.get(each).value) for each in (TimeUnit.BATCH, TimeUnit.EPOCH, *of_batch)}
+        steps, batches = [0] * len(course), [0] * len(course)
+        current, in_epoch = 0, drawn
+
+        def reached(moment: Time) -> bool:
+            return counts[moment.unit] >= moment.value
+
+        def steps_to(moment: Time, reads: int) -> float:
+            of_step = 1 if moment.unit == TimeUnit.BATCH else of_batch.get(moment.unit, 0) * reads
+            # An epoch ends when its batches are drawn.
+            return math.ceil((moment.value - counts[moment.unit]) / of_step) if of_step else math.inf
+
+        while not reached(max_duration):
+            while reached(course[current].until):
+                current += 1
+            reads = draws(course[current].bag_size)
+            some = min(steps_to(moment, reads) for moment in (course[current].until, max_duration))
+            # A resumed run may have fewer batches in an epoch than were drawn of it before.
+            left = math.inf if data.batches is None else max(0, data.batches - in_epoch)
+            epoch_ends = left < reads
+            if epoch_ends:
+                tail = data.tail(int(left), reads)
+                if not in_epoch + tail:
+                    raise too_short(int(left), reads)
+                some, reads = min(1, tail), tail
+            elif data.batches is not None:
+                some = min(some, left // reads)
+            counts[TimeUnit.BATCH] += int(some)
+            for each, amount in of_batch.items():
+                counts[each] += int(some) * reads * amount
+            steps[current] += int(some)
+            batches[current] += int(some) * reads
+            in_epoch += int(some) * reads
+            if epoch_ends:
+                counts[TimeUnit.EPOCH] += 1
+                in_epoch = 0
+        epochs = None if data.batches is None else counts[TimeUnit.EPOCH] + in_epoch / data.batches
+        sizes = [phase.bag_size for phase in course]
+        return Plan([Stretch(*each) for each in zip(sizes, steps, batches, strict=True)], data, int(now.batch), epochs)
 
     if max_duration.unit != TimeUnit.EPOCH:
         return walk(int(max_duration.value))
-    # The more steps are superposed, the fewer an epoch has: bisect for the total whose shares give that total.
-    low, high = int(now.batch), _walk([], draws, max_duration, data, now, drawn).total
+    # Each superposed step shortens its epoch, so the total depends on the share and the share on the total: bisect.
+    low, high = int(now.batch), walk(None).total
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if walk(middle).total <= middle else (middle + 1, high)
-    # Where whole epochs fall out, the share may not be met; then rather a little less than no recovery.
+    # No total may fit exactly. If the plan has no recovery and the one for one step less has, take that.
     plan, less = walk(high), walk(high - 1)
     return less if phases and plan.ends[-1] >= plan.total and less.ends[-1] < less.total else plan
 
 
 def check_epochs_end(phases: Sequence[Phase], max_duration: Time, data: Data) -> None:
-    """Refuse, with a ValueError, a phase until an epoch that may never come: of a loader without a length."""
+    """Refuse, with a ValueError, a phase that ends in epochs if the loader has no length: an epoch may never end."""
     if data.batches is not None or max_duration.unit == TimeUnit.EPOCH:
         return
     for phase in phases:
@@ -187,80 +227,29 @@ def check_epochs_end(phases: Sequence[Phase], max_duration: Time, data: Data) ->
             )
 
 
-def _walk(
-    phases: Sequence[Phase],
-    draws: Callable[[int], int],
-    max_duration: Time,
-    data: Data,
-    now: Timestamp,
-    drawn: int,
-) -> Plan:
-    """Go through a run whose phases end at moments that are known, as many steps at a time as are alike."""
-    phases = [*phases, Phase(1, max_duration)]  # recovery
-    of_batch = {TimeUnit.SAMPLE: data.samples or 0, TimeUnit.TOKEN: data.tokens or 0}
-    counts = {unit: int(now.get(unit).value) for unit in (TimeUnit.BATCH, TimeUnit.EPOCH, *of_batch)}
-    steps, batches = [0] * len(phases), [0] * len(phases)
-    phase = 0
-
-    def reached(moment: Time) -> bool:
-        return counts[moment.unit] >= moment.value
-
-    def steps_to(moment: Time, reads: int) -> float:
-        of_step = 1 if moment.unit == TimeUnit.BATCH else of_batch.get(moment.unit, 0) * reads
-        # An epoch ends where its batches do.
-        return math.ceil((moment.value - counts[moment.unit]) / of_step) if of_step else math.inf
-
-    while not reached(max_duration):
-        while reached(phases[phase].until):
-            phase += 1
-        reads = draws(phases[phase].bag_size)
-        some = min(steps_to(moment, reads) for moment in (phases[phase].until, max_duration))
-        left = math.inf if data.batches is None else data.batches - drawn
-        epoch_ends = left < reads
-        if epoch_ends:
-            tail = data.tail(int(left), reads)
-            if not drawn + tail:
-                raise too_short(int(left), reads)
-            some, reads = min(1, tail), tail
-        elif data.batches is not None:
-            some = min(some, left // reads)
-        counts[TimeUnit.BATCH] += int(some)
-        for unit, amount in of_batch.items():
-            counts[unit] += int(some) * reads * amount
-        steps[phase] += int(some)
-        batches[phase] += int(some) * reads
-        drawn += int(some) * reads
-        if epoch_ends:
-            counts[TimeUnit.EPOCH] += 1
-            drawn = 0
-    epochs = None if data.batches is None else counts[TimeUnit.EPOCH] + drawn / data.batches
-    sizes = [each.bag_size for each in phases]
-    return Plan([Stretch(*each) for each in zip(sizes, steps, batches, strict=True)], data, int(now.batch), epochs)
-
-
-def too_short(batches: int, drawn: int) -> ValueError:
-    """What to say of an epoch that has no whole step."""
+def too_short(batches: int, per_step: int) -> ValueError:
+    """The refusal of an epoch that has no whole step."""
     return ValueError(
-        f'The train loader has {batches} batches but one superposed step reads {drawn}: '
+        f'The train loader has {batches} batches but one superposed step reads {per_step}: '
         'use a smaller bag_size, more data, or a smaller batch.'
     )
 
 
 @dataclass
 class Progress:
-    """How far a run has come: all that its checkpoints keep of it.
+    """How far a run has come. Checkpoints keep all of it.
 
     Attributes:
-        began: The batch at which superposition began, None before training: 0 unless it was added to a run already
-            under way.
-        ended: For each phase that has ended, the batch at which it did.
-        ends: The moment each phase ends, once the length of training is known.
-        max_duration: The length of training that these moments are of.
+        began: The batch at which superposition began, None before training. It is above 0 if superposition was added
+            to a run under way.
+        ended: The batch at which each phase ended, for the phases that have ended.
+        ends: The moment at which each phase ends, once the length of training is known.
+        max_duration: The length of training for which ``ends`` was computed.
         s_tokens: Model positions so far, all ranks together.
         left_out: Samples drawn and left out so far, all ranks together.
         dropped: Tokens that Composer's clock has counted and the model has not read so far, all ranks together.
-        drawn: Loader batches drawn in this epoch, None if that is not known.
-        batch_samples: Samples of each of these, all ranks together, None if that is not known.
+        drawn: Loader batches drawn in this epoch, None if not known.
+        batch_samples: Samples in a loader batch of this epoch, all ranks together, None if not known.
     """
 
     began: int | None = None
@@ -274,7 +263,7 @@ class Progress:
     batch_samples: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The same in plain Python types."""
+        """The progress in plain Python types."""
         return {
             **vars(self),
             'ended': list(self.ended),
@@ -284,7 +273,7 @@ class Progress:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> 'Progress':
-        """Where a checkpoint left off.
+        """The progress that a checkpoint has kept.
 
         Raises:
             ValueError: If an earlier version saved it, which did not count the batches drawn.
@@ -295,7 +284,7 @@ class Progress:
                 'drew: resume it with that version, or load it by load_path with load_ignore_keys: [state/algorithms].'
             )
         longest = state['max_duration']
-        all_of_it: dict[str, Any] = {'batch_samples': None, **state}  # which earlier checkpoints do not have
+        all_of_it: dict[str, Any] = {'batch_samples': None, **state}  # earlier checkpoints have none
         kept = {name: all_of_it[name] for name in vars(cls())}
         kept['ended'] = list(state['ended'])
         kept['ends'] = [Time.from_timestring(end) for end in state['ends']]
@@ -304,9 +293,9 @@ class Progress:
 
 
 class Schedule:
-    """The phases of a run, which of them have ended, and the bag size of the coming step.
+    """The phases of a run, which of them have ended, and the bag size of the next step.
 
-    A phase that has ended never begins again, whatever happens to the length of training.
+    A phase that has ended never begins again, even if the length of training changes.
     """
 
     def __init__(self, settings: Settings, progress: Progress):
@@ -320,7 +309,7 @@ class Schedule:
 
     @property
     def ends_to_come(self) -> list[Time]:
-        """When each of them ends."""
+        """When each phase to come ends."""
         return self.progress.ends[len(self.progress.ended) :]
 
     @property
@@ -330,30 +319,30 @@ class Schedule:
 
     @property
     def bag_size(self) -> int:
-        """Bag size of the coming step: 1 in the recovery phase."""
+        """Bag size of the next step: 1 in recovery."""
         return 1 if self.finished else self.phases_to_come[0].bag_size
 
     @property
     def draws(self) -> int:
-        """The loader batches that the coming step reads."""
+        """The loader batches that the next step reads."""
         return self.settings.draws(self.bag_size)
 
     def phases_begun(self, batch: int) -> int:
-        """How many phases have taken a step once ``batch`` steps are done; recovery counts as one."""
+        """How many phases have taken a step when ``batch`` steps are done. Recovery counts as a phase."""
         if self.progress.began is None:
             return 0
         ended = self.progress.ended
         return len(ended) + (batch > [self.progress.began, *ended][-1])
 
     def plan(self, max_duration: Time, data: Data, now: Timestamp) -> Plan | None:
-        """The expected steps of the phases to come, None if they cannot be known."""
+        """The expected steps of the phases to come, None if they are not known."""
         drawn = self.progress.drawn or 0
         return plan_steps(self.phases_to_come, self.settings.draws, max_duration, data, now, drawn)
 
     def whole(self, plan: Plan, now: Timestamp) -> Plan:
-        """A plan of the phases to come, and the steps done ``now``, before it: those of phases, and those before these.
+        """The plan of the whole run: steps before superposition, steps of the phases so far, and ``plan``.
 
-        What the clock has counted beyond the phases was read before them.
+        Tokens counted beyond those of the phases are taken as read before superposition.
         """
         assert self.progress.began is not None
         sizes = [1, *(phase.bag_size for phase in self.settings.phases)]
@@ -371,11 +360,11 @@ class Schedule:
         return replace(plan, stretches=[*done, first, *rest], start=0)
 
     def resolve(self, max_duration: Time, plan: Plan | None) -> None:
-        """Fix the moment each phase to come ends, now that the length of training is known.
+        """Fix the moment at which each phase to come ends.
 
         Args:
             max_duration: The length of training.
-            plan: The expected steps of the phases to come, or None where they cannot be known before training.
+            plan: The expected steps of the phases to come, or None if they are not known before training.
 
         Raises:
             ValueError: If a share of epochs cannot be placed without a plan.
@@ -398,18 +387,18 @@ class Schedule:
     def check(self, now: Timestamp, plan: Plan | None, whole: bool, more_comes: bool = False) -> None:
         """Refuse a phase without steps, and a run that ends without a recovery phase.
 
-        A plan takes rows for full, and the last batch of an epoch. Padding can only put off a moment given in tokens,
-        and a smaller batch one in samples too, so that what the plan says of an order is certain where the later moment
-        is in another unit, and otherwise a warning.
+        The plan assumes that no row is padded and that no batch is smaller. Padding can only delay a moment given in
+        tokens. A small last batch can delay one in samples too. So the plan can be wrong about the order of two
+        moments only if the later one is in such a unit and the units differ: that is a warning. All else is an error.
 
         Args:
             now: Where the run stands.
             plan: The expected steps of the phases to come, or None if they are not known.
-            whole: Whether training ends where this fit does. If it may go on, a fit without recovery is a warning.
-            more_comes: Whether it is known to go on, so that recovery may come later.
+            whole: Whether training ends with this fit. If not, what is an error otherwise is a warning.
+            more_comes: Whether another fit will follow, so that recovery may come later.
 
         Raises:
-            ValueError: If that is so for certain.
+            ValueError: If there will certainly be such a phase or end.
         """
         longest, last = self.progress.max_duration, self.progress.ends[-1]
         assert longest is not None
@@ -423,8 +412,9 @@ class Schedule:
                 f'{longest.to_timestring()}, so there would be no recovery phase: end it earlier or train longer.'
             )
             _refuse_or_warn(problem, past or longest.unit not in may_be_late, whole)
-        has_steps = self.phases_begun(int(now.batch)) > len(self.progress.ended)  # the phase under way
-        for phase, moment in [*zip(self.phases_to_come, self.ends_to_come, strict=True)][has_steps:]:
+        has_steps = self.phases_begun(int(now.batch)) > len(self.progress.ended)  # the phase under way has taken one
+        skip = 1 if has_steps else 0
+        for phase, moment in list(zip(self.phases_to_come, self.ends_to_come, strict=True))[skip:]:
             if moment.value <= 0:
                 raise ValueError(
                     f'The phase with bag_size {phase.bag_size} until {phase.until.to_timestring()} has no steps: '
@@ -434,7 +424,7 @@ class Schedule:
             return
         start, before = plan.start, TimeUnit.BATCH
         for phase, moment, end in zip(self.phases_to_come, self.ends_to_come, plan.ends, strict=True):
-            # One that is past already is left out, and said to be.
+            # A phase whose moment is past already is left out, and a message says so.
             if end <= start and not has_steps and now.get(moment.unit) < moment:
                 problem = (
                     f'The phase with bag_size {phase.bag_size} until {phase.until.to_timestring()} has no steps: '
@@ -445,14 +435,7 @@ class Schedule:
             start, before, has_steps = max(start, end), moment.unit, False
 
     def advance(self, timestamp: Timestamp) -> bool:
-        """End the phases whose moment has come.
-
-        Args:
-            timestamp: Composer's progress, in data batches, samples and tokens.
-
-        Returns:
-            bool: Whether any phase ended.
-        """
+        """End the phases whose moment has come, and return whether any did."""
         before = len(self.progress.ended)
         while self.phases_to_come and timestamp.get(self.ends_to_come[0].unit) >= self.ends_to_come[0]:
             self.progress.ended.append(int(timestamp.batch))
@@ -460,7 +443,7 @@ class Schedule:
 
 
 def schedule_of(algorithms: Iterable[Any]) -> Schedule | None:
-    """That of the algorithm that has one, None if none has."""
+    """The schedule of the first algorithm that has one, None if none has."""
     found = (getattr(algorithm, 'schedule', None) for algorithm in algorithms)
     return next((schedule for schedule in found if isinstance(schedule, Schedule)), None)
 

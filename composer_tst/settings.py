@@ -1,4 +1,4 @@
-"""What a user sets: phases of bags, how bags are made and weighed, and what of it may differ on resume."""
+"""What a user sets: phases, how bags are made and weighed, and which settings may differ on resume."""
 
 import difflib
 import itertools
@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from composer.core import Time, TimeUnit
 
-from composer_tst.ops.fold import check_fold_settings
+from composer_tst.ops.fold import check_bag_size, check_fold_settings
 
-# What `token_superposition` is set by, as a YAML calls it.
+# The settings of `token_superposition` in a YAML.
 SETTINGS = ('bag_size', 'duration', 'phases', 'superpose', 'expand', 'weighting')
 _UNITS = (TimeUnit.DURATION, TimeUnit.BATCH, TimeUnit.TOKEN, TimeUnit.SAMPLE, TimeUnit.EPOCH)
-INSIST = 'load it by load_path, not autoresume, with load_ignore_keys: [state/algorithms]'
 
 Weighting = str | Sequence[float]
 
@@ -30,7 +29,7 @@ _RULES = {
 
 @dataclass(frozen=True)
 class Phase:
-    """One superposition phase: bags of ``bag_size`` tokens ``until`` a moment of training."""
+    """A superposition phase: bags of ``bag_size`` tokens ``until`` a moment of training."""
 
     bag_size: int
     until: Time
@@ -38,7 +37,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run, checked; they never change.
+    """The checked settings of a run. They never change.
 
     Attributes:
         phases: From coarse to fine.
@@ -57,11 +56,11 @@ class Settings:
         return 1 if self.expand == 'none' else bag_size
 
     def microbatch_scale(self, bag_size: int) -> int:
-        """How many times the rows of a plain microbatch have as many positions: rows may become shorter."""
+        """How many times more rows a microbatch may have: rows are shorter, except with ``sequence`` and ``output``."""
         return 1 if self.expand == 'sequence' or self.superpose == 'output' else bag_size
 
     def weights(self, bag_size: int) -> torch.Tensor:
-        """Weights of a bag's targets, ``(bag_size,)``, that sum to one."""
+        """Weights of a bag's targets, ``(bag_size,)``. They sum to one."""
         return target_weights(self.weighting, bag_size)
 
     def as_dict(self) -> dict[str, Any]:
@@ -85,12 +84,12 @@ def parse_settings(
     """Check the settings of a run.
 
     Raises:
-        ValueError: On one that cannot be followed, or two that do not go together.
+        ValueError: If a setting cannot be followed, or two settings exclude each other.
     """
     parsed = parse_phases(bag_size, duration, phases)
     check_fold_settings(expand, superpose)
     for phase in parsed:
-        # A rule is checked by its name, whatever the number of weights.
+        # A rule is checked by its name alone, so any number of weights will do.
         weights = target_weights(weighting, 1 if isinstance(weighting, str) else phase.bag_size)
         if superpose == 'input' and weights[0] == 0:
             raise ValueError(
@@ -102,18 +101,8 @@ def parse_settings(
     return Settings(tuple(parsed), superpose, expand, weighting)
 
 
-def refuse_unknown(name: str, unknown: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse settings that there are not, with the nearest of those that there are.
-
-    Args:
-        name: What they are settings of, as a YAML calls it.
-        unknown: Those that were given.
-        known: Those that there are.
-
-    Raises:
-        ValueError: If any was given.
-    """
-    known = list(known)
+def refuse_unknown(name: str, unknown: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse, with a ValueError, settings that ``name`` does not have, and suggest the nearest ``known`` one."""
     for setting in unknown:
         nearest = difflib.get_close_matches(setting, known, 1)
         meant = f' (did you mean {nearest[0]}?)' if nearest else ''
@@ -129,31 +118,26 @@ def parse_phases(
     """Read the settings ``bag_size`` and ``duration``, or ``phases``.
 
     Raises:
-        ValueError: If both or neither are given, a bag size is not an integer of at least 2 or grows from one
-            phase to the next, or a moment is not a Composer Time in dur, ba, tok, sp or ep, is not positive,
-            is at or past the end of training, or is not after the one before it.
+        ValueError: If both or neither are given; if a bag size is not an integer of at least 2, or grows from one
+            phase to the next; if a moment is not a positive Composer Time in dur, ba, tok, sp or ep, is a share of
+            1dur or more, or is not after the moment before it.
     """
     if phases is None:
-        if bag_size is None and duration is None:
-            raise ValueError('Superposition needs bag_size and duration, or phases: give one or the other.')
-        if duration is None:
+        if bag_size is None or duration is None:
             raise ValueError(
-                f'bag_size is {bag_size!r} but there is no duration: say when it ends, as duration: 0.3dur.'
+                f'bag_size is {bag_size!r} and duration is {duration!r}: give both, as bag_size: 6 and duration: '
+                '0.3dur, or give phases.'
             )
-        if bag_size is None:
-            raise ValueError(f'duration is {duration!r} but there is no bag_size: say how many tokens, as bag_size: 6.')
-        return [Phase(_bag_size(bag_size), _moment(duration, 'duration'))]
+        return [Phase(check_bag_size(bag_size, 2), _moment(duration, 'duration'))]
     if bag_size is not None or duration is not None:
         raise ValueError('phases says what bag_size and duration would: give phases, or bag_size and duration.')
-    if isinstance(phases, (str, Mapping)) or not isinstance(phases, Sequence):
+    if isinstance(phases, (str, Mapping)) or not isinstance(phases, Sequence) or not phases:
         raise ValueError(f'phases is {phases!r}: give a list of {{bag_size, until}}, from coarse to fine.')
-    if len(phases) == 0:
-        raise ValueError('phases is empty: give at least one {bag_size, until}.')
     parsed = []
     for phase in phases:
         if not isinstance(phase, Mapping) or set(phase) != {'bag_size', 'until'}:
             raise ValueError(f'A phase is {phase!r}: give it bag_size and until, and nothing else.')
-        parsed.append(Phase(_bag_size(phase['bag_size']), _moment(phase['until'], 'until')))
+        parsed.append(Phase(check_bag_size(phase['bag_size'], 2), _moment(phase['until'], 'until')))
     for before, after in itertools.pairwise(parsed):
         if after.bag_size > before.bag_size:
             raise ValueError(
@@ -167,12 +151,6 @@ def parse_phases(
     return parsed
 
 
-def _bag_size(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-        raise ValueError(f'bag_size is {value!r}: give an integer of at least 2.')
-    return value
-
-
 def _moment(value: Any, name: str) -> Time:
     try:
         moment = value if isinstance(value, Time) else Time.from_timestring(value)
@@ -182,7 +160,7 @@ def _moment(value: Any, name: str) -> Time:
         ) from None
     if moment.unit not in _UNITS:
         raise ValueError(f'{name} is {value}: give it in dur, ba, tok, sp or ep.')
-    if not moment.value > 0:  # nor if it is no number
+    if not moment.value > 0:  # true of NaN too
         raise ValueError(f'{name} is {value}, so no step would be superposed: give a positive time.')
     if moment.unit == TimeUnit.DURATION and moment.value >= 1:
         raise ValueError(
@@ -193,7 +171,7 @@ def _moment(value: Any, name: str) -> Time:
 
 
 def target_weights(weighting: Weighting, bag_size: int) -> torch.Tensor:
-    """Weights of the targets in one bag, normalised to sum to one.
+    """Compute the weights of the targets in one bag. They sum to one.
 
     Args:
         weighting: ``uniform``, ``power_law`` (``1/k``), ``exponential`` (``exp(-k)``), ``first``, or a
@@ -223,20 +201,20 @@ def target_weights(weighting: Weighting, bag_size: int) -> torch.Tensor:
 
 
 def check_resumed_settings(saved: Mapping[str, Any], settings: Settings, begun: int, under_way: bool) -> str:
-    """Compare the settings in a checkpoint with those of the run that resumes from it.
+    """Compare the settings in a checkpoint with the settings of the run that resumes from it.
 
-    What has been trained cannot be changed: the bag sizes of the phases that have begun (recovery counts as one, of
-    bag size 1), the end of the one under way, and how bags are made and weighed once there were any. What concerns
-    phases to come, or the end of one that has ended, is harmless.
+    What has been trained cannot change: the bag sizes of phases that have begun, the end of the phase under way, and
+    once a phase has begun, how bags are made and weighed. Recovery counts as a phase of bag size 1. Settings of phases
+    to come may change, and so may the end of a phase that has ended.
 
     Args:
-        saved: The checkpoint's, as :meth:`Settings.as_dict` gives them.
-        settings: Those of the run.
+        saved: The settings in the checkpoint, as :meth:`Settings.as_dict` gives them.
+        settings: The settings of the run.
         begun: How many phases have taken a step, recovery included.
-        under_way: Whether the last of them may take more.
+        under_way: Whether the last phase that has begun may take more steps.
 
     Returns:
-        str: The settings that differ harmlessly, as a sentence; empty if there are none.
+        str: The harmless differences, as a sentence; empty if there are none.
 
     Raises:
         ValueError: If a setting differs that has already been trained with.
@@ -264,5 +242,6 @@ def _refuse_if_changed(name: str, saved: Any, current: Any) -> None:
     if current != saved:
         raise ValueError(
             f'{name} is {current} but the checkpoint was trained with {saved}: set it back or, to go on with '
-            f'{current} from here all the same, {INSIST}.'
+            f'{current} from here all the same, load it by load_path, not autoresume, with load_ignore_keys: '
+            '[state/algorithms].'
         )

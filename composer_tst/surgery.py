@@ -1,7 +1,7 @@
 """The Composer model for a superposed microbatch: its call, its loss and its microbatch size.
 
-The microbatch is folded when the Trainer calls the model with it: to all else it is plain at every event. The loss is
-the multi-hot cross-entropy. After the backward pass, the model is as it was.
+The microbatch stays plain for all others. It is folded for the model's call alone. The loss is the multi-hot
+cross-entropy. After the backward pass, the model is as it was.
 """
 
 import functools
@@ -56,7 +56,9 @@ class _FoldAtCall(CallStandIn):
 
 
 class Microbatches:
-    """Fold each microbatch when the model is called with it, and undo that after the backward pass: an event a method.
+    """Fold each microbatch when the model is called with it, and undo that after the backward pass.
+
+    A method named as an event handles it.
 
     Args:
         state: The Trainer's.
@@ -90,7 +92,10 @@ class Microbatches:
         self._full, self._batch = full, None
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Undo what a try at this batch that failed, anywhere, has left: Composer tries smaller microbatches."""
+        """If an earlier try at this batch has failed, undo what it left: Composer tries smaller microbatches.
+
+        What is the batch at this event, Composer takes for the whole one.
+        """
         if self._batch is not None:
             self.restore()
             state.batch = self._batch
@@ -114,7 +119,8 @@ class Microbatches:
         self._pass = superposed(state.model, {**folded, 'labels': _NO_TARGETS})
         self._inputs = self._pass.__enter__()
         labels = state.batch.get('labels')
-        if labels is not None and not isinstance(self._model, HuggingFaceModel):  # whose forward computes a loss
+        # A HuggingFaceModel that is given labels computes a loss of its own.
+        if labels is not None and not isinstance(self._model, HuggingFaceModel):
             self._pass.follow_labels(labels)
             self._inputs['labels'] = labels
         return self._inputs
@@ -126,7 +132,7 @@ class Microbatches:
         if mask.device.type == 'cpu':
             return not bool(mask.all())
         if self._full:
-            # To read it now would wait for the device: it is read at the end of the step.
+            # To read it now would wait for the device. `end_batch` reads it.
             self._still_full.append(mask.all())
         return not self._full
 
@@ -134,18 +140,13 @@ class Microbatches:
         """Give the model's call back.
 
         Raises:
-            ValueError: If the model was called with another batch, or has changed ids in place.
+            ValueError: If the model was called with another batch.
         """
         if self._call is not None:
             self._call.take_off()
         if self._pass is None:
             raise ValueError(
                 f'{self._name} was not called with the microbatch of BEFORE_FORWARD: set state.model before FIT_START.'
-            )
-        if self._pass.changed:
-            raise ValueError(
-                f'The forward of {self._name} has changed the ids of a superposed microbatch. Each stands for a bag: '
-                'change tokens in the data, or at BEFORE_FORWARD.'
             )
 
     def before_loss(self, state: State, logger: Logger) -> None:
@@ -202,7 +203,7 @@ class Microbatches:
     def loss(self, outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
         """Multi-hot cross-entropy of logits ``(B, P, V)`` and the targets ``(B, P, s)``, and any router loss: a scalar.
 
-        It stays one tensor, as llm-foundry's KillLossSpike needs it.
+        It is one tensor, for llm-foundry's KillLossSpike.
 
         Args:
             outputs: What the model's forward has returned.
@@ -260,7 +261,7 @@ class _Loss:
         if outputs is self._state.outputs:
             self.called = True
             return self._loss(outputs, self._state.batch)
-        # A callback's; or another Trainer's, after a fit that failed here.
+        # A callback calls it, or another Trainer after a fit that failed here.
         return functools.partial(*self._own)(outputs, *args, **kwargs)
 
     @property
@@ -306,7 +307,8 @@ class MicrobatchSize:
         size = self._state.device_train_microbatch_size
         if size is None or self._plain is None:
             return
-        if size != self._scaled:  # Composer has found meanwhile what fits, or the user has set another for a plain step
+        if size != self._scaled:
+            # Composer has found the rows that fit a superposed step, or the user has set those of a plain one.
             self._plain = max(1, int(size // self._scale)) if self._state.auto_microbatching else size
         self._scale, self._scaled = scale, self._plain * scale
         self._state.device_train_microbatch_size = self._scaled

@@ -58,14 +58,10 @@ def check_fold_settings(expand: str, superpose: str) -> None:
         )
 
 
-def check_bag_size(value: Any) -> int:
-    """Return a bag size.
-
-    Raises:
-        ValueError: If it is not an integer of at least 1.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f'bag_size is {value!r}: give an integer, the tokens in a bag, or 1 for plain training.')
+def check_bag_size(value: Any, least: int = 1) -> int:
+    """Return a bag size; refuse, with a ValueError, what is not an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f'bag_size is {value!r}: give an integer of at least {least}.')
     return value
 
 

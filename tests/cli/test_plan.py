@@ -230,7 +230,7 @@ def test_shards_are_counted_against_the_data_there_is(tmp_path: Path):
 
 
 MODEL = Model(267_000_000, 267_000_000, 193_000_000, 30 * 576)
-BATCH = Run(1024, 2048, Time.from_batch(20000), (), 'both', 'sequence', 'uniform')
+BATCH = Run((), 'both', 'sequence', 'uniform', 1024, 2048, Time.from_batch(20000))
 
 
 def test_expected_loss_is_read_off_the_published_grid_of_the_nearest_scale():
@@ -511,7 +511,7 @@ def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path
         (['max_duration=4800'], 'max_duration is 4800 without a unit, which Composer takes for epochs: give 4800ba'),
         (['bag_size'], 'bag_size is no override and no option: give overrides as KEY=VALUE'),
         (['max_durration=20ba'], 'max_durration is no key of llm-foundry (did you mean max_duration?): remove it'),
-        (['scheduler.t_warmup=2800ba'], 't_warmup=2800ba and t_decay=0.1dur overlap in max_duration=3000ba'),
+        (['scheduler.t_warmup=2800ba'], 't_warmup=2800ba and t_decay=0.1dur do not fit in max_duration=3000ba'),
         (['scheduler=cosine'], "scheduler is 'cosine': give its settings by name"),
         (['scheduler.alpha_f=2'], 'alpha_f=2 must be a number from 0 to 1'),
         (['scheduler.t_decay=5000tok'], 't_decay=5000tok cannot be counted back from max_duration=3000ba'),
@@ -524,7 +524,7 @@ def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path
         (['model.n_layers=two'], 'model: mpt_causal_lm refuses these settings'),
         (['max_seq_len=${nothing}'], 'nothing'),
         (['--bag-size', '1', '--duration', '0.3dur'], 'bag_size is 1: give an integer of at least 2'),
-        (['--bag-size', '4'], 'bag_size is 4 but there is no duration'),
+        (['--bag-size', '4'], 'bag_size is 4 and duration is None: give both'),
         (
             ['algorithms.token_superposition=4'],
             'algorithms.token_superposition is 4: give settings by name, as algorithms: {token_s',
@@ -567,8 +567,8 @@ def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path
         ),
         (['max_duration=0ba'], 'max_duration is 0ba: give a positive time'),
         (['max_duration=-5ba'], 'max_duration is -5ba: give a positive time'),
-        (['algorithms.token_superposition={}'], 'needs bag_size and duration'),
-        (['algorithms.token_superposition=null'], 'needs bag_size and duration'),
+        (['algorithms.token_superposition={}'], 'bag_size is None and duration is None: give both'),
+        (['algorithms.token_superposition=null'], 'bag_size is None and duration is None: give both'),
         (
             ['algorithms.token_superposition.expand=batch', '--bag-size', '33', '--duration', '0.3dur'],
             'max_seq_len is 64, and a row by itself needs 66 tokens for bags of 33',

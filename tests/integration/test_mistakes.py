@@ -22,9 +22,9 @@ NO_TIME = 'which is no Composer Time: write it as 0.3dur, 6000ba, 100000tok, 500
 
 SETTINGS: list[tuple[dict[str, Any], str]] = [
     # settings of token_superposition                              what it says
-    ({}, 'Superposition needs bag_size and duration, or phases'),
-    ({'bag_size': 4}, 'bag_size is 4 but there is no duration: say when it ends, as duration: 0.3dur.'),
-    ({'duration': '0.3dur'}, "duration is '0.3dur' but there is no bag_size: say how many tokens, as bag_size: 6."),
+    ({}, 'bag_size is None and duration is None: give both'),
+    ({'bag_size': 4}, 'bag_size is 4 and duration is None: give both'),
+    ({'duration': '0.3dur'}, "bag_size is None and duration is '0.3dur': give both"),
     (
         BAG | {'bagsize': 4},
         'token_superposition.bagsize is no setting (did you mean bag_size?): use bag_size, duration',
@@ -67,7 +67,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     (BAG | {'weighting': [1, 2, 3, float('nan')]}, 'give finite numbers'),
     (BAG | {'weighting': [0, 1, 1, 1], 'superpose': 'input'}, 'input predicts the first token alone'),
     (BAG | {'phases': [{'bag_size': 4, 'until': '0.3dur'}]}, 'give phases, or bag_size and duration.'),
-    ({'phases': []}, 'phases is empty: give at least one {bag_size, until}.'),
+    ({'phases': []}, 'phases is []: give a list of {bag_size, until}, from coarse to fine.'),
     ({'phases': [8, 4, 2]}, 'A phase is 8: give it bag_size and until, and nothing else.'),
     ({'phases': [{'bag_size': 4}]}, "A phase is {'bag_size': 4}: give it bag_size and until"),
     ({'phases': [{'bag_size': 4, 'until': '1ba', 'expand': 'none'}]}, 'give it bag_size and until, and nothing else.'),
@@ -101,9 +101,10 @@ SCHEDULER: list[tuple[dict[str, Any], str]] = [
     ({'t_decay': '-0.1dur'}, 't_decay=-0.1dur is negative'),
     ({'t_decay': '10s'}, 't_decay=10s is on the wall clock'),
     ({'t_decay': '2000tok'}, 't_decay=2000tok cannot be counted back from max_duration=8ba; give it in ba'),
-    ({'t_decay': '9ba'}, 't_decay=9ba is longer than max_duration=8ba; shorten it or train for longer.'),
-    ({'t_decay': '1.5dur'}, 't_decay=1.5dur is longer than max_duration=8ba'),
-    ({'t_warmup': '6ba', 't_decay': '4ba'}, 't_warmup=6ba and t_decay=4ba overlap in max_duration=8ba'),
+    ({'t_decay': '9ba'}, 't_warmup=2ba and t_decay=9ba do not fit in max_duration=8ba; shorten one of them'),
+    ({'t_decay': '1.5dur'}, 't_decay=1.5dur do not fit in max_duration=8ba'),
+    ({'t_warmup': '0tok', 't_decay': '9ba'}, 't_warmup=0tok and t_decay=9ba do not fit in max_duration=8ba'),
+    ({'t_warmup': '6ba', 't_decay': '4ba'}, 't_warmup=6ba and t_decay=4ba do not fit in max_duration=8ba'),
     ({'twarmup': '2ba'}, 'scheduler.twarmup is no setting (did you mean t_warmup?): use t_warmup, t_decay, alpha_f'),
     ({'alpha_f': '0.0'}, "alpha_f='0.0' must be a number from 0 to 1: it is a share of the learning rate."),
     ({'t_warmup': 'infba'}, "t_warmup='infba' is not a Composer time"),
@@ -182,7 +183,7 @@ RUNS: list[tuple[str, dict[str, Any], str]] = [
     ('embeddings', {'train': rows_of(lambda row: row | {'inputs_embeds': torch.ones(12, 16)})}, 'give input_ids'),
     ('a short mask', {'train': rows_of(lambda row: row | {'attention_mask': torch.ones(6)})}, 'attention_mask has'),
     ('short rows', {'train': random_loader(length=6), 'expand': 'none'}, 'bag_size is 4 but a row has 6 tokens'),
-    ('an encoder-decoder', {'model': t5}, 'encoder-decoder: superposition needs a causal (decoder-only) model.'),
+    ('an encoder-decoder', {'model': t5}, 'is an encoder-decoder: use a causal (decoder-only) model.'),
     ('another method', {'beside': algorithms.LabelSmoothing()}, 'LabelSmoothing cannot be combined with Token'),
     ('a stopper', {'callbacks': [EarlyStopper('LanguageCrossEntropy', 'train')]}, 'set its dataloader_label to eval.'),
 ]  # fmt: skip

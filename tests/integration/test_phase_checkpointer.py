@@ -65,6 +65,15 @@ def test_it_leaves_latest_alone_and_writes_over_what_it_wrote_before(tmp_path: P
     assert {path.name for path in tmp_path.glob('bag*/*')} == {'ep0-ba2-rank0.pt'}
 
 
+def test_without_a_save_folder_it_says_where_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    train(TokenSuperposition(3, '2ba'), run_name='own')
+    assert 'save_folder is not set, so checkpoints go to own/checkpoints.' in capsys.readouterr().err
+    assert saved(tmp_path) == {'own/checkpoints/bag3-to-bag1/ep0-ba2-rank0.pt'}
+
+
 def test_a_folder_named_by_a_logger(tmp_path: Path):
     pytest.importorskip('mlflow')  # which llm-foundry brings
     logger = MLFlowLogger(experiment_name='x', tracking_uri=str(tmp_path / 'mlflow'), synchronous=True)

@@ -330,7 +330,7 @@ def test_values_that_cannot_be_joined_are_left_out_if_the_model_does_not_take_th
 
 @pytest.mark.parametrize('bag_size', [0, -1, '6', 2.0, None, True, torch.tensor(2)])
 def test_bag_sizes_that_are_none_are_refused_at_once_and_when_drawn(bag_size: Any):
-    message = r'bag_size is .*: give an integer, the tokens in a bag, or 1 for plain training'
+    message = r'bag_size is .*: give an integer of at least 1'
     with pytest.raises(ValueError, match=message):
         F_tst.draw([], bag_size)
     with pytest.raises(ValueError, match=message):

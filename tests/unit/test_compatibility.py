@@ -9,8 +9,6 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    JetMoeConfig,
-    JetMoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
@@ -21,17 +19,6 @@ from composer_tst.compatibility import check_model
 from composer_tst.ops.superposed import find_embedding
 
 TINY: dict[str, Any] = {'vocab_size': VOCAB_SIZE, 'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2}
-
-JETMOE: dict[str, Any] = {
-    'vocab_size': VOCAB_SIZE,
-    'hidden_size': 16,
-    'num_hidden_layers': 1,
-    'num_key_value_heads': 2,
-    'kv_channels': 8,
-    'intermediate_size': 16,
-    'num_local_experts': 2,
-    'num_experts_per_tok': 1,
-}
 
 
 def peft_model():
@@ -48,8 +35,11 @@ def test_the_embedding_of_ones_own_model_is_its_only_one():
 @pytest.mark.parametrize(
     ('make', 'message'),
     [
-        (lambda: nn.Linear(2, 2), 'Linear is no ComposerModel'),
-        (lambda: hugging_face(BertForMaskedLM(BertConfig(intermediate_size=16, **TINY))), 'no causal language model'),
+        (lambda: nn.Linear(2, 2), 'Linear is not a ComposerModel'),
+        (
+            lambda: hugging_face(BertForMaskedLM(BertConfig(intermediate_size=16, **TINY))),
+            'is not a causal language model: use a decoder-only model',
+        ),
         (
             lambda: hugging_face(
                 T5ForConditionalGeneration(
@@ -59,10 +49,6 @@ def test_the_embedding_of_ones_own_model_is_its_only_one():
             'is an encoder-decoder',
         ),
         (peft_model, 'wrapped by PEFT: superposition is for pre-training'),
-        (
-            lambda: hugging_face(JetMoeForCausalLM(JetMoeConfig(**JETMOE, output_router_logits=True))),
-            'JetMoeConfig does not keep the weight of its router loss',
-        ),
         (lambda: Bare(nn.Embedding(7, 4), nn.Embedding(7, 4)), 'Bare has 2 nn.Embedding modules'),
         (lambda: Bare(), 'Bare has 0 nn.Embedding modules .* define get_input_embeddings'),
     ],

@@ -1,6 +1,7 @@
 """Joining the loader batches of one step."""
 
 import copy
+import gc
 import itertools
 import random
 from collections.abc import Iterable, Iterator
@@ -132,6 +133,21 @@ def test_steps_that_the_trainer_passes_over_draw_what_they_did(batches: int, ste
     assert drawn(bags) == rows  # whoever looked at all of it has changed nothing
 
 
+def test_steps_that_the_trainer_passes_over_are_not_kept_in_memory():
+    alive: list[int] = []
+
+    def batches() -> Iterator[Any]:
+        for sample in range(70):
+            alive.append(sum(isinstance(each, torch.Tensor) for each in gc.get_objects()))
+            yield collate([sample])
+
+    steps = iter(bag_loader(batches(), 6, resumption=Resumption(60, 10)))
+    for _ in range(10):
+        next(steps)
+    assert next(steps)['input_ids'][:, 0].tolist() == [60, 61, 62, 63, 64, 65]
+    assert max(alive) - min(alive) <= 3 * 8
+
+
 def test_random_numbers_of_the_coming_step_are_as_the_trainer_has_put_them_back():
     def noisy(samples: list[int]) -> dict[str, Any]:
         random.random()
@@ -161,9 +177,9 @@ def test_an_epoch_that_has_become_shorter_than_what_was_done_of_it_ends():
     assert len(drawn(bag_loader(numbers(0), 3, resumption=Resumption(9, 3)))) == 0
 
 
-@pytest.mark.parametrize('steps', [1, 3])
-def test_a_trainer_that_passes_over_no_step_trains_from_the_beginning_of_the_epoch(steps: int):
-    bags = bag_loader(numbers(24), 2, resumption=Resumption(3 * steps, steps))
+@pytest.mark.parametrize(('steps', 'draws'), [(1, 2), (3, 3)])
+def test_a_trainer_that_passes_over_no_step_trains_from_the_beginning_of_the_epoch(steps: int, draws: int):
+    bags = bag_loader(numbers(24), 2, resumption=Resumption(draws * steps, steps))
     iterator = iter(bags)
     first = next(iterator)['input_ids'][:, 0].tolist()
     assert bags.replaying

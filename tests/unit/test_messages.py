@@ -8,7 +8,6 @@ from composer_tst.messages import (
     data_repeat,
     first_lines,
     last_line,
-    no_save_folder,
     recovery_is_short,
     unknown_course,
 )
@@ -108,7 +107,3 @@ def test_the_last_line_says_what_was_read():
         'Superposition: 3,000 steps read 6.45M data tokens in 3.07M positions of the model.'
     )
     assert last_line(1, 10, 10).startswith('Superposition: 1 step read 10 data tokens')
-
-
-def test_phase_checkpointer_says_where_it_writes_without_a_save_folder():
-    assert no_save_folder('tst/checkpoints').endswith('checkpoints of its phases go to tst/checkpoints.')

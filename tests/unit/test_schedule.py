@@ -257,6 +257,21 @@ def test_the_plan_of_a_run_under_way_goes_on_from_where_it_stands():
     assert 50 + 4 * 6 + 126 == 200
 
 
+def test_a_loader_that_has_become_shorter_than_what_was_drawn_begins_its_next_epoch():
+    """5 steps of the epoch were done. The resumed run has larger batches: 3 in an epoch."""
+    plan = plan_steps(
+        [Phase(2, Time.from_timestring('8ba'))],
+        as_many,
+        Time.from_timestring('12ba'),
+        Data(3, uses_tail=True),
+        at_batch(5),
+        drawn=5,
+    )
+    assert plan is not None
+    # Steps of 2 and 1 batches, then of 2, and in recovery 4 of one.
+    assert plan.stretches == [Stretch(2, 3, 5), Stretch(1, 4, 4)]
+
+
 def test_a_plan_and_what_was_done_before_it_are_the_whole_run():
     """10 plain steps, 20 of bags of 4, 5 of bags of 2 that has 15 more."""
     schedule = schedule_of((4, '30ba'), (2, '50ba'), began=10, ended=[30])

@@ -15,24 +15,16 @@ from omegaconf import DictConfig, OmegaConf
 from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.plan.keys import check, superposition_settings
-from composer_tst.settings import Phase
+from composer_tst.settings import Settings
 
 
 @dataclass(frozen=True)
-class Run:
-    """What of a YAML decides its cost: B rows of L tokens a loader batch, how long, and the superposition."""
+class Run(Settings):
+    """What of a YAML decides its cost: superposition, rows and their tokens in a loader batch, and max_duration."""
 
     rows: int
     length: int
     max_duration: Time
-    phases: tuple[Phase, ...]
-    superpose: str
-    expand: str
-    weighting: Any
-
-    def draws(self, bag_size: int) -> int:
-        """Loader batches that one step reads."""
-        return bag_size if self.expand != 'none' else 1
 
 
 def read_run(config: DictConfig) -> Run:
@@ -54,18 +46,18 @@ def read_run(config: DictConfig) -> Run:
     if max_duration.value < 1:
         raise CommandError(f'max_duration is {text}: give a positive time')
     check_scheduler(config, max_duration)
-    settings = superposition_settings(config)
-    if settings is None:
-        return Run(rows, length, max_duration, (), 'both', 'sequence', 'uniform')
+    given = superposition_settings(config)
     try:
-        found = TokenSuperposition(**settings).settings
+        settings = (
+            Settings((), 'both', 'sequence', 'uniform') if given is None else TokenSuperposition(**given).settings
+        )
     except (TypeError, ValueError) as error:
         raise CommandError(f'algorithms.token_superposition: {error}') from error
-    return Run(rows, length, max_duration, found.phases, found.superpose, found.expand, found.weighting)
+    return Run(**vars(settings), rows=rows, length=length, max_duration=max_duration)
 
 
 def check_scheduler(config: DictConfig, max_duration: Time) -> None:
-    """Refuse what the published scheduler refuses in training, where the YAML names it."""
+    """Refuse what warmup_stable_decay refuses in training, if it is the YAML's scheduler."""
     found: Any = OmegaConf.select(config, 'scheduler')
     if found is not None and not isinstance(found, DictConfig):
         raise CommandError(f'scheduler is {found!r}: give its settings by name, as name: warmup_stable_decay')
@@ -76,9 +68,10 @@ def check_scheduler(config: DictConfig, max_duration: Time) -> None:
     state: Any = SimpleNamespace(max_duration=max_duration, timestamp=Timestamp(), dataloader_len=None)
     try:
         WarmupStableDecayScheduler(**settings)(state)
+    except RuntimeError:
+        pass  # it needs the length of an epoch, which only the loader knows
     except (TypeError, ValueError) as error:
-        if 'batches in an epoch' not in str(error):  # which only the loader knows
-            raise CommandError(f'scheduler: {error}') from error
+        raise CommandError(f'scheduler: {error}') from error
 
 
 def equal_steps(run: Run) -> Time:

@@ -99,8 +99,7 @@ def sweep(run: Run, model: Model, data: Data | None) -> list[dict[str, Any]]:
     for bag in SWEEP_BAGS:
         for share in SWEEP_SHARES:
             superposed = int(share * steps)
-            drawn = bag if run.expand != 'none' else 1
-            tokens = (superposed * drawn + steps - superposed) * run.rows * run.length
+            tokens = (superposed * run.draws(bag) + steps - superposed) * run.rows * run.length
             this = replace(plain, phases=(Phase(bag, Time(share, TimeUnit.DURATION)),))
             measured = same_bags(this, model, [share])
             expected = expect(this, model, positions, steps, share, bag, measured) if superposed else None
