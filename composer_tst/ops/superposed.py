@@ -90,7 +90,7 @@ class superposed:
                 'function alone: give it the module that you call, and the first time call that outside of compiled '
                 'functions.'
             )
-        if self.changed:
+        if version_of(self._given) != self._version:
             raise ValueError(
                 f'The ids of a superposed batch were changed in place in the pass of {name}. Each stands for a bag: '
                 'change tokens before the batch is folded.'
@@ -100,11 +100,6 @@ class superposed:
         """Have the watched call refuse a model that reads these labels. It may hand them on."""
         if self._first_call is not None:
             self._first_call.labels.append(labels)
-
-    @property
-    def changed(self) -> bool:
-        """Whether the ids that the model was given were changed in place."""
-        return version_of(self._given) != self._version
 
     def restore(self) -> None:
         """Put the model back as it was, wherever the pass has ended."""
