@@ -30,7 +30,7 @@ from composer_tst.cli.progress_bar import progress
 RECORDS = '.records'
 BEGUN = 'begun.json'
 # Changes whenever the same arguments would make other rows or records than before, and is kept as:
-FORMAT = 5
+FORMAT = 6
 VERSION = 'version of this program'
 # What the making of a file system leaves in it.
 LOST_AND_FOUND = 'lost+found'
