@@ -253,6 +253,9 @@ def test_a_name_that_exists_comes_before_a_pattern(tmp_path: Path, monkeypatch: 
         (tmp_path / name).write_text(name)
     assert names_of('a[1].txt', 'in[1]', 'what?.txt') == ['a[1].txt', 'in[1]/b.txt', 'what?.txt']
     assert names_of('a[[]1].txt') == ['a[1].txt']
+    assert names_of('in[1]/*.txt') == ['in[1]/b.txt']
+    monkeypatch.chdir(tmp_path / 'in[1]')
+    assert names_of('*.txt') == names_of('**/b*') == ['b.txt']
 
 
 def test_folder_links_in_a_circle_come_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
