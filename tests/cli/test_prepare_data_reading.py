@@ -557,6 +557,8 @@ def test_a_column_of_dates_is_not_text(tmp_path: Path):
     path = tmp_path / 'a.parquet'
     pq.write_table(pa.table({'text': pa.array([2**62, 0], pa.timestamp('s'))}), path)
     assert read(path) == ([], ['"text" is not a string'] * 2)
+    pq.write_table(pa.table({'text': pa.array([0], pa.timestamp('s', 'Mars/Olympus'))}), path)
+    assert read(path) == ([], ['"text" is not a string'])
 
 
 def test_a_temporary_folder_that_fails_is_never_bad_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
