@@ -198,11 +198,8 @@ def test_bad_arguments_get_one_sentence(
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['--output', 'out'], "Missing argument 'INPUT'"),
-        (['corpus'], "Missing option '--output'"),
         (['corpus', '--output', 'out', '--seq-len', '0'], "Invalid value for '--seq-len'"),
         (['corpus', '--output', 'out', '--train-tokenizer', 10**20], "Invalid value for '--train-tokenizer'"),
-        (['corpus', '--output', 'out', '--engine', 'ray'], "Invalid value for '--engine'"),
     ],
 )  # fmt: skip
 def test_what_typer_refuses(arguments: list[object], message: str, corpus: Path, monkeypatch: pytest.MonkeyPatch):
