@@ -14,7 +14,7 @@ from composer_tst.cli.prepare_data.convert import Job, convert, convert_part
 from composer_tst.cli.prepare_data.documents import look
 from composer_tst.cli.prepare_data.errors import told
 from composer_tst.cli.prepare_data.inputs import list_sources, parse_address
-from composer_tst.cli.prepare_data.output import BEGUN, FORMAT, VERSION, Output, begun_with, locked
+from composer_tst.cli.prepare_data.output import BEGUN, FORMAT, RECORDS, VERSION, Output, begun_with, locked
 from composer_tst.cli.prepare_data.parts import Settings, parse_splits, plan_parts, sample_texts
 from composer_tst.cli.prepare_data.report import TOKENIZER, describe, finish
 from composer_tst.cli.prepare_data.s3 import is_s3
@@ -101,6 +101,9 @@ def main(
                     print(f'training a tokenizer of {train_tokenizer:,} tokens on a sample', file=sys.stderr)
                     trained = train(sample_texts(parts, settings), train_tokenizer)
                 begun = {'with': fingerprint, 'trained': trained and [trained.definition, trained.eos_id]}
+                for name in out.sizes(RECORDS):
+                    if name.startswith('part.'):
+                        out.record(name, {})  # of other settings, and without a shard
                 out.record(BEGUN, begun)
             job = Job(loaded or TextTokenizer(*begun['trained']), settings, out)
             records = convert(parts, job, convert_with)

@@ -63,8 +63,7 @@ def convert_part(job: Job, item: Item, report: Report) -> dict:
                 job.output.publish(data, name, part_folder(number), file)
                 files[file] = [len(data), sha256(data).hexdigest()]
             record['splits'][name] = {'counts': writer.counts(), 'files': files, 'index': data.decode()}
-    if any(made['files'] for made in record['splits'].values()):
-        job.output.record(part_record(number), record)
+    job.output.record(part_record(number), record)
     report(size_of(part) - reported)
     return record
 
