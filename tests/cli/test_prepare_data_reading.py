@@ -126,7 +126,7 @@ GOOD = b'{"text": "good"}\n'
         ('a.jsonl', GOOD + b'{"id": 1, "body": "x"}\n', 'a.jsonl, line 2: no text in "text" (its fields: id, body)'),
         ('a.json', b'[{"text": "x"}, {"text": "y"}]', 'a.json, line 1: a JSON array, not an object'),
         ('a.json', b'[\n', 'a.json, line 1: a JSON array, not an object'),
-        ('a.json', GOOD + b'{\n', 'a.json, line 2: a JSON object of several lines'),
+        ('a.json', GOOD + b'{\n', 'a.json, line 2: malformed JSON'),
         ('a.txt.gz', b'', 'a.txt.gz: damaged gzip data (an empty file)'),
         ('a.jsonl.zst', b'', 'a.jsonl.zst: damaged zstd data (an empty file)'),
         ('a.jsonl.bz2', bz2.compress(GOOD)[:-3], 'a.jsonl.bz2: damaged bzip2 data'),
@@ -377,7 +377,6 @@ def test_what_spark_leaves_and_hidden_files_are_left_out_and_said(
         ('a.parquet', parquet_bytes(['x']).replace(b'text', b'body'), '(its columns: id, body): name the one'),
         ('a.json', json.dumps([{'text': 'x'}]).encode(), "if the file is one array, make lines of it, as with: jq -c"),
         ('a.json', json.dumps([{'text': 'x'}], indent=2).encode(), 'if the file is one array, make lines of it'),
-        ('a.json', json.dumps({'text': 'x'}, indent=2).encode(), 'several lines: make one line of each object'),
     ],
 )  # fmt: skip
 def test_the_first_documents_are_looked_at_before_anything_is_begun(

@@ -23,7 +23,6 @@ LOOKED_AT = 20
 
 BAD_ADVICE = ' (with --skip-bad, the same command goes on from here without such documents)'
 ARRAY_ADVICE = "if the file is one array, make lines of it, as with: jq -c '.[]' FILE > FILE.jsonl"
-OBJECT_ADVICE = 'make one line of each object, as with: jq -c . FILE > FILE.jsonl'
 
 
 @dataclass(frozen=True)
@@ -148,8 +147,6 @@ def _text_of_line(line: bytes, text_key: str) -> Any:
     text = line.decode('utf-8-sig')  # Windows marks a file's first line
     if text.lstrip().startswith('['):
         raise BadDocument('a JSON array, not an object', ARRAY_ADVICE)
-    if text.strip() == '{':
-        raise BadDocument('a JSON object of several lines', OBJECT_ADVICE)
     try:
         # Numbers are of no interest, and Python limits the digits of integers.
         record = json.loads(text, parse_int=float)
