@@ -218,7 +218,7 @@ class Attack:
         # Not one that was killed while it wrote its first record.
         has_begun = f'{self.name}/.records/begun.json' in own
         # One that was only begun is taken up by any command.
-        has_more = has_begun and bool(record_names)
+        has_more = has_begun and bool(shard_names)
         if action == 'kill':
             number, share = draw(st.integers(0, 25)), draw(st.sampled_from([0, 0.3, 0.9, 1]))
             code, output = launch(skipping, lambda: kill_at(number, share))
