@@ -8,7 +8,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 EVERY = 30.0  # s between lines where there is no terminal
-_LINE = '{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} gone, about {remaining} left{postfix}'
+_LINE = '{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} gone, about {remaining} left'
 
 
 class _Lines:

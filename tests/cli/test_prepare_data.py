@@ -160,6 +160,7 @@ def test_skipped_bad_documents_are_listed_and_counted(corpus: Path, tokenizer_di
         (['hidden'], 'no input: hidden holds only what is left out, as '),
         (['corpus', '--train-tokenizer', '300'], 'give one of --tokenizer and --train-tokenizer'),
         (['corpus', '--tokenizer', './nowhere'], '--tokenizer ./nowhere: there is no such folder'),
+        (['corpus', '--tokenizer', 'corpus'], '--tokenizer corpus: this folder does not load: '),
         (['gs://bucket/text'], 'gs://bucket/text: only paths'),
         (['S3://bucket/text'], 'S3://bucket/text: only paths'),
         (['file:///etc/hosts'], 'file:///etc/hosts: only paths'),
@@ -190,17 +191,15 @@ def test_bad_arguments_get_one_sentence(
     line = result.stderr.splitlines()[-1]
     assert line.startswith('error: ')
     assert message in line
+    assert len(line) < 500
     assert {name: data for name, data in tree(corpus.parent).items() if '.records/' not in name} == before
 
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['--output', 'out'], "Missing argument 'INPUT'"),
-        (['corpus'], "Missing option '--output'"),
         (['corpus', '--output', 'out', '--seq-len', '0'], "Invalid value for '--seq-len'"),
         (['corpus', '--output', 'out', '--train-tokenizer', 10**20], "Invalid value for '--train-tokenizer'"),
-        (['corpus', '--output', 'out', '--engine', 'ray'], "Invalid value for '--engine'"),
     ],
 )  # fmt: skip
 def test_what_typer_refuses(arguments: list[object], message: str, corpus: Path, monkeypatch: pytest.MonkeyPatch):

@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from common.preparing import COMMAND, prepare_until_killed, read_rows, refuse, succeed
+from common.preparing import COMMAND, prepare_until_killed, read_rows, refuse, shards_in, succeed
 
 pytest_plugins = ['common.preparing_fixtures']
 
@@ -52,6 +52,15 @@ def test_a_kill_leaves_nothing_in_the_temporary_folder(
     monkeypatch.setenv('TMPDIR', str(temporary))
     prepare_until_killed(*common, '--output', tmp_path / 'out')
     assert not [path for path in temporary.rglob('*') if path.is_file()]
+
+
+def test_a_temporary_folder_may_have_any_name(
+    common: list[object], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv('TMPDIR', str(tmp_path_factory.mktemp('a#b?c')))
+    command = [*COMMAND, *map(str, common), '--output', str(tmp_path / 'out')]
+    subprocess.run(command, check=True, capture_output=True)
+    assert [name for name, _ in shards_in(tmp_path / 'out' / 'train')] == ['00000/shard.00000.mds']
 
 
 def test_two_commands_at_once_make_one_data_set(common: list[object], tmp_path: Path):

@@ -235,6 +235,9 @@ def test_what_a_refused_run_only_began_is_taken_up_by_the_corrected_command(
     assert 'malformed JSON' in refuse(*arguments, '--train-tokenizer', 260)
     assert set(place.files()) == {'out/.records/begun.json'}
     lines.write_bytes(whole)
+    sentence = refuse(*arguments[:-1], 1 << 20, '--train-tokenizer', 260)
+    assert sentence.endswith('no split fills a row of --seq-len 1048576: give more text, or a smaller --seq-len')
+    assert all(name.startswith('out/.records/') for name in place.files())
     succeed(*arguments, '--train-tokenizer', 300, '--verify')
     assert len(json.loads(place.files()['out/tokenizer/tokenizer.json'])['model']['vocab']) == 300
     assert 'begun with another --train-tokenizer' in refuse(*arguments, '--train-tokenizer', 310)

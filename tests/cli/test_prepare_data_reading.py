@@ -253,6 +253,9 @@ def test_a_name_that_exists_comes_before_a_pattern(tmp_path: Path, monkeypatch: 
         (tmp_path / name).write_text(name)
     assert names_of('a[1].txt', 'in[1]', 'what?.txt') == ['a[1].txt', 'in[1]/b.txt', 'what?.txt']
     assert names_of('a[[]1].txt') == ['a[1].txt']
+    assert names_of('in[1]/*.txt') == ['in[1]/b.txt']
+    monkeypatch.chdir(tmp_path / 'in[1]')
+    assert names_of('*.txt') == names_of('**/b*') == ['b.txt']
 
 
 def test_folder_links_in_a_circle_come_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -554,6 +557,8 @@ def test_a_column_of_dates_is_not_text(tmp_path: Path):
     path = tmp_path / 'a.parquet'
     pq.write_table(pa.table({'text': pa.array([2**62, 0], pa.timestamp('s'))}), path)
     assert read(path) == ([], ['"text" is not a string'] * 2)
+    pq.write_table(pa.table({'text': pa.array([0], pa.timestamp('s', 'Mars/Olympus'))}), path)
+    assert read(path) == ([], ['"text" is not a string'])
 
 
 def test_a_temporary_folder_that_fails_is_never_bad_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -64,9 +64,12 @@ def test_long_documents_stay_whole_where_no_cut_is_proved(bpe: Any, monkeypatch:
     stripping.add_tokens([AddedToken('of', rstrip=True)])
     replacing: Any = Tokenizer.from_str(bpe.definition)
     steps: Any = normalizers
+    before: Any = pre_tokenizers
     replacing.normalizer = steps.Replace(' ', '')
+    prefixing: Any = Tokenizer.from_str(bpe.definition)
+    prefixing.pre_tokenizer = before.ByteLevel(add_prefix_space=True)
     whole = [metaspace_tokenizer(), byte_level_of(r' ?\p{L}+ ?|.')]
-    for backend in (spaced, stripping, replacing):
+    for backend in (spaced, stripping, replacing, prefixing):
         whole.append(tokenizer.TextTokenizer(backend.to_str(), 0))
     for each in whole:
         assert list(each.pieces(text)) == [(text, True)]

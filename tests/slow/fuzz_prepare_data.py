@@ -42,7 +42,6 @@ from composer_tst.cli.prepare_data import (
     documents,
     output,
     parts,
-    report,
     s3,
     shards,
     streams,
@@ -219,7 +218,7 @@ class Attack:
         # Not one that was killed while it wrote its first record.
         has_begun = f'{self.name}/.records/begun.json' in own
         # One that was only begun is taken up by any command.
-        has_more = has_begun and bool(record_names)
+        has_more = has_begun and bool(shard_names)
         if action == 'kill':
             number, share = draw(st.integers(0, 25)), draw(st.sampled_from([0, 0.3, 0.9, 1]))
             code, output = launch(skipping, lambda: kill_at(number, share))
@@ -424,7 +423,7 @@ def fuzz(number: int, minutes: float) -> int:
     deadline = time.monotonic() + 60 * minutes
     count, kinds = 0, dict.fromkeys([*ACTIONS, 'spark'], 0)
     command.parallel = serial  # pyright: ignore
-    command.in_worker = report.in_worker = lambda function, *arguments: function(*arguments)
+    command.in_worker = lambda function, *arguments: function(*arguments)
     output.GRACE, s3.FIRST_PAUSE = 1.0, 0.01
     with tempfile.TemporaryDirectory() as folder, serve() as (url, _), spark_session():
         client = boto3.client('s3', endpoint_url=url)

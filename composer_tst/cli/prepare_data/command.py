@@ -14,9 +14,9 @@ from composer_tst.cli.prepare_data.convert import Job, convert, convert_part
 from composer_tst.cli.prepare_data.documents import look
 from composer_tst.cli.prepare_data.errors import told
 from composer_tst.cli.prepare_data.inputs import list_sources, parse_address
-from composer_tst.cli.prepare_data.output import BEGUN, FORMAT, VERSION, Output, begun_with, locked
+from composer_tst.cli.prepare_data.output import BEGUN, FORMAT, RECORDS, VERSION, Output, begun_with, locked
 from composer_tst.cli.prepare_data.parts import Settings, parse_splits, plan_parts, sample_texts
-from composer_tst.cli.prepare_data.report import describe, finish
+from composer_tst.cli.prepare_data.report import TOKENIZER, describe, finish
 from composer_tst.cli.prepare_data.s3 import is_s3
 from composer_tst.cli.prepare_data.shards import LONGEST_ROW, check_options
 from composer_tst.cli.prepare_data.tokenizer import TextTokenizer, files_of, load_tokenizer
@@ -25,7 +25,6 @@ from composer_tst.cli.prepare_data.workers import in_worker, parallel
 
 # Whose versions decide the rows and the shards.
 LIBRARIES = ('mosaicml-streaming', 'tokenizers', 'pyarrow')
-TOKENIZER = 'tokenizer'
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -102,14 +101,15 @@ def main(
                     print(f'training a tokenizer of {train_tokenizer:,} tokens on a sample', file=sys.stderr)
                     trained = train(sample_texts(parts, settings), train_tokenizer)
                 begun = {'with': fingerprint, 'trained': trained and [trained.definition, trained.eos_id]}
+                for name in out.sizes(RECORDS):
+                    if name.startswith('part.'):
+                        out.record(name, {})  # of other settings, and without a shard
                 out.record(BEGUN, begun)
             job = Job(loaded or TextTokenizer(*begun['trained']), settings, out)
             records = convert(parts, job, convert_with)
             if verify:
                 out.verify(records)
-            for name, text in files_of(job.tokenizer).items() if not loaded else ():
-                out.publish(text.encode(), TOKENIZER, name)
-            stats = finish(job, records)
+            stats = finish(job, records, {} if loaded else files_of(job.tokenizer))
         saved = f'copy {out.at(TOKENIZER)} here' if is_s3(path) else out.at(TOKENIZER)
         print(describe(stats, left_out, path, tokenizer or saved), flush=True)
 

@@ -109,9 +109,6 @@ def convert(parts: Sequence[Part], job: Job, engine: Callable[[Job, list[Item], 
     if items := [(number, part) for number, part in enumerate(parts) if number not in records]:
         total, left = sum(map(size_of, parts)), sum(size_of(part) for _, part in items)
         with progress(total, 'bytes', 'read', initial=total - left, unit_scale=True) as bar:
-            documents = 0
             for record in engine(job, items, bar.update):
                 records[record['part']] = record
-                documents += sum(made['counts']['documents'] for made in record['splits'].values())
-                bar.set_postfix_str(f'{documents:,} document' + 's' * (documents != 1), refresh=False)
     return [records[number] for number in range(len(parts))]

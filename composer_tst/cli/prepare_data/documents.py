@@ -101,7 +101,7 @@ def _checked(text_of: Callable[[], Any], text_key: str) -> str:
             text.encode()
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise BadDocument(f'invalid UTF-8 ({error.reason})') from None
-    except (ValueError, OverflowError):  # as of a date that Python does not have
+    except (ValueError, OverflowError, KeyError):  # as of a date or a time zone that Python does not have
         text = 0
     if not isinstance(text, str):
         raise BadDocument(f'no text in "{text_key}"' if text is None else f'"{text_key}" is not a string')

@@ -3,10 +3,14 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import shorten
 
 import typer
 
 from composer_tst.cli.main import CommandError
+
+# How much of what a library says is told, in characters: transformers lists all models there are.
+LONGEST_REASON = 300
 
 
 class BadDocument(Exception):
@@ -36,7 +40,7 @@ def reason(error: BaseException) -> str:
     """Say in a few words why something failed."""
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
-    return ' '.join(str(error).split()).rstrip('.') or type(error).__name__
+    return shorten(str(error), LONGEST_REASON, placeholder=' ...').rstrip('.') or type(error).__name__
 
 
 @contextmanager

@@ -143,10 +143,13 @@ class _Search:
         self.left_out: set[tuple[str, str]] = set()
         matches: Iterable[tuple[str, bool]] = [(path, is_folder) for is_folder in self.place.kinds(path)]
         if not matches:  # a name that exists comes before a pattern
-            if not (magic := MAGIC.search(path)):
+            if not MAGIC.search(path):
                 raise CommandError(f'no input: {text} is not there')
-            root = path[: magic.start()].rpartition('/')[0]
-            matches = list(self._match(root or '/', path[len(root) + 1 :].split('/')))
+            root, parts = path, []
+            while root.count('/') > 2 * is_s3(path) and True not in self.place.kinds(root):  # so does a folder
+                root, _, part = root.rpartition('/')
+                parts.insert(0, part)
+            matches = list(self._match(root or '/', parts))
         folders = self._walk(*(below for below, is_folder in matches if is_folder))
         self.named = {below for below, is_folder in matches if not is_folder and not only_folders}
         paths = self.named.union(*(files for _, files in folders))

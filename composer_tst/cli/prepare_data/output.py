@@ -30,7 +30,7 @@ from composer_tst.cli.progress_bar import progress
 RECORDS = '.records'
 BEGUN = 'begun.json'
 # Changes whenever the same arguments would make other rows or records than before, and is kept as:
-FORMAT = 5
+FORMAT = 6
 VERSION = 'version of this program'
 # What the making of a file system leaves in it.
 LOST_AND_FOUND = 'lost+found'
@@ -171,7 +171,7 @@ def _files_of(record: dict[str, Any]) -> dict[str, tuple[int, str]]:
 def begun_with(output: Output, fingerprint: dict[str, Any]) -> dict[str, Any]:
     """Look whether an output was begun by the same command; return what that recorded, empty if it is new.
 
-    One that was only begun, without a finished part, is as new.
+    One that was only begun, without a shard, is as new.
 
     Args:
         output: is not written to.
@@ -197,7 +197,7 @@ def begun_with(output: Output, fingerprint: dict[str, Any]) -> dict[str, Any]:
         for key, value in json.loads(json.dumps(fingerprint)).items()
         if begun and before.get(key) != value
     ]
-    if changed and (visible or any(name.startswith('part.') for name in output.sizes(RECORDS))):
+    if changed and visible:
         # What another version recorded cannot be compared.
         another = ' and '.join(changed if before.get(VERSION) == FORMAT else changed[:1])
         raise CommandError(

@@ -9,11 +9,14 @@ from composer_tst.cli.prepare_data.convert import Job
 from composer_tst.cli.prepare_data.output import part_folder
 from composer_tst.cli.prepare_data.s3 import is_s3
 from composer_tst.cli.prepare_data.shards import INDEX, merge
-from composer_tst.cli.prepare_data.workers import in_worker
+
+TOKENIZER = 'tokenizer'
 
 
-def finish(job: Job, records: list[dict]) -> dict:
+def finish(job: Job, records: list[dict], tokenizer: dict[str, str]) -> dict:
     """Write what is not a shard, the index of each split that has rows last; return what `stats.json` holds.
+
+    `tokenizer` are the files of one that was trained, by name.
 
     It holds for each split: documents, documents of which some or all tokens were dropped, rows, tokens (in rows),
     dropped tokens, shards, and bytes (of the shards as stored); and the length of rows, the vocabulary and the bad
@@ -27,7 +30,7 @@ def finish(job: Job, records: list[dict]) -> dict:
     for name, _ in job.settings.splits:
         parts = {part_folder(record['part']): record['splits'][name] for record in records}
         if some := {folder: part['index'] for folder, part in parts.items() if part['index']}:
-            indexes[name] = in_worker(merge, some)
+            indexes[name] = merge(some)
         shards = json.loads(indexes[name])['shards'] if some else []
         counts = [part['counts'] for part in parts.values()]
         splits[name] = {
@@ -37,7 +40,8 @@ def finish(job: Job, records: list[dict]) -> dict:
         }
     if not indexes:
         first = f' (of {len(bad):,} bad documents the first: {bad[0]})' if bad else ''
-        raise CommandError(f'the input is too small: no split fills a row of --seq-len {job.settings.seq_len}{first}')
+        problem = f'the input is too small: no split fills a row of --seq-len {job.settings.seq_len}{first}'
+        raise CommandError(f'{problem}: give more text, or a smaller --seq-len')
     stats = {
         'seq_len': job.settings.seq_len,
         'vocab_size': max(job.tokenizer.backend.get_vocab(with_added_tokens=True).values()) + 1,
@@ -45,6 +49,8 @@ def finish(job: Job, records: list[dict]) -> dict:
         'bad_documents': len(bad),
         'splits': splits,
     }
+    for name, text in tokenizer.items():
+        job.output.publish(text.encode(), TOKENIZER, name)
     if bad:
         job.output.publish(''.join(f'{line}\n' for line in bad).encode(), 'bad_documents.txt')
     job.output.publish(json.dumps(stats, indent=2).encode(), 'stats.json')

@@ -1,13 +1,11 @@
-"""Rows to MDS shards, by streaming's writer, and the index of all of them, by streaming's merging."""
+"""Rows to MDS shards, by streaming's writer, and the index of all of them."""
 
 import gzip
 import importlib
 import importlib.util
-import logging
+import json
 import os
 import sys
-import tempfile
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -119,11 +117,16 @@ class RowWriter:
 
 
 def merge(indexes: dict[str, str]) -> str:
-    """Merge the indexes of parts, by the names of their folders, to one."""
-    logging.disable(logging.WARNING)  # it warns of its temporary folder
-    with tempfile.TemporaryDirectory() as folder:
-        for name, index in indexes.items():
-            Path(folder, name).mkdir()
-            Path(folder, name, INDEX).write_text(index)
-        streaming('util').merge_index([os.path.join(folder, name, INDEX) for name in indexes], folder)
-        return Path(folder, INDEX).read_text()
+    """Merge the indexes of parts, by the names of their folders, to one.
+
+    Not streaming's `merge_index`, which leaves files in the temporary folder if it is killed, and names shards wrongly
+    if that folder has a `#` or `?` in its name.
+    """
+    shards = []
+    for folder, index in indexes.items():
+        for shard in json.loads(index)['shards']:
+            for file in (shard['raw_data'], shard['zip_data']):
+                if file:
+                    file['basename'] = f'{folder}/{file["basename"]}'
+            shards.append(shard)
+    return json.dumps({'version': 2, 'shards': shards})

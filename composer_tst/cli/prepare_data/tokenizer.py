@@ -88,7 +88,8 @@ class TextTokenizer:
         if first['type'] == 'Split':
             splits = first['behavior'] == 'Isolated' and first['pattern'].get('Regex') in KNOWN_PATTERNS
         else:
-            splits = first['type'] == 'ByteLevel' and first.get('use_regex', True)
+            # A space put before every text would come before a piece that begins with a line end.
+            splits = first['type'] == 'ByteLevel' and first.get('use_regex', True) and not first['add_prefix_space']
         return (
             splits
             and all(step['type'] == 'ByteLevel' for step in rest)
