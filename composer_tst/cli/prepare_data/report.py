@@ -9,6 +9,7 @@ from composer_tst.cli.prepare_data.convert import Job
 from composer_tst.cli.prepare_data.output import part_folder
 from composer_tst.cli.prepare_data.s3 import is_s3
 from composer_tst.cli.prepare_data.shards import INDEX, merge
+from composer_tst.cli.prepare_data.workers import in_worker
 
 TOKENIZER = 'tokenizer'
 
@@ -30,7 +31,7 @@ def finish(job: Job, records: list[dict], tokenizer: dict[str, str]) -> dict:
     for name, _ in job.settings.splits:
         parts = {part_folder(record['part']): record['splits'][name] for record in records}
         if some := {folder: part['index'] for folder, part in parts.items() if part['index']}:
-            indexes[name] = merge(some)
+            indexes[name] = in_worker(merge, some)
         shards = json.loads(indexes[name])['shards'] if some else []
         counts = [part['counts'] for part in parts.values()]
         splits[name] = {

@@ -1,11 +1,13 @@
-"""Rows to MDS shards, by streaming's writer, and the index of all of them."""
+"""Rows to MDS shards, by streaming's writer, and the index of all of them, by streaming's merging."""
 
 import gzip
 import importlib
 import importlib.util
-import json
+import logging
 import os
 import sys
+import tempfile
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from composer_tst.cli.main import CommandError
+from composer_tst.cli.prepare_data.errors import naming
 from composer_tst.cli.prepare_data.parts import Settings
 
 # A quarter of streaming's default: its writer holds a shard three times, and a worker is to need less than 400 MB.
@@ -117,16 +120,12 @@ class RowWriter:
 
 
 def merge(indexes: dict[str, str]) -> str:
-    """Merge the indexes of parts, by the names of their folders, to one.
-
-    Not streaming's `merge_index`, which leaves files in the temporary folder if it is killed, and names shards wrongly
-    if that folder has a `#` or `?` in its name.
-    """
-    shards = []
-    for folder, index in indexes.items():
-        for shard in json.loads(index)['shards']:
-            for file in (shard['raw_data'], shard['zip_data']):
-                if file:
-                    file['basename'] = f'{folder}/{file["basename"]}'
-            shards.append(shard)
-    return json.dumps({'version': 2, 'shards': shards})
+    """Merge the indexes of parts, by the names of their folders, to one. In a worker only: it changes its folder."""
+    logging.disable(logging.WARNING)  # streaming warns of a temporary folder
+    with tempfile.TemporaryDirectory() as folder, naming(folder):
+        os.chdir(folder)  # in a whole path, streaming would take a '#' or '?' for those of an address
+        for name, index in indexes.items():
+            Path(name).mkdir()
+            Path(name, INDEX).write_text(index)
+        streaming('util').merge_index([f'{name}/{INDEX}' for name in indexes], '.')
+        return Path(INDEX).read_text()
