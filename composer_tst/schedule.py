@@ -404,7 +404,7 @@ class Schedule:
         assert longest is not None
         past = last.unit == longest.unit and last >= longest
         may_be_late = {TimeUnit.TOKEN}
-        if plan is not None and plan.data.batches is not None and plan.data.uses_tail:
+        if plan is not None and plan.data.uses_tail:  # also where it is not known when an epoch ends
             may_be_late.add(TimeUnit.SAMPLE)
         if not more_comes and (past or (plan is not None and plan.ends[-1] >= plan.total)):
             problem = (

@@ -42,6 +42,7 @@ from composer_tst.cli.prepare_data import (
     documents,
     output,
     parts,
+    report,
     s3,
     shards,
     streams,
@@ -423,7 +424,7 @@ def fuzz(number: int, minutes: float) -> int:
     deadline = time.monotonic() + 60 * minutes
     count, kinds = 0, dict.fromkeys([*ACTIONS, 'spark'], 0)
     command.parallel = serial  # pyright: ignore
-    command.in_worker = lambda function, *arguments: function(*arguments)
+    command.in_worker = report.in_worker = lambda function, *arguments: function(*arguments)
     output.GRACE, s3.FIRST_PAUSE = 1.0, 0.01
     with tempfile.TemporaryDirectory() as folder, serve() as (url, _), spark_session():
         client = boto3.client('s3', endpoint_url=url)

@@ -201,6 +201,14 @@ def test_a_run_of_smaller_last_batches_is_not_refused_for_what_full_ones_would_c
         place(schedule_of((2, '12ba')), '70sp', Data(3, 4))
 
 
+def test_a_tail_may_come_where_nobody_knows_when_an_epoch_ends(caplog: pytest.LogCaptureFixture):
+    """A full step of 4 batches of 2 rows has 8 samples. A smaller one has not."""
+    place(schedule_of((4, '1ba'), (2, '8sp')), '4ba', Data(None, 2, uses_tail=True))
+    assert 'has no steps' in caplog.text
+    with pytest.raises(ValueError, match='has no steps'):
+        place(schedule_of((4, '1ba'), (2, '8sp')), '4ba', Data(None, 2))
+
+
 @pytest.mark.parametrize('max_duration', ['100ba', '100sp', '100tok'])
 def test_a_share_of_nothing_is_refused_before_it_is_known_what_a_batch_holds(max_duration: str):
     with pytest.raises(ValueError, match=r'until 0.001dur has no steps: it is less than 1.* of 100.*: give it a later'):
