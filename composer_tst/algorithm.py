@@ -214,6 +214,11 @@ class TokenSuperposition(Algorithm):
         self._run.fit = Fit(self.settings, self._run, state)
         self._run.fit.start()
 
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Refuse, with a ValueError, a fit that has begun without the algorithm."""
+        if self._run.fit is None:
+            raise ValueError('token_superposition was added after FIT_START: add it before the Trainer fits.')
+
     def eval_batch_start(self, state: State, logger: Logger) -> None:
         """Refuse an eval batch that Composer would fail on without saying why."""
         check_eval_batch(state.batch, unwrapped(state.model))

@@ -3,7 +3,8 @@
 import copy
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple, cast
 
@@ -85,7 +86,8 @@ class BagLoader(wrapt.ObjectProxy):
     """A stand-in for a train loader in one epoch: joins the batches of each step, and counts what it draws.
 
     In all but iteration it is the loader itself: its type, length, dataset and sampler. Composer's resumption, sampler
-    seeding and checkpoints see what they see without it. A copy is a copy of the loader.
+    seeding and checkpoints see what they see without it. A copy is a copy of the loader. While the trainer iterates
+    over the steps, whoever else does gets the loader's own batches, and changes no count.
 
     At the end of an epoch fewer batches than a step needs may be left. They make a smaller step, or none if the
     loader has ``drop_last``. Rows that do not fill a row of bags are left out. The samples left out are counted. They
@@ -107,8 +109,8 @@ class BagLoader(wrapt.ObjectProxy):
         pending: For each step that was yielded and not trained on yet, the loader batches that it asked for.
         last: Of the step drawn last, the loader batches and the shape of the ids; None before it.
         retired: True once the epoch or superposition is over. An ``iter()`` then gives the loader's own batches.
-        trained_on: True once the trainer has trained on a step. Another ``iter()`` is then somebody's look at the data,
-            and counts nothing.
+        under_way: Gives the iterator over steps that somebody holds, None if nobody does.
+        trained_on: True once the trainer has trained on a step. No other iterator over steps begins.
         replaying: True while the steps yielded are old ones, which Composer skips. Set it to False if the trainer
             trains on one of them: the epoch goes on from there.
     """
@@ -116,7 +118,7 @@ class BagLoader(wrapt.ObjectProxy):
     # wrapt keeps an attribute on the stand-in if the class names it. All others are the loader's.
     joins_rows = retired = trained_on = replaying = False
     drawn = left_out = 0
-    limit = resumption = draws = takes = ended = pending = last = cast(Any, None)
+    limit = resumption = draws = takes = ended = pending = last = under_way = cast(Any, None)
 
     def __init__(
         self,
@@ -132,6 +134,7 @@ class BagLoader(wrapt.ObjectProxy):
         self.joins_rows, self.limit, self.resumption = joins_rows, limit, resumption
         self.draws, self.takes, self.ended = draws, takes, ended
         self.pending: list[int] = []
+        self.under_way: Callable[[], Any] = lambda: None
 
     def __copy__(self) -> Any:
         return copy.copy(self.__wrapped__)
@@ -143,13 +146,14 @@ class BagLoader(wrapt.ObjectProxy):
         return self.__wrapped__.__reduce_ex__(protocol)
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the batch of each step."""
-        if self.retired:
-            yield from self.__wrapped__
-            return
-        if self.trained_on:
-            yield from BagLoader(self.__wrapped__, self.joins_rows, self.limit, Resumption(), self.draws, self.takes)
-            return
+        """Iterate over the batches of the steps; beside such an iterator, over the loader's own batches."""
+        if self.retired or self.trained_on or self.under_way() is not None:
+            return iter(self.__wrapped__)
+        steps = self._epoch()
+        self.under_way = weakref.ref(steps)
+        return steps
+
+    def _epoch(self) -> Generator[Any]:
         drawn, steps, _ = self.resumption
         self.drawn, self.left_out, self.pending = 0 if steps else drawn, 0, []
         batches = iter(self.__wrapped__)
@@ -398,7 +402,10 @@ class TrainLoader:
             # Other algorithms may have reshaped the batch. If they have cut it, it does not tell what a step reads.
             last = None if self._stand_in is None else self._stand_in.last
             draws, shape = last or (self._schedule.draws, ids.shape)
-            rows = -(-shape[0] // draws)
+            # The last batch of an epoch may be smaller than the others.
+            drawn = (self._progress.drawn or 0) + 1 if self._stand_in is None else self._stand_in.drawn
+            least = rows or 0 if drawn == self._batches() else 0
+            rows = max(least, -(-shape[0] // draws))
             if length and math.prod(shape) == ids.numel():
                 tokens = rows * shape[1] * dist.get_world_size()
         bags_rows = settings.expand != 'sequence' and settings.superpose != 'output'

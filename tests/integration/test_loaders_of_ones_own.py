@@ -126,6 +126,17 @@ class Halves(Wrapper):
             yield {key: value[2:] for key, value in batch.items()}
 
 
+class Kept(Wrapper):
+    """Gives the batches that it has read when it was made."""
+
+    def __init__(self, loader: Any):
+        super().__init__(loader)
+        self.batches = list(loader)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
 class Wraps(Callback):
     """Wraps the loader at an event, and notes the first row and the rows of each step."""
 
@@ -192,7 +203,10 @@ class Looks(Callback):
 @pytest.mark.parametrize('batches', [1, None])
 @pytest.mark.parametrize(
     'event',
-    ['fit_start', 'iteration_start', 'epoch_start', 'after_dataloader', 'batch_start', 'batch_end', 'epoch_end'],
+    [
+        *('fit_start', 'iteration_start', 'epoch_start', 'before_dataloader', 'after_dataloader', 'batch_start'),
+        *('batch_end', 'epoch_end'),
+    ],
 )
 def test_a_look_at_the_data_leaves_no_trace(event: str, batches: int | None, caplog: pytest.LogCaptureFixture):
     notes = Wraps('never')
@@ -205,6 +219,53 @@ def test_a_look_at_the_data_leaves_no_trace(event: str, batches: int | None, cap
     assert notes.steps == [(0, 12), (12, 12), (0, 12), *plain[3:], *plain[:6]]
     assert logged(logger, 'superposition/samples_left_out') == [8, 8]
     assert sum('8 samples on this rank are left out' in line for line in caplog.messages) == 1
+
+
+@pytest.mark.parametrize('event', ['before_dataloader', 'after_dataloader', 'batch_start', 'batch_end'])
+def test_what_is_kept_of_the_loader_during_an_epoch_is_its_batches(event: str):
+    wraps = Wraps(event, Kept)
+    trainer, _ = make_trainer(llama(), numbered(48), TokenSuperposition(3, '6ba'), '9ba', callbacks=[wraps])
+    trainer.fit()
+    epoch = [(0, 12), (12, 12), (24, 12), (36, 12)]
+    assert wraps.steps == [*epoch, *epoch[:2], (24, 4), (28, 4), (32, 4)]
+
+
+class Adds(Callback):
+    """Adds superposition at an event."""
+
+    def __init__(self, event: str):
+        self.event = event
+
+    def run_event(self, event: Any, state: Any, logger: Any) -> None:
+        if event.value == self.event and not state.algorithms:
+            state.algorithms.append(TokenSuperposition(3, '4ba'))
+
+
+def test_superposition_that_is_added_in_a_fit_is_refused():
+    for event in ('fit_start', 'epoch_start', 'batch_end'):
+        trainer, _ = make_trainer(llama(), numbered(48), None, '8ba', callbacks=[Adds(event)])
+        with pytest.raises(ValueError, match='was added after FIT_START'):
+            trainer.fit()
+
+
+def test_a_run_that_resumes_at_a_tail_expects_whole_batches(tmp_path: Any, capfd: pytest.CaptureFixture):
+    data = Rows(57, 12)
+    said = []
+    for load in ({}, {'load_path': f'{tmp_path}/b14.pt'}):
+        trainer, _ = make_trainer(
+            llama(),
+            DataLoader(data, batch_size=4),
+            TokenSuperposition(2, '800tok', expand='none'),
+            '20ba',
+            save_folder=str(tmp_path),
+            save_interval='14ba',
+            save_filename='b{batch}.pt',
+            save_overwrite=True,
+            **load,
+        )
+        trainer.fit()
+        said.append([line for line in capfd.readouterr().err.splitlines() if line.startswith('Superposition until')])
+    assert said[0] == said[1] != []
 
 
 @pytest.mark.parametrize('wrapper', [Skips, Keeps, Shuffles, NextEpoch, Halves])

@@ -205,12 +205,17 @@ def test_a_loader_of_any_type_will_do():
     assert drawn(bag_loader(iter(batches), 2)) == [[0, 1], [2, 3]]
 
 
-def test_a_look_in_the_middle_of_an_epoch_sees_it_from_the_beginning_and_changes_no_count():
-    loader = bag_loader([collate([i]) for i in range(6)], 1, limit=6)
+@pytest.mark.parametrize('done', [0, 1, 2])
+@pytest.mark.parametrize('resumption', [Resumption(), Resumption(4, 2), Resumption(4)])
+def test_a_look_beside_the_trainers_iterator_sees_the_loaders_batches_and_changes_no_count(
+    done: int, resumption: Resumption
+):
+    batches = [collate([i]) for i in range(12)]
+    loader = bag_loader(batches, 2, limit=12, resumption=resumption)
+    alone = [batch['input_ids'].tolist() for batch in bag_loader(batches, 2, limit=12, resumption=resumption)]
     steps = iter(loader)
-    for _ in range(4):
-        next(steps)
-    loader.trained_on = True
-    assert len(list(loader)) == 6
-    assert loader.drawn == 4
-    assert len(list(steps)) == 2
+    rows = [next(steps)['input_ids'].tolist() for _ in range(done)]
+    drawn_before = loader.drawn
+    assert drawn(loader) == [[i] for i in range(12)]
+    assert loader.drawn == drawn_before
+    assert [*rows, *(batch['input_ids'].tolist() for batch in steps)] == alone
