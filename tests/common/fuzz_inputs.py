@@ -163,7 +163,7 @@ class Corpus:
                 os.symlink(os.path.join(place.root, target) if target else 'nowhere', os.path.join(place.root, name))
             if self.circle:
                 os.symlink('.', os.path.join(place.root, 'circle'))
-            times = {file.name: os.stat(os.path.join(place.root, file.name)).st_mtime_ns for file in self.files}
+            times = {file.name: os.stat(os.path.join(place.root, file.name)).st_mtime_ns for file in self._of(place)}
         return times
 
     def write_again(self, place: Folder | Bucket, times: dict[str, int]) -> None:
