@@ -31,7 +31,7 @@ PACKAGE = REPO / 'composer_tst'
 TESTS = {
     'algorithm.py': ['used_again', 'plain_code', 'changed_settings', 'superposition', 'epoch_ends'],
     'compatibility.py': ['plain_code', 'stack', 'callbacks', 'compatibility', 'first_batch'],
-    'loader.py': ['loader', 'epoch_ends', 'used_again', 'superposition', 'loaders_of_ones_own'],
+    'loader.py': ['loader', 'epoch_ends', 'used_again', 'loaders_of_ones_own', 'iterations'],
     'ops/fold.py': ['fold', 'superposition', 'plain_code'],
     'schedule.py': ['schedule', 'changed_settings'],
     'settings.py': ['mistakes', 'schedule', 'settings', 'changed_settings', 'superposition'],
