@@ -283,3 +283,28 @@ def test_ids_and_labels_are_plain_for_callbacks_at_every_event():
 
     assert losses(callbacks=[Reads()]) == losses()
     assert losses(callbacks=[Fills('before_forward')]) == losses(callbacks=[Fills('batch_start')])
+
+
+def replace_ids(batch: Any) -> None:
+    batch['input_ids'] = torch.full_like(batch['input_ids'], 3)
+
+
+def add_mask(batch: Any) -> None:
+    batch['attention_mask'] = (torch.arange(batch['input_ids'].shape[1]) < 24).long().expand(len(batch['labels']), -1)
+
+
+@pytest.mark.parametrize('change', [replace_ids, add_mask])
+def test_a_batch_that_changes_after_a_callback_has_called_the_model_is_folded_again(change: Any):
+    class Scores(Callback):
+        def __init__(self, calls: bool):
+            self.calls = calls
+
+        def before_forward(self, state: Any, logger: Any) -> None:
+            if self.calls:
+                with torch.no_grad():
+                    state.model(state.batch)
+            change(state.batch)
+
+    obeyed = losses(callbacks=[Scores(calls=False)])
+    assert losses(callbacks=[Scores(calls=True)]) == obeyed
+    assert losses() != obeyed
