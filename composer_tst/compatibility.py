@@ -244,6 +244,8 @@ def _refuse_shifted(ids: torch.Tensor, labels: torch.Tensor) -> None:
 
 def _compare_losses(model: Any, outputs: Mapping[str, Any], row: Mapping[str, Any], loss: torch.Tensor) -> None:
     """Compare the loss of a Hugging Face model with the cross-entropy of its logits plus its router's loss."""
+    if not _one_a_position(outputs['logits'], row):
+        return  # the first superposed step refuses it
     # Such a model does not mask its labels.
     expected = functional.cross_entropy(outputs['logits'].float().flatten(0, 1), _next(row['labels']).flatten())
     _say_what_is_left_out(model, outputs, loss, expected)
@@ -257,6 +259,11 @@ def _total(losses: Any) -> torch.Tensor:
     return total
 
 
+def _one_a_position(logits: torch.Tensor, row: Mapping[str, Any]) -> bool:
+    """Whether logits are ``(B, L, V)``."""
+    return logits.ndim == 3 and logits.shape[:2] == row['input_ids'].shape
+
+
 def _next(labels: torch.Tensor) -> torch.Tensor:
     """What each token is to predict, ``(B, L)``: the label that follows it, or -100 at the end of a row."""
     return functional.pad(labels[:, 1:].long(), (0, 1), value=IGNORE_INDEX)
@@ -267,7 +274,7 @@ def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> torch.T
     if isinstance(model, HuggingFaceModel) and isinstance(outputs, Mapping) and outputs.get('logits') is None:
         return _NONE  # it may return logits only if it is given no labels
     name, logits = type(model).__name__, logits_of(model, outputs)
-    if logits.shape[:2] != row['input_ids'].shape:
+    if not _one_a_position(logits, row):
         return _NONE  # the first superposed step refuses it
     given = row.get('labels', row['input_ids'])
     expected = _next(given.masked_fill(row['attention_mask'] == 0, IGNORE_INDEX) if 'attention_mask' in row else given)

@@ -31,12 +31,16 @@ class Own(ComposerModel):
         logits = self.head(h.cumsum(1) / 4)
         if self.how == 'head in loss':
             return h.cumsum(1) / 4
+        if self.how == 'two heads':
+            return torch.stack([logits, logits], 2)
         return {'logits': logits, 'aux_loss': h.pow(2).mean(), 'hidden': h} if self.how != 'alone' else logits
 
     def loss(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        logits, labels = outputs if self.how in ('alone', 'head in loss') else outputs['logits'], batch['labels']
+        logits, labels = outputs if isinstance(outputs, torch.Tensor) else outputs['logits'], batch['labels']
         if self.how == 'head in loss':
             logits = self.head(outputs)
+        if self.how == 'two heads':
+            logits = outputs[:, :, 0]
         if self.how == 'hidden':
             logits = self.head(outputs['hidden'].cumsum(1) / 4)
         if self.how == 'in place':
@@ -128,6 +132,12 @@ def test_other_targets_are_refused_before_a_step(how: str, loader: Any, message:
 def test_logits_that_are_none_are_refused_in_a_wide_model_too():
     trainer, _ = make_trainer(Own('head in loss', width=2 * VOCAB_SIZE), rows(), TokenSuperposition(3, '2ba'), '4ba')
     with pytest.raises(ValueError, match=r'another token than labels\[t \+ 1\] .* have its forward return logits'):
+        trainer.fit()
+
+
+def test_logits_of_several_heads_are_refused():
+    trainer, _ = make_trainer(Own('two heads'), rows(), TokenSuperposition(3, '2ba'), '4ba')
+    with pytest.raises(ValueError, match=r'Own returns logits of shape \(4, 12, 2, 300\) .* one for each position'):
         trainer.fit()
 
 
