@@ -308,26 +308,48 @@ def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> torch.T
     return ignored
 
 
-def _loss_and_gradient(model: Any, outputs: Any, row: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The loss, and its gradient by the logits ``(B, L, V)``: None if it does not depend on them or is not finite."""
-    row, leaf = _copy(row), logits_of(model, outputs).detach().float().requires_grad_()
+def _loss_and_gradient(
+    model: Any, outputs: Any, row: Mapping[str, Any], **changed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The loss of a batch, some of whose values are changed, and its gradient by the logits ``(B, L, V)``.
+
+    The gradient is None if the loss does not depend on the logits, or if it is not finite.
+    """
+    asked, leaf = _copy({**row, **changed}), logits_of(model, outputs).detach().float().requires_grad_()
     with torch.enable_grad():
         logits = leaf.clone()  # a loss may write to it
-        if isinstance(outputs, Mapping):
-            of_forward = _loss_function(model) if outputs.get('loss') is not None else None
-            outputs = copy.copy(outputs)
-            outputs['logits'] = logits  # pyright: ignore[reportIndexIssue]
-            if of_forward is not None:  # forward's loss has no gradient: compute it again for one
-                again = of_forward(logits=logits, labels=row['labels'], vocab_size=logits.shape[-1])
-                outputs['loss'] = outputs['loss'] + again - again.detach()
-        elif isinstance(outputs, (tuple, list)):
-            make: Any = getattr(outputs, '_make', type(outputs))  # of a named tuple
-            outputs = make([logits, *outputs[1:]])
-        else:
-            outputs = logits
-        loss = _total(model.loss(outputs, row))
+        of_forward = None
+        if isinstance(outputs, Mapping) and outputs.get('loss') is not None:
+            of_forward = _loss_function(model)
+        outputs = _exchanged(outputs, [(logits_of(model, outputs), logits), *((row[key], asked[key]) for key in row)])
+        if of_forward is not None:  # forward's loss has no gradient: compute it again for one
+            again = of_forward(logits=logits, labels=asked['labels'], vocab_size=logits.shape[-1])
+            outputs['loss'] = outputs['loss'] + again - again.detach()
+        loss = _total(model.loss(outputs, asked))
         gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
     return loss.detach(), gradient if gradient is not None and bool(gradient.isfinite().all()) else None
+
+
+def _exchanged(outputs: Any, pairs: list[tuple[Any, Any]]) -> Any:
+    """What a forward has returned, with the second of a pair in place of each tensor that equals the first."""
+
+    def exchange(value: Any) -> Any:
+        return next((new for old, new in pairs if value is old or _equal(value, old)), value)
+
+    if isinstance(outputs, Mapping):
+        exchanged: Any = copy.copy(outputs)
+        for key, value in outputs.items():
+            exchanged[key] = exchange(value)
+        return exchanged
+    if isinstance(outputs, (tuple, list)):
+        make: Any = getattr(outputs, '_make', type(outputs))  # of a named tuple
+        return make([exchange(value) for value in outputs])
+    return exchange(outputs)
+
+
+def _equal(value: Any, other: Any) -> bool:
+    both = isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor)
+    return both and value.dtype == other.dtype and value.device == other.device and torch.equal(value, other)
 
 
 def _ignored_tokens(model: Any, outputs: Any, row: Mapping[str, Any], trained: torch.Tensor) -> torch.Tensor:
@@ -341,10 +363,10 @@ def _ignored_tokens(model: Any, outputs: Any, row: Mapping[str, Any], trained: t
             tokens = torch.cat([some, trained])
             tokens = tokens[torch.randperm(places, generator=generator) % len(tokens)].view(len(ids), -1)
             tokens = functional.pad(tokens, (1, 0), value=int(trained)).to(ids.device)
-            asked = {**row, 'input_ids': tokens, 'labels': tokens}
+            changed = {'input_ids': tokens, 'labels': tokens}
             if 'attention_mask' in row:
-                asked['attention_mask'] = torch.ones_like(row['attention_mask'])
-            gradient = _loss_and_gradient(model, outputs, asked)[1]
+                changed['attention_mask'] = torch.ones_like(row['attention_mask'])
+            gradient = _loss_and_gradient(model, outputs, row, **changed)[1]
             if gradient is None:
                 return _NONE
             at_targets = gradient[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)

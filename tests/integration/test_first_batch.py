@@ -17,6 +17,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from composer_tst import TokenSuperposition
 
+ALONE = ('alone', 'head in loss', 'two heads')  # their forward returns one tensor
+HANDED_ON = ('labels handed on', 'a copy handed on')
+
 
 class Own(ComposerModel):
     """A model of one's own; ``how`` its loss is one's own, too."""
@@ -33,16 +36,21 @@ class Own(ComposerModel):
             return h.cumsum(1) / 4
         if self.how == 'two heads':
             return torch.stack([logits, logits], 2)
+        if self.how.endswith('handed on'):
+            labels = batch['labels']
+            return {'logits': logits, 'labels': labels.clone() if self.how == 'a copy handed on' else labels}
         return {'logits': logits, 'aux_loss': h.pow(2).mean(), 'hidden': h} if self.how != 'alone' else logits
 
     def loss(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        logits, labels = outputs if isinstance(outputs, torch.Tensor) else outputs['logits'], batch['labels']
+        logits, labels = outputs if self.how in ALONE else outputs['logits'], batch['labels']
         if self.how == 'head in loss':
             logits = self.head(outputs)
         if self.how == 'two heads':
             logits = outputs[:, :, 0]
         if self.how == 'hidden':
             logits = self.head(outputs['hidden'].cumsum(1) / 4)
+        if self.how.endswith('handed on'):
+            labels = outputs['labels']
         if self.how == 'in place':
             logits.mul_(0.5)
         if self.how == 'padding in place':
@@ -56,7 +64,7 @@ class Own(ComposerModel):
         if self.how == 'padding by weights':
             weights = (labels > 0) * 1.0
             return (F.cross_entropy(logits, labels, reduction='none') * weights).sum() / weights.sum()
-        loss = F.cross_entropy(logits, labels, ignore_index=0 if self.how == 'padding' else -100)
+        loss = F.cross_entropy(logits, labels, ignore_index=0 if self.how in ('padding', 'padding handed on') else -100)
         return loss + 0.01 * outputs['aux_loss'] if self.how == 'more' else loss
 
     def get_metrics(self, is_train: bool) -> dict:
@@ -120,6 +128,7 @@ class Ended(Shifted):
             'The loss of Own ignores token 0, which labels have 72 times in this',
         ),
         ('padding in place', lambda: rows(pad), 'The loss of Own ignores token 0, which labels have 72 times'),
+        ('padding handed on', lambda: rows(pad), 'The loss of Own ignores token 0, which labels have 72 times'),
     ],
 )
 def test_other_targets_are_refused_before_a_step(how: str, loader: Any, message: str):
@@ -188,7 +197,7 @@ def test_a_place_that_a_loss_leaves_out_is_no_token(size: int):
     assert len(logged(logger, 'loss/train/total')) == 4
 
 
-@pytest.mark.parametrize('how', ['', 'alone', 'hidden', 'in place', 'shifts in place'])
+@pytest.mark.parametrize('how', ['', 'alone', 'hidden', 'in place', 'shifts in place', *HANDED_ON])
 def test_a_loss_of_ones_own_trains_without_a_word_of_the_rest(how: str, caplog: pytest.LogCaptureFixture):
     trainer, logger = make_trainer(Own(how), rows(), TokenSuperposition(3, '2ba'), '4ba')
     trainer.fit()
