@@ -233,8 +233,10 @@ def _refuse_large(ids: torch.Tensor, model: Any) -> None:
 
 def _refuse_shifted(ids: torch.Tensor, labels: torch.Tensor) -> None:
     valid = labels != IGNORE_INDEX
-    within = valid[:, :-1] & valid[:, 1:]  # without the last label before padding: ids may not have its token
-    ahead = (labels == ids.roll(-1, 1))[:, :-1][within]
+    asked = valid[:, :-1] & valid[:, 1:]  # without the last label before padding: ids may not have its token
+    if not bool(asked.any()):  # no two labels are neighbours
+        asked = valid[:, :-1]
+    ahead = (labels == ids.roll(-1, 1))[:, :-1][asked]
     if len(ahead) and bool((labels != ids)[valid].any()) and bool(ahead.all()):
         raise ValueError(
             'labels are shifted already: at t they have token t + 1. Give the label of token t at t, and have the loss '
@@ -277,7 +279,10 @@ def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> torch.T
     if not _one_a_position(logits, row):
         return _NONE  # the first superposed step refuses it
     given = row.get('labels', row['input_ids'])
-    expected = _next(given.masked_fill(row['attention_mask'] == 0, IGNORE_INDEX) if 'attention_mask' in row else given)
+    following = _next(given)
+    expected = (
+        _next(given.masked_fill(row['attention_mask'] == 0, IGNORE_INDEX)) if 'attention_mask' in row else following
+    )
     if int(expected.max()) >= logits.shape[-1]:
         raise ValueError(
             f'{name} returns {logits.shape[-1]} values at each position, and labels have token {int(expected.max())}: '
@@ -293,15 +298,17 @@ def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> torch.T
     right = trained & (predicted == expected)
     told = int((trained & (expected != IGNORE_INDEX)).sum())
     wrong = told - int(right.sum())
-    if not told:
-        return _NONE
-    not_shifted = bool((predicted == given)[trained].all())
+    not_shifted = bool((predicted == given)[trained].all() and (predicted != following)[trained].any())
+    if not told and not_shifted:  # no two labels are neighbours
+        told, wrong = int(trained.sum()), int((predicted != following)[trained].sum())
     if wrong and (not_shifted or 2 * wrong > told):
         raise ValueError(
             f'The loss of {name} predicts another token than labels[t + 1] at {wrong} of {told} positions t of the '
             'first rows: give the label of token t at t, have its forward return logits, and have its loss predict '
             'the label of the next token.'
         )
+    if not told:
+        return _NONE
     ignored = _ignored_tokens(model, outputs, row, expected[right][:1].cpu())
     cross_entropy = functional.cross_entropy(logits.float()[trained], predicted[trained])
     _say_what_is_left_out(model, outputs, loss, cross_entropy)

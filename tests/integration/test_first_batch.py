@@ -105,6 +105,19 @@ class Ended(Shifted):
     ends = True
 
 
+class Sparse(Shifted):
+    """Rows of which every third token has a label; with ``ends``, the last of these tokens ids do not have."""
+
+    def __getitem__(self, index: int) -> Any:
+        row = super().__getitem__(index)
+        row['labels'][torch.arange(len(row['labels'])) % 3 != 2] = -100
+        return row
+
+
+class SparseEnded(Sparse):
+    ends = True
+
+
 @pytest.mark.parametrize(
     ('how', 'loader', 'message'),
     [
@@ -154,6 +167,56 @@ def test_labels_that_are_shifted_and_end_in_a_token_of_their_own_are_refused():
     trainer, _ = make_trainer(llama(), DataLoader(Ended(48, 12), batch_size=4), TokenSuperposition(3, '2ba'), '4ba')
     with pytest.raises(ValueError, match='labels are shifted already'):
         trainer.fit()
+
+
+def test_labels_that_are_shifted_and_have_no_neighbours_are_refused():
+    trainer, _ = make_trainer(llama(), DataLoader(Sparse(48, 12), batch_size=4), TokenSuperposition(3, '2ba'), '4ba')
+    with pytest.raises(ValueError, match='labels are shifted already'):
+        trainer.fit()
+    loader = DataLoader(SparseEnded(48, 12), batch_size=4)
+    trainer, _ = make_trainer(Own('not shifted'), loader, TokenSuperposition(3, '2ba'), '4ba')
+    with pytest.raises(ValueError, match=r'another token than labels\[t \+ 1\] at 8 of 8 positions'):
+        trainer.fit()
+
+
+class Labels(Rows):
+    """Rows with labels of one's own."""
+
+    def __init__(self, change: Callable[[torch.Tensor], None]):
+        super().__init__(48, 12)
+        self.change = change
+
+    def __getitem__(self, index: int) -> Any:
+        labels = self.ids[index].clone()
+        self.change(labels)
+        return {'input_ids': self.ids[index], 'labels': labels}
+
+
+def every_third(labels: torch.Tensor) -> None:
+    labels[torch.arange(len(labels)) % 3 != 2] = -100
+
+
+def one(labels: torch.Tensor) -> None:
+    labels[:-1] = -100
+
+
+def other_tokens(labels: torch.Tensor) -> None:
+    every_third(labels)
+    labels[labels > 150] = 7
+
+
+def no_label(labels: torch.Tensor) -> None:
+    labels[:] = -100
+
+
+@pytest.mark.parametrize('labels', [every_third, one, other_tokens, no_label])
+@pytest.mark.parametrize('make', [llama, Own])
+def test_labels_that_are_not_shifted_train_however_few_there_are(make: Any, labels: Any):
+    trainer, logger = make_trainer(
+        make(), DataLoader(Labels(labels), batch_size=4), TokenSuperposition(3, '2ba'), '4ba'
+    )
+    trainer.fit()
+    assert len(logged(logger, 'loss/train/total')) == 4
 
 
 @pytest.mark.parametrize(('first', 'steps'), [(1, 0), (11, 0), (12, 1)])
