@@ -310,7 +310,9 @@ def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> torch.T
     if not told:
         return _NONE
     ignored = _ignored_tokens(model, outputs, row, expected[right][:1].cpu())
-    cross_entropy = functional.cross_entropy(logits.float()[trained], predicted[trained])
+    # Other positions have no next label. A loss may add something of their logits all the same.
+    counted = trained & ((expected != IGNORE_INDEX) | (predicted == following))
+    cross_entropy = functional.cross_entropy(logits.float()[counted], predicted[counted])
     _say_what_is_left_out(model, outputs, loss, cross_entropy)
     return ignored
 

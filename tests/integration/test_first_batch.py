@@ -65,6 +65,8 @@ class Own(ComposerModel):
             weights = (labels > 0) * 1.0
             return (F.cross_entropy(logits, labels, reduction='none') * weights).sum() / weights.sum()
         loss = F.cross_entropy(logits, labels, ignore_index=0 if self.how in ('padding', 'padding handed on') else -100)
+        if self.how == 'of all positions':
+            return loss + 0.01 * outputs['logits'].logsumexp(-1).pow(2).mean()
         return loss + 0.01 * outputs['aux_loss'] if self.how == 'more' else loss
 
     def get_metrics(self, is_train: bool) -> dict:
@@ -279,6 +281,15 @@ def test_what_a_loss_adds_is_said_to_be_left_out(caplog: pytest.LogCaptureFixtur
     model.model.loss_function = z_loss
     make_trainer(model, rows(), TokenSuperposition(3, '2ba'), '4ba')[0].fit()
     assert caplog.text.count('The loss of HuggingFaceModel is more than a cross-entropy') == 1
+
+
+def test_the_cross_entropy_in_the_warning_is_that_of_the_positions_with_a_next_label(caplog: pytest.LogCaptureFixture):
+    model, loader = Own('of all positions'), DataLoader(Rows(48, 12, lambda i: 8), batch_size=4, drop_last=True)
+    batch = next(iter(loader))
+    logits, labels = model(batch)['logits'], batch['labels']
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    make_trainer(model, loader, TokenSuperposition(3, '2ba'), '4ba')[0].fit()
+    assert f'where its cross-entropy is {float(expected):.4g}. Superposed' in caplog.text
 
 
 def test_a_router_loss_whose_weight_is_not_known_is_said_to_be_left_out(caplog: pytest.LogCaptureFixture):
