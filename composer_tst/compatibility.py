@@ -200,7 +200,7 @@ def check_first_batch(state: State, scale: int) -> torch.Tensor:
         with torch.no_grad():
             outputs = state.model(_copy(row))
         of_forward = _loss_function(model)
-        if not known or not (of_forward is None or is_known(of_forward)):
+        if not known or not (of_forward is None or is_known(of_forward)) or not _is_stock(model):
             return _check_own_loss(model, outputs, row)
         if isinstance(outputs, Mapping) and outputs.get('loss') is not None and outputs.get('logits') is not None:
             _compare_losses(model, outputs, row, _total(model.loss(outputs, row)))
@@ -215,6 +215,24 @@ def _copy(row: Mapping[str, Any]) -> dict[str, Any]:
 def _loss_function(model: Any) -> Any:
     """The function with which the forward of a Hugging Face model computes its loss, None if it has none."""
     return getattr(model.model, 'loss_function', None) if isinstance(model, HuggingFaceModel) else None
+
+
+def _is_stock(model: Any) -> bool:
+    """Whether the ``loss_fn`` of a model, if it has one, is the cross-entropy that llm-foundry gives its MPT."""
+    function = getattr(model, 'loss_fn', None)
+    settings = {
+        'ignore_index': IGNORE_INDEX,
+        'reduction': 'none',
+        'label_smoothing': 0,
+        'weight': None,
+        'logit_scale': 1,  # of flash-attn, as is the next
+        'lse_square_scale': 0,
+    }
+    return function is None or (
+        type(function).__name__ == 'CrossEntropyLoss'
+        and type(function).__module__.partition('.')[0] in ('torch', 'flash_attn')
+        and all(getattr(function, name, value) == value for name, value in settings.items())
+    )
 
 
 def _refuse_large(ids: torch.Tensor, model: Any) -> None:

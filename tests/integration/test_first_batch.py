@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from common.trainers import VOCAB_SIZE, Rows, hugging_face, llama, logged, make_trainer
+from common.trainers import VOCAB_SIZE, Rows, hugging_face, llama, logged, make_trainer, mpt
 from composer import Algorithm, Callback, Event
 from composer.models import ComposerModel
 from torch import nn
@@ -247,6 +247,48 @@ def test_what_the_loss_of_a_hugging_face_model_ignores_is_refused(function: Any,
     assert 'The loss of' not in caplog.text
     with pytest.raises(ValueError, match='The loss of HuggingFaceModel ignores token 0, which labels have 72 times'):
         train(rows(pad))
+
+
+class Ignores(nn.Module):
+    ignore_index = -100
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, targets.masked_fill(targets == 0, -100), reduction='none')
+
+
+class AddsZ(nn.CrossEntropyLoss):
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return super().forward(input, target) + 0.1 * input.logsumexp(-1).pow(2)
+
+
+def train_mpt(loss_fn: Any, loader: DataLoader) -> Any:
+    """An MPT with a ``loss_fn`` of one's own, if there is one; return its calls."""
+    model: Any = mpt()
+    model.loss_fn = loss_fn or model.loss_fn
+    calls = []
+    model.loss_fn.register_forward_hook(lambda *call: calls.append(call))
+    make_trainer(model, loader, TokenSuperposition(3, '2ba'), '4ba')[0].fit()
+    return calls
+
+
+def test_what_the_loss_fn_of_an_mpt_ignores_is_refused(caplog: pytest.LogCaptureFixture):
+    train_mpt(Ignores(), rows())
+    assert 'The loss of' not in caplog.text
+    with pytest.raises(ValueError, match='The loss of ComposerMPTCausalLM ignores token 0, which labels have 72 times'):
+        train_mpt(Ignores(), rows(pad))
+
+
+@pytest.mark.parametrize(
+    'loss_fn', [AddsZ(reduction='none'), nn.CrossEntropyLoss(reduction='none', label_smoothing=0.3)]
+)
+def test_what_the_loss_fn_of_an_mpt_adds_is_said_to_be_left_out(loss_fn: Any, caplog: pytest.LogCaptureFixture):
+    train_mpt(loss_fn, rows())
+    assert caplog.text.count('The loss of ComposerMPTCausalLM is more than a cross-entropy') == 1
+
+
+def test_an_mpt_as_it_is_trains_without_a_word_and_computes_no_other_loss(caplog: pytest.LogCaptureFixture):
+    assert len(train_mpt(None, rows(pad))) == 2  # in recovery
+    assert 'The loss of' not in caplog.text
 
 
 def end(ids: torch.Tensor) -> None:
