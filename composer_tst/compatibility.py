@@ -200,7 +200,7 @@ def check_first_batch(state: State, scale: int) -> torch.Tensor:
         with torch.no_grad():
             outputs = state.model(_copy(row))
         of_forward = _loss_function(model)
-        if not known or not (of_forward is None or is_known(of_forward)):
+        if not known or not (of_forward is None or is_known(of_forward)) or not _is_stock(model):
             return _check_own_loss(model, outputs, row)
         if isinstance(outputs, Mapping) and outputs.get('loss') is not None and outputs.get('logits') is not None:
             _compare_losses(model, outputs, row, _total(model.loss(outputs, row)))
@@ -215,6 +215,24 @@ def _copy(row: Mapping[str, Any]) -> dict[str, Any]:
 def _loss_function(model: Any) -> Any:
     """The function with which the forward of a Hugging Face model computes its loss, None if it has none."""
     return getattr(model.model, 'loss_function', None) if isinstance(model, HuggingFaceModel) else None
+
+
+def _is_stock(model: Any) -> bool:
+    """Whether the ``loss_fn`` of a model, if it has one, is the cross-entropy that llm-foundry gives its MPT."""
+    function = getattr(model, 'loss_fn', None)
+    settings = {
+        'ignore_index': IGNORE_INDEX,
+        'reduction': 'none',
+        'label_smoothing': 0,
+        'weight': None,
+        'logit_scale': 1,  # of flash-attn, as is the next
+        'lse_square_scale': 0,
+    }
+    return function is None or (
+        type(function).__name__ == 'CrossEntropyLoss'
+        and type(function).__module__.partition('.')[0] in ('torch', 'flash_attn')
+        and all(getattr(function, name, value) == value for name, value in settings.items())
+    )
 
 
 def _refuse_large(ids: torch.Tensor, model: Any) -> None:
@@ -233,8 +251,10 @@ def _refuse_large(ids: torch.Tensor, model: Any) -> None:
 
 def _refuse_shifted(ids: torch.Tensor, labels: torch.Tensor) -> None:
     valid = labels != IGNORE_INDEX
-    within = valid[:, :-1] & valid[:, 1:]  # without the last label before padding: ids may not have its token
-    ahead = (labels == ids.roll(-1, 1))[:, :-1][within]
+    asked = valid[:, :-1] & valid[:, 1:]  # without the last label before padding: ids may not have its token
+    if not bool(asked.any()):  # no two labels are neighbours
+        asked = valid[:, :-1]
+    ahead = (labels == ids.roll(-1, 1))[:, :-1][asked]
     if len(ahead) and bool((labels != ids)[valid].any()) and bool(ahead.all()):
         raise ValueError(
             'labels are shifted already: at t they have token t + 1. Give the label of token t at t, and have the loss '
@@ -244,6 +264,8 @@ def _refuse_shifted(ids: torch.Tensor, labels: torch.Tensor) -> None:
 
 def _compare_losses(model: Any, outputs: Mapping[str, Any], row: Mapping[str, Any], loss: torch.Tensor) -> None:
     """Compare the loss of a Hugging Face model with the cross-entropy of its logits plus its router's loss."""
+    if not _one_a_position(outputs['logits'], row):
+        return  # the first superposed step refuses it
     # Such a model does not mask its labels.
     expected = functional.cross_entropy(outputs['logits'].float().flatten(0, 1), _next(row['labels']).flatten())
     _say_what_is_left_out(model, outputs, loss, expected)
@@ -257,6 +279,11 @@ def _total(losses: Any) -> torch.Tensor:
     return total
 
 
+def _one_a_position(logits: torch.Tensor, row: Mapping[str, Any]) -> bool:
+    """Whether logits are ``(B, L, V)``."""
+    return logits.ndim == 3 and logits.shape[:2] == row['input_ids'].shape
+
+
 def _next(labels: torch.Tensor) -> torch.Tensor:
     """What each token is to predict, ``(B, L)``: the label that follows it, or -100 at the end of a row."""
     return functional.pad(labels[:, 1:].long(), (0, 1), value=IGNORE_INDEX)
@@ -267,10 +294,13 @@ def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> torch.T
     if isinstance(model, HuggingFaceModel) and isinstance(outputs, Mapping) and outputs.get('logits') is None:
         return _NONE  # it may return logits only if it is given no labels
     name, logits = type(model).__name__, logits_of(model, outputs)
-    if logits.shape[:2] != row['input_ids'].shape:
+    if not _one_a_position(logits, row):
         return _NONE  # the first superposed step refuses it
     given = row.get('labels', row['input_ids'])
-    expected = _next(given.masked_fill(row['attention_mask'] == 0, IGNORE_INDEX) if 'attention_mask' in row else given)
+    following = _next(given)
+    expected = (
+        _next(given.masked_fill(row['attention_mask'] == 0, IGNORE_INDEX)) if 'attention_mask' in row else following
+    )
     if int(expected.max()) >= logits.shape[-1]:
         raise ValueError(
             f'{name} returns {logits.shape[-1]} values at each position, and labels have token {int(expected.max())}: '
@@ -286,41 +316,67 @@ def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> torch.T
     right = trained & (predicted == expected)
     told = int((trained & (expected != IGNORE_INDEX)).sum())
     wrong = told - int(right.sum())
-    if not told:
-        return _NONE
-    not_shifted = bool((predicted == given)[trained].all())
+    not_shifted = bool((predicted == given)[trained].all() and (predicted != following)[trained].any())
+    if not told and not_shifted:  # no two labels are neighbours
+        told, wrong = int(trained.sum()), int((predicted != following)[trained].sum())
     if wrong and (not_shifted or 2 * wrong > told):
         raise ValueError(
             f'The loss of {name} predicts another token than labels[t + 1] at {wrong} of {told} positions t of the '
             'first rows: give the label of token t at t, have its forward return logits, and have its loss predict '
             'the label of the next token.'
         )
+    if not told:
+        return _NONE
     ignored = _ignored_tokens(model, outputs, row, expected[right][:1].cpu())
-    cross_entropy = functional.cross_entropy(logits.float()[trained], predicted[trained])
+    # Other positions have no next label. A loss may add something of their logits all the same.
+    counted = trained & ((expected != IGNORE_INDEX) | (predicted == following))
+    cross_entropy = functional.cross_entropy(logits.float()[counted], predicted[counted])
     _say_what_is_left_out(model, outputs, loss, cross_entropy)
     return ignored
 
 
-def _loss_and_gradient(model: Any, outputs: Any, row: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The loss, and its gradient by the logits ``(B, L, V)``: None if it does not depend on them or is not finite."""
-    row, leaf = _copy(row), logits_of(model, outputs).detach().float().requires_grad_()
+def _loss_and_gradient(
+    model: Any, outputs: Any, row: Mapping[str, Any], **changed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The loss of a batch, some of whose values are changed, and its gradient by the logits ``(B, L, V)``.
+
+    The gradient is None if the loss does not depend on the logits, or if it is not finite.
+    """
+    asked, leaf = _copy({**row, **changed}), logits_of(model, outputs).detach().float().requires_grad_()
     with torch.enable_grad():
         logits = leaf.clone()  # a loss may write to it
-        if isinstance(outputs, Mapping):
-            of_forward = _loss_function(model) if outputs.get('loss') is not None else None
-            outputs = copy.copy(outputs)
-            outputs['logits'] = logits  # pyright: ignore[reportIndexIssue]
-            if of_forward is not None:  # forward's loss has no gradient: compute it again for one
-                again = of_forward(logits=logits, labels=row['labels'], vocab_size=logits.shape[-1])
-                outputs['loss'] = outputs['loss'] + again - again.detach()
-        elif isinstance(outputs, (tuple, list)):
-            make: Any = getattr(outputs, '_make', type(outputs))  # of a named tuple
-            outputs = make([logits, *outputs[1:]])
-        else:
-            outputs = logits
-        loss = _total(model.loss(outputs, row))
+        of_forward = None
+        if isinstance(outputs, Mapping) and outputs.get('loss') is not None:
+            of_forward = _loss_function(model)
+        outputs = _exchanged(outputs, [(logits_of(model, outputs), logits), *((row[key], asked[key]) for key in row)])
+        if of_forward is not None:  # forward's loss has no gradient: compute it again for one
+            again = of_forward(logits=logits, labels=asked['labels'], vocab_size=logits.shape[-1])
+            outputs['loss'] = outputs['loss'] + again - again.detach()
+        loss = _total(model.loss(outputs, asked))
         gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
     return loss.detach(), gradient if gradient is not None and bool(gradient.isfinite().all()) else None
+
+
+def _exchanged(outputs: Any, pairs: list[tuple[Any, Any]]) -> Any:
+    """What a forward has returned, with the second of a pair in place of each tensor that equals the first."""
+
+    def exchange(value: Any) -> Any:
+        return next((new for old, new in pairs if value is old or _equal(value, old)), value)
+
+    if isinstance(outputs, Mapping):
+        exchanged: Any = copy.copy(outputs)
+        for key, value in outputs.items():
+            exchanged[key] = exchange(value)
+        return exchanged
+    if isinstance(outputs, (tuple, list)):
+        make: Any = getattr(outputs, '_make', type(outputs))  # of a named tuple
+        return make([exchange(value) for value in outputs])
+    return exchange(outputs)
+
+
+def _equal(value: Any, other: Any) -> bool:
+    both = isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor)
+    return both and value.dtype == other.dtype and value.device == other.device and torch.equal(value, other)
 
 
 def _ignored_tokens(model: Any, outputs: Any, row: Mapping[str, Any], trained: torch.Tensor) -> torch.Tensor:
@@ -334,10 +390,10 @@ def _ignored_tokens(model: Any, outputs: Any, row: Mapping[str, Any], trained: t
             tokens = torch.cat([some, trained])
             tokens = tokens[torch.randperm(places, generator=generator) % len(tokens)].view(len(ids), -1)
             tokens = functional.pad(tokens, (1, 0), value=int(trained)).to(ids.device)
-            asked = {**row, 'input_ids': tokens, 'labels': tokens}
+            changed = {'input_ids': tokens, 'labels': tokens}
             if 'attention_mask' in row:
-                asked['attention_mask'] = torch.ones_like(row['attention_mask'])
-            gradient = _loss_and_gradient(model, outputs, asked)[1]
+                changed['attention_mask'] = torch.ones_like(row['attention_mask'])
+            gradient = _loss_and_gradient(model, outputs, row, **changed)[1]
             if gradient is None:
                 return _NONE
             at_targets = gradient[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)

@@ -38,7 +38,7 @@ def restore_model(model: nn.Module) -> None:
 
 
 class _FoldAtCall(CallStandIn):
-    """Folds the microbatch that a Trainer calls the model with. Calls of callbacks go through as they are."""
+    """Folds the microbatch when the model is called with it. Calls with other batches go through as they are."""
 
     def __init__(self, state: State, fold: Callable[[State], dict[str, Any]]):
         super().__init__(state.model)
@@ -79,7 +79,6 @@ class Microbatches:
         self._batch: Any = None
         self._call: _FoldAtCall | None = None
         self._pass: superposed | None = None
-        self._inputs: dict[str, Any] = {}
         self._own_loss: Any = None
 
     def enter_phase(self, bag_size: int) -> None:
@@ -108,22 +107,22 @@ class Microbatches:
         self._call = _FoldAtCall(state, self._fold)
 
     def _fold(self, state: State) -> dict[str, Any]:
-        if self._pass is None:
-            extra_values(state.batch, takes=takes(self._model))  # refuses what was added since AFTER_DATALOADER
-            self._some_padding = self._padded(state.batch)
-            self.begin(state, bag_rows(state.batch, self._bag_size, self._settings.superpose, self._some_padding))
-        return self._inputs
+        if self._pass is not None:  # a callback has called the model, and may have changed the batch since
+            self._pass.restore()
+        extra_values(state.batch, takes=takes(self._model))  # refuses what was added since AFTER_DATALOADER
+        self._some_padding = self._padded(state.batch)
+        return self.begin(state, bag_rows(state.batch, self._bag_size, self._settings.superpose, self._some_padding))
 
     def begin(self, state: State, folded: Mapping[str, Any]) -> dict[str, Any]:
         """Give the model's embedding the bags of a folded microbatch; return what the model is to read."""
         self._pass = superposed(state.model, {**folded, 'labels': _NO_TARGETS})
-        self._inputs = self._pass.__enter__()
+        inputs = self._pass.__enter__()
         labels = state.batch.get('labels')
         # A HuggingFaceModel that is given labels computes a loss of its own.
         if labels is not None and not isinstance(self._model, HuggingFaceModel):
             self._pass.follow_labels(labels)
-            self._inputs['labels'] = labels
-        return self._inputs
+            inputs['labels'] = labels
+        return inputs
 
     def _padded(self, batch: Mapping[str, Any]) -> bool:
         mask = batch.get('attention_mask')

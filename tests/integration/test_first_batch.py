@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from common.trainers import VOCAB_SIZE, Rows, hugging_face, llama, logged, make_trainer
+from common.trainers import VOCAB_SIZE, Rows, hugging_face, llama, logged, make_trainer, mpt
 from composer import Algorithm, Callback, Event
 from composer.models import ComposerModel
 from torch import nn
@@ -16,6 +16,9 @@ from transformers import JetMoeConfig, JetMoeForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from composer_tst import TokenSuperposition
+
+ALONE = ('alone', 'head in loss', 'two heads')  # their forward returns one tensor
+HANDED_ON = ('labels handed on', 'a copy handed on')
 
 
 class Own(ComposerModel):
@@ -31,14 +34,23 @@ class Own(ComposerModel):
         logits = self.head(h.cumsum(1) / 4)
         if self.how == 'head in loss':
             return h.cumsum(1) / 4
+        if self.how == 'two heads':
+            return torch.stack([logits, logits], 2)
+        if self.how.endswith('handed on'):
+            labels = batch['labels']
+            return {'logits': logits, 'labels': labels.clone() if self.how == 'a copy handed on' else labels}
         return {'logits': logits, 'aux_loss': h.pow(2).mean(), 'hidden': h} if self.how != 'alone' else logits
 
     def loss(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        logits, labels = outputs if self.how in ('alone', 'head in loss') else outputs['logits'], batch['labels']
+        logits, labels = outputs if self.how in ALONE else outputs['logits'], batch['labels']
         if self.how == 'head in loss':
             logits = self.head(outputs)
+        if self.how == 'two heads':
+            logits = outputs[:, :, 0]
         if self.how == 'hidden':
             logits = self.head(outputs['hidden'].cumsum(1) / 4)
+        if self.how.endswith('handed on'):
+            labels = outputs['labels']
         if self.how == 'in place':
             logits.mul_(0.5)
         if self.how == 'padding in place':
@@ -52,7 +64,9 @@ class Own(ComposerModel):
         if self.how == 'padding by weights':
             weights = (labels > 0) * 1.0
             return (F.cross_entropy(logits, labels, reduction='none') * weights).sum() / weights.sum()
-        loss = F.cross_entropy(logits, labels, ignore_index=0 if self.how == 'padding' else -100)
+        loss = F.cross_entropy(logits, labels, ignore_index=0 if self.how in ('padding', 'padding handed on') else -100)
+        if self.how == 'of all positions':
+            return loss + 0.01 * outputs['logits'].logsumexp(-1).pow(2).mean()
         return loss + 0.01 * outputs['aux_loss'] if self.how == 'more' else loss
 
     def get_metrics(self, is_train: bool) -> dict:
@@ -93,6 +107,19 @@ class Ended(Shifted):
     ends = True
 
 
+class Sparse(Shifted):
+    """Rows of which every third token has a label; with ``ends``, the last of these tokens ids do not have."""
+
+    def __getitem__(self, index: int) -> Any:
+        row = super().__getitem__(index)
+        row['labels'][torch.arange(len(row['labels'])) % 3 != 2] = -100
+        return row
+
+
+class SparseEnded(Sparse):
+    ends = True
+
+
 @pytest.mark.parametrize(
     ('how', 'loader', 'message'),
     [
@@ -116,6 +143,7 @@ class Ended(Shifted):
             'The loss of Own ignores token 0, which labels have 72 times in this',
         ),
         ('padding in place', lambda: rows(pad), 'The loss of Own ignores token 0, which labels have 72 times'),
+        ('padding handed on', lambda: rows(pad), 'The loss of Own ignores token 0, which labels have 72 times'),
     ],
 )
 def test_other_targets_are_refused_before_a_step(how: str, loader: Any, message: str):
@@ -131,10 +159,66 @@ def test_logits_that_are_none_are_refused_in_a_wide_model_too():
         trainer.fit()
 
 
+def test_logits_of_several_heads_are_refused():
+    trainer, _ = make_trainer(Own('two heads'), rows(), TokenSuperposition(3, '2ba'), '4ba')
+    with pytest.raises(ValueError, match=r'Own returns logits of shape \(4, 12, 2, 300\) .* one for each position'):
+        trainer.fit()
+
+
 def test_labels_that_are_shifted_and_end_in_a_token_of_their_own_are_refused():
     trainer, _ = make_trainer(llama(), DataLoader(Ended(48, 12), batch_size=4), TokenSuperposition(3, '2ba'), '4ba')
     with pytest.raises(ValueError, match='labels are shifted already'):
         trainer.fit()
+
+
+def test_labels_that_are_shifted_and_have_no_neighbours_are_refused():
+    trainer, _ = make_trainer(llama(), DataLoader(Sparse(48, 12), batch_size=4), TokenSuperposition(3, '2ba'), '4ba')
+    with pytest.raises(ValueError, match='labels are shifted already'):
+        trainer.fit()
+    loader = DataLoader(SparseEnded(48, 12), batch_size=4)
+    trainer, _ = make_trainer(Own('not shifted'), loader, TokenSuperposition(3, '2ba'), '4ba')
+    with pytest.raises(ValueError, match=r'another token than labels\[t \+ 1\] at 8 of 8 positions'):
+        trainer.fit()
+
+
+class Labels(Rows):
+    """Rows with labels of one's own."""
+
+    def __init__(self, change: Callable[[torch.Tensor], None]):
+        super().__init__(48, 12)
+        self.change = change
+
+    def __getitem__(self, index: int) -> Any:
+        labels = self.ids[index].clone()
+        self.change(labels)
+        return {'input_ids': self.ids[index], 'labels': labels}
+
+
+def every_third(labels: torch.Tensor) -> None:
+    labels[torch.arange(len(labels)) % 3 != 2] = -100
+
+
+def one(labels: torch.Tensor) -> None:
+    labels[:-1] = -100
+
+
+def other_tokens(labels: torch.Tensor) -> None:
+    every_third(labels)
+    labels[labels > 150] = 7
+
+
+def no_label(labels: torch.Tensor) -> None:
+    labels[:] = -100
+
+
+@pytest.mark.parametrize('labels', [every_third, one, other_tokens, no_label])
+@pytest.mark.parametrize('make', [llama, Own])
+def test_labels_that_are_not_shifted_train_however_few_there_are(make: Any, labels: Any):
+    trainer, logger = make_trainer(
+        make(), DataLoader(Labels(labels), batch_size=4), TokenSuperposition(3, '2ba'), '4ba'
+    )
+    trainer.fit()
+    assert len(logged(logger, 'loss/train/total')) == 4
 
 
 @pytest.mark.parametrize(('first', 'steps'), [(1, 0), (11, 0), (12, 1)])
@@ -165,6 +249,48 @@ def test_what_the_loss_of_a_hugging_face_model_ignores_is_refused(function: Any,
         train(rows(pad))
 
 
+class Ignores(nn.Module):
+    ignore_index = -100
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, targets.masked_fill(targets == 0, -100), reduction='none')
+
+
+class AddsZ(nn.CrossEntropyLoss):
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return super().forward(input, target) + 0.1 * input.logsumexp(-1).pow(2)
+
+
+def train_mpt(loss_fn: Any, loader: DataLoader) -> Any:
+    """An MPT with a ``loss_fn`` of one's own, if there is one; return its calls."""
+    model: Any = mpt()
+    model.loss_fn = loss_fn or model.loss_fn
+    calls = []
+    model.loss_fn.register_forward_hook(lambda *call: calls.append(call))
+    make_trainer(model, loader, TokenSuperposition(3, '2ba'), '4ba')[0].fit()
+    return calls
+
+
+def test_what_the_loss_fn_of_an_mpt_ignores_is_refused(caplog: pytest.LogCaptureFixture):
+    train_mpt(Ignores(), rows())
+    assert 'The loss of' not in caplog.text
+    with pytest.raises(ValueError, match='The loss of ComposerMPTCausalLM ignores token 0, which labels have 72 times'):
+        train_mpt(Ignores(), rows(pad))
+
+
+@pytest.mark.parametrize(
+    'loss_fn', [AddsZ(reduction='none'), nn.CrossEntropyLoss(reduction='none', label_smoothing=0.3)]
+)
+def test_what_the_loss_fn_of_an_mpt_adds_is_said_to_be_left_out(loss_fn: Any, caplog: pytest.LogCaptureFixture):
+    train_mpt(loss_fn, rows())
+    assert caplog.text.count('The loss of ComposerMPTCausalLM is more than a cross-entropy') == 1
+
+
+def test_an_mpt_as_it_is_trains_without_a_word_and_computes_no_other_loss(caplog: pytest.LogCaptureFixture):
+    assert len(train_mpt(None, rows(pad))) == 2  # in recovery
+    assert 'The loss of' not in caplog.text
+
+
 def end(ids: torch.Tensor) -> None:
     ids[:, -1] = 1
 
@@ -178,7 +304,7 @@ def test_a_place_that_a_loss_leaves_out_is_no_token(size: int):
     assert len(logged(logger, 'loss/train/total')) == 4
 
 
-@pytest.mark.parametrize('how', ['', 'alone', 'hidden', 'in place', 'shifts in place'])
+@pytest.mark.parametrize('how', ['', 'alone', 'hidden', 'in place', 'shifts in place', *HANDED_ON])
 def test_a_loss_of_ones_own_trains_without_a_word_of_the_rest(how: str, caplog: pytest.LogCaptureFixture):
     trainer, logger = make_trainer(Own(how), rows(), TokenSuperposition(3, '2ba'), '4ba')
     trainer.fit()
@@ -197,6 +323,15 @@ def test_what_a_loss_adds_is_said_to_be_left_out(caplog: pytest.LogCaptureFixtur
     model.model.loss_function = z_loss
     make_trainer(model, rows(), TokenSuperposition(3, '2ba'), '4ba')[0].fit()
     assert caplog.text.count('The loss of HuggingFaceModel is more than a cross-entropy') == 1
+
+
+def test_the_cross_entropy_in_the_warning_is_that_of_the_positions_with_a_next_label(caplog: pytest.LogCaptureFixture):
+    model, loader = Own('of all positions'), DataLoader(Rows(48, 12, lambda i: 8), batch_size=4, drop_last=True)
+    batch = next(iter(loader))
+    logits, labels = model(batch)['logits'], batch['labels']
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    make_trainer(model, loader, TokenSuperposition(3, '2ba'), '4ba')[0].fit()
+    assert f'where its cross-entropy is {float(expected):.4g}. Superposed' in caplog.text
 
 
 def test_a_router_loss_whose_weight_is_not_known_is_said_to_be_left_out(caplog: pytest.LogCaptureFixture):
@@ -283,3 +418,28 @@ def test_ids_and_labels_are_plain_for_callbacks_at_every_event():
 
     assert losses(callbacks=[Reads()]) == losses()
     assert losses(callbacks=[Fills('before_forward')]) == losses(callbacks=[Fills('batch_start')])
+
+
+def replace_ids(batch: Any) -> None:
+    batch['input_ids'] = torch.full_like(batch['input_ids'], 3)
+
+
+def add_mask(batch: Any) -> None:
+    batch['attention_mask'] = (torch.arange(batch['input_ids'].shape[1]) < 24).long().expand(len(batch['labels']), -1)
+
+
+@pytest.mark.parametrize('change', [replace_ids, add_mask])
+def test_a_batch_that_changes_after_a_callback_has_called_the_model_is_folded_again(change: Any):
+    class Scores(Callback):
+        def __init__(self, calls: bool):
+            self.calls = calls
+
+        def before_forward(self, state: Any, logger: Any) -> None:
+            if self.calls:
+                with torch.no_grad():
+                    state.model(state.batch)
+            change(state.batch)
+
+    obeyed = losses(callbacks=[Scores(calls=False)])
+    assert losses(callbacks=[Scores(calls=True)]) == obeyed
+    assert losses() != obeyed
