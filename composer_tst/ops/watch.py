@@ -170,8 +170,8 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
     """Run a pass on copies of what it may change, and give the modules their own values back.
 
     Copied are buffers, frozen weights, and the tensors, generators and containers among a module's attributes. What a
-    module sets up in the pass is taken away again. Under FSDP1 only buffers and numbers are put back. Random numbers
-    are put back too. No weight that autocast has cast is kept.
+    module sets up in the pass is taken away again. Hooks and random numbers are put back. Under FSDP1 only buffers,
+    numbers, hooks and random numbers are put back. No weight that autocast has cast is kept.
 
     Args:
         model: The model of the pass.
@@ -194,6 +194,10 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
                 numpy.random.set_state(states[1])
 
 
+# The dicts of a module that hold its hooks.
+_HOOKS = {name for name in vars(nn.Module()) if 'hooks' in name}
+
+
 def _lend_copies(model: nn.Module, after: contextlib.ExitStack) -> None:
     """Give each module copies of what it has, and its own values back when ``after`` is left."""
     modules = list(model.modules())
@@ -208,6 +212,10 @@ def _lend_copies(model: nn.Module, after: contextlib.ExitStack) -> None:
         copies |= {id(module._parameters): module._parameters for module in modules}
     for module in modules:
         own = dict(vars(module))
+        for name in _HOOKS & own.keys():  # a handle removes its hook from the dict itself, not from a copy
+            copies[id(own[name])] = own[name]
+            if not (fsdp2 and 'state_dict' in name):  # FSDP2 registers its own in its first call, for good
+                after.callback(_fill_again, own[name], dict(own[name]))
         if fsdp1:  # it keeps views of its weights among the attributes of modules
             numbers = {name: value for name, value in own.items() if isinstance(value, (int, float))}
             after.callback(vars(module).update, numbers)

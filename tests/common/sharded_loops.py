@@ -263,12 +263,24 @@ def buffer_of_fsdp1() -> str:
     return str(dict(model.named_buffers())['blocks.0._fsdp_wrapped_module.scale'].dtype)
 
 
+def checkpoint_of_fsdp2() -> list[str]:
+    """The kinds of weights in a checkpoint that follows an evaluation. FSDP2 shards them by hooks of its first call."""
+    model = Model()
+    wrapped, folded = fsdp2(model), fold_of(dist.get_rank())
+    step(wrapped, folded)
+    with torch.no_grad():
+        wrapped(folded['input_ids'][..., 0])
+    weights = {name for name, _ in model.named_parameters()}
+    return sorted({type(value).__name__ for name, value in wrapped.state_dict().items() if name in weights})
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group('gloo')
     results: dict[str, Any] = {name: run(case) for name, case in CASES.items()}
     results['buffers'] = [buffers_of_ddp(watched) for watched in (False, True)]
     results['cast buffer'] = buffer_of_fsdp1()
+    results['checkpoint'] = checkpoint_of_fsdp2()
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -57,3 +57,7 @@ def test_buffers_and_weights_of_ddp_are_to_the_bit_those_of_a_run_that_was_not_w
 
 def test_a_buffer_that_fsdp1_casts_in_the_watched_call_stays_cast(on_two: dict[str, Any]):
     assert on_two['cast buffer'] == 'torch.bfloat16'
+
+
+def test_a_checkpoint_of_fsdp2_is_sharded_after_an_evaluation(on_two: dict[str, Any]):
+    assert on_two['checkpoint'] == ['DTensor']

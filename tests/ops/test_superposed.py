@@ -1017,6 +1017,21 @@ def test_the_watched_call_leaves_nothing_that_modules_keep_of_their_own():
     assert all(torch.equal(each, other) for each, other in zip(mine, theirs, strict=True))
 
 
+def test_a_hook_that_removes_itself_is_called_in_the_real_call():
+    def once(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        handle.remove()
+        return output * 2
+
+    losses = []
+    for watched in (True, False):
+        model = Model()
+        handle = model.mix.register_forward_hook(once)
+        if not watched:
+            watch._WATCHED[True, True].add(model)
+        losses += [step(model, fold())[0], step(model, fold())[0]]
+    assert losses[0] == losses[2] != losses[1] == losses[3]
+
+
 def test_a_block_on_plain_ids_does_not_spare_one_on_bags_its_watched_call():
     model = Model(lambda self, ids: self.wte(ids) * (ids % 7 + 1)[..., None])
     with pytest.raises(ValueError, match='reads the ids of a superposed batch by value'):
