@@ -219,6 +219,7 @@ def _lend_copies(model: nn.Module, after: contextlib.ExitStack) -> None:
         if fsdp1:  # it keeps views of its weights among the attributes of modules
             numbers = {name: value for name, value in own.items() if isinstance(value, (int, float))}
             after.callback(vars(module).update, numbers)
+            after.callback(_fill_again, module._buffers, dict(module._buffers))
         else:
             after.callback(_fill_again, vars(module), own)
             vars(module).update({name: _copied(value, copies) for name, value in own.items()})
@@ -231,8 +232,11 @@ def _fill_again(holder: dict[Any, Any], before: dict[Any, Any]) -> None:
     holder.update(before)
 
 
-def _write_again(buffer: Tensor, before: Tensor) -> None:
-    buffer.data = before.to(buffer)
+def _write_again(tensor: Tensor, before: Tensor) -> None:
+    if tensor.shape == before.shape and tensor.dtype == before.dtype:
+        tensor.data.copy_(before)  # views of it have the values again too
+    else:
+        tensor.data = before.to(tensor)
 
 
 _HOLDERS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter, list, set, collections.deque)

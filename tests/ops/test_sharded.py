@@ -59,5 +59,12 @@ def test_a_buffer_that_fsdp1_casts_in_the_watched_call_stays_cast(on_two: dict[s
     assert on_two['cast buffer'] == 'torch.bfloat16'
 
 
+def test_buffers_of_fsdp1_are_those_of_a_run_that_was_not_watched(on_two: dict[str, Any]):
+    """If forward assigns them anew, or writes to a view that it keeps."""
+    unwatched, watched = on_two['buffers of fsdp1']
+    assert watched == unwatched
+    assert watched[1:] == [4, 4]
+
+
 def test_a_checkpoint_of_fsdp2_is_sharded_after_an_evaluation(on_two: dict[str, Any]):
     assert on_two['checkpoint'] == ['DTensor']
