@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
@@ -200,7 +201,8 @@ _HOOKS = {name for name in vars(nn.Module()) if 'hooks' in name}
 
 def _lend_copies(model: nn.Module, after: contextlib.ExitStack) -> None:
     """Give each module copies of what it has, and its own values back when ``after`` is left."""
-    modules = list(model.modules())
+    # The first call of a lazy module makes another module of it, for good.
+    modules = [module for module in model.modules() if not isinstance(module, LazyModuleMixin)]
     fsdp = sys.modules.get('torch.distributed.fsdp')  # nothing is of FSDP if FSDP is not imported
     fsdp1, fsdp2 = (
         any(isinstance(module, getattr(fsdp, kind, ())) for module in modules)

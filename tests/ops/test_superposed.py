@@ -1032,6 +1032,15 @@ def test_a_hook_that_removes_itself_is_called_in_the_real_call():
     assert losses[0] == losses[2] != losses[1] == losses[3]
 
 
+def test_lazy_modules_are_made_in_the_watched_call():
+    model: Any = Model()
+    model.norm, model.lazy = nn.LazyBatchNorm1d(), nn.LazyLinear(D)
+    model.look = lambda self, ids: self.lazy(self.norm(self.wte(ids).flatten(0, 1))).view(*ids.shape, D)
+    step(model, fold())
+    assert model.lazy.in_features == D
+    assert model.lazy.weight.grad is not None
+
+
 def test_a_block_on_plain_ids_does_not_spare_one_on_bags_its_watched_call():
     model = Model(lambda self, ids: self.wte(ids) * (ids % 7 + 1)[..., None])
     with pytest.raises(ValueError, match='reads the ids of a superposed batch by value'):
