@@ -241,7 +241,7 @@ def _write_again(tensor: Tensor, before: Tensor) -> None:
         tensor.data = before.to(tensor)
 
 
-_HOLDERS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter, list, set, collections.deque)
+_HOLDERS = (dict, list, set, collections.deque)
 
 
 def _copied(value: Any, copies: dict[int, Any]) -> Any:
@@ -254,21 +254,31 @@ def _copied(value: Any, copies: dict[int, Any]) -> Any:
     if id(value) in copies:
         return copies[id(value)]
     copies[id(value)] = value
-    with contextlib.suppress(Exception):  # some kinds cannot be copied
-        if isinstance(value, (torch.Generator, random.Random)) or (
+    try:
+        if _is_generator(value) or (
             isinstance(value, Tensor) and 0 not in value.stride()  # nothing writes to an expanded one
         ):
             with _DeepCopies():
                 copies[id(value)] = copy.deepcopy(value)
-        elif type(value) in _HOLDERS:
-            copied = copies[id(value)] = copy.copy(value)
-            if not isinstance(value, set):
-                for key, each in value.items() if isinstance(value, dict) else enumerate(value):
-                    copied[key] = _copied(each, copies)
+        elif isinstance(value, _HOLDERS):
+            copied = copy.copy(value)  # of a class of one's own, it may be anything
+            if type(copied) is type(value) and copied is not value and copied == value:
+                copies[id(value)] = copied
+                if not isinstance(value, set):
+                    for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+                        copied[key] = _copied(each, copies)  # pyright: ignore
         elif isinstance(value, tuple):
             parts = [_copied(each, copies) for each in value]
             copies[id(value)] = getattr(value, '_make', type(value))(parts)
+    except Exception:  # some kinds cannot be copied
+        copies[id(value)] = value
     return copies[id(value)]
+
+
+def _is_generator(value: Any) -> bool:
+    numpy: Any = sys.modules.get('numpy')
+    of_numpy = (numpy.random.Generator, numpy.random.RandomState) if numpy else ()
+    return isinstance(value, (torch.Generator, random.Random, *of_numpy))
 
 
 def _names(text: str) -> frozenset[str]:

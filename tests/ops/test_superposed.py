@@ -963,6 +963,20 @@ def test_the_watched_call_changes_no_bit(how: str):
         assert torch.equal(each, other)
 
 
+class Named(dict[str, Any]):
+    """A dict whose entries are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+class Filled(set[int]):
+    """What a copy by ``copy.copy`` does not equal."""
+
+    def __init__(self, values: Any = ()):
+        super().__init__([*values, len(values)])
+
+
 class Hoards(Model):
     """Keeps what it is given in every kind of place that is neither buffer nor trained, and hooks its activations."""
 
@@ -972,6 +986,8 @@ class Hoards(Model):
         self.mean, self.losses, self.of_layers, self.generator = torch.zeros(D), [], {'seen': []}, torch.Generator()
         self.last, self.pair, self.shapes = collections.deque(maxlen=2), (torch.zeros(1), [0]), set()
         self.centers = nn.Parameter(torch.ones(D), requires_grad=False)
+        self.named, self.filled = Named(sums=torch.zeros(1), calls=0), Filled()
+        self.numpy = np.random.default_rng(0), np.random.RandomState(0)
 
     def hoards(self, model: Any, ids: Tensor) -> Tensor:
         x = self.wte(ids)
@@ -987,8 +1003,12 @@ class Hoards(Model):
         self.pair[0].add_(1)
         self.pair[1][0] += 1
         self.shapes.add((len(self.losses), *ids.shape))
+        self.named.sums.add_(1)
+        self.named['calls'] += 1
+        assert self.filled == {0}
         if not hasattr(self, 'first'):
             self.first = x.mean()
+        x = x * self.numpy[0].random() * self.numpy[1].rand() * self.named.sums * self.named.calls
         noise = torch.rand(D, generator=self.generator)
         return x + self.mean + noise + self.centers + len(self.losses) + self.pair[0] + self.first
 
