@@ -299,7 +299,7 @@ _SHAPES = _names("""
     new_empty_strided is_same_size sym_size sym_numel sym_stride is_pinned record_stream
 """)
 # Methods that give a tensor's values to code that is not an operator of torch: numpy, Python, a Triton kernel.
-_GIVES_VALUES_AWAY = _names('tolist numpy __array__ __dlpack__ data_ptr')
+_GIVES_VALUES_AWAY = _names('tolist numpy __array__ __dlpack__ data_ptr apply_ map_ map2_')
 # Functions of transformers that may read ids. One warns of padding without a mask. The other counts positions, and
 # takes no bag for padding.
 _MAY_READ = ('warn_if_padding_and_no_attention_mask', 'create_position_ids_from_input_ids')

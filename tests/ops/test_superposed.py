@@ -631,6 +631,8 @@ READS: dict[str, tuple[Any, str]] = {
     'hashed': (hashed, 'reads .* by value by mul'),
     'hashed by numpy': (hashed_by_numpy, 'reads .* by value by __array__'),
     'a list': (lambda self, ids: self.wte(torch.tensor(ids.tolist())), 'reads .* by value by tolist'),
+    'applied': (lambda self, ids: self.wte(ids.clone().apply_(lambda v: v * 7 % V)), 'reads .* by value by apply_'),
+    'map_': (lambda self, ids: self.wte(torch.zeros_like(ids).map_(ids, lambda _, v: v * 7 % V)), 'reads .* by map_'),
     'shifted': (lambda self, ids: self.wte(ids + 1), 'reads .* by value by add'),
     'where': (lambda self, ids: self.wte(torch.where(torch.rand(ids.shape) < 2, ids, 3)), 'reads .* by value by where'),
     'masked': (lambda self, ids: self.wte(ids.masked_fill(torch.rand(ids.shape) < 0.5, 3)), 'reads .* masked_fill'),
