@@ -212,6 +212,9 @@ def _lend_copies(model: nn.Module, after: contextlib.ExitStack) -> None:
     copies: dict[int, Any] = {id(weight): weight for weight in model.parameters() if weight.requires_grad}
     if fsdp2:
         copies |= {id(module._parameters): module._parameters for module in modules}
+        for weight in model.parameters():
+            if not weight.requires_grad:
+                after.callback(_write_again, weight, weight.detach().clone())
     for module in modules:
         own = dict(vars(module))
         for name in _HOOKS & own.keys():  # a handle removes its hook from the dict itself, not from a copy

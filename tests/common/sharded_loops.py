@@ -291,6 +291,29 @@ def buffers_of_fsdp1(watched: bool) -> list[float]:
     return [value.double().sum().item() for value in (model.mean, model.sums, model.view)]
 
 
+class Averages(Model):
+    """Keeps a frozen, moving average of a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = nn.Linear(D, D, bias=False).requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        self.average.weight.mul_(0.5).add_(1)
+        return self.average(super().forward(input_ids, attention_mask) @ self.value.weight) @ self.value.weight.T
+
+
+def frozen_of_fsdp2(watched: bool) -> list[float]:
+    model = Averages()
+    fully_shard(model.average)
+    wrapped, folded = fsdp2(model), fold_of(dist.get_rank())
+    if not watched:
+        watch._WATCHED[True, True].add(wrapped)
+    step(wrapped, folded)
+    whole: Any = model.average.weight
+    return whole.full_tensor().flatten().tolist()
+
+
 def checkpoint_of_fsdp2() -> list[str]:
     """The kinds of weights in a checkpoint that follows an evaluation. FSDP2 shards them by hooks of its first call."""
     model = Model()
@@ -309,6 +332,7 @@ def main() -> None:
     results['buffers'] = [buffers_of_ddp(watched) for watched in (False, True)]
     results['cast buffer'] = buffer_of_fsdp1()
     results['buffers of fsdp1'] = [buffers_of_fsdp1(watched) for watched in (False, True)]
+    results['frozen of fsdp2'] = [frozen_of_fsdp2(watched) for watched in (False, True)]
     results['checkpoint'] = checkpoint_of_fsdp2()
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))

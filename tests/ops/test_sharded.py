@@ -66,5 +66,10 @@ def test_buffers_of_fsdp1_are_those_of_a_run_that_was_not_watched(on_two: dict[s
     assert watched[1:] == [4, 4]
 
 
+def test_frozen_shards_of_fsdp2_that_forward_changes_are_those_of_a_run_that_was_not_watched(on_two: dict[str, Any]):
+    unwatched, watched = on_two['frozen of fsdp2']
+    assert watched == unwatched
+
+
 def test_a_checkpoint_of_fsdp2_is_sharded_after_an_evaluation(on_two: dict[str, Any]):
     assert on_two['checkpoint'] == ['DTensor']
