@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
@@ -170,8 +171,8 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
     """Run a pass on copies of what it may change, and give the modules their own values back.
 
     Copied are buffers, frozen weights, and the tensors, generators and containers among a module's attributes. What a
-    module sets up in the pass is taken away again. Under FSDP1 only buffers and numbers are put back. Random numbers
-    are put back too. No weight that autocast has cast is kept.
+    module sets up in the pass is taken away again. Hooks and random numbers are put back. Under FSDP1 only buffers,
+    numbers, hooks and random numbers are put back. No weight that autocast has cast is kept.
 
     Args:
         model: The model of the pass.
@@ -194,9 +195,14 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
                 numpy.random.set_state(states[1])
 
 
+# The dicts of a module that hold its hooks.
+_HOOKS = {name for name in vars(nn.Module()) if 'hooks' in name}
+
+
 def _lend_copies(model: nn.Module, after: contextlib.ExitStack) -> None:
     """Give each module copies of what it has, and its own values back when ``after`` is left."""
-    modules = list(model.modules())
+    # The first call of a lazy module makes another module of it, for good.
+    modules = [module for module in model.modules() if not isinstance(module, LazyModuleMixin)]
     fsdp = sys.modules.get('torch.distributed.fsdp')  # nothing is of FSDP if FSDP is not imported
     fsdp1, fsdp2 = (
         any(isinstance(module, getattr(fsdp, kind, ())) for module in modules)
@@ -206,11 +212,19 @@ def _lend_copies(model: nn.Module, after: contextlib.ExitStack) -> None:
     copies: dict[int, Any] = {id(weight): weight for weight in model.parameters() if weight.requires_grad}
     if fsdp2:
         copies |= {id(module._parameters): module._parameters for module in modules}
+        for weight in model.parameters():
+            if not weight.requires_grad:
+                after.callback(_write_again, weight, weight.detach().clone())
     for module in modules:
         own = dict(vars(module))
+        for name in _HOOKS & own.keys():  # a handle removes its hook from the dict itself, not from a copy
+            copies[id(own[name])] = own[name]
+            if not (fsdp2 and 'state_dict' in name):  # FSDP2 registers its own in its first call, for good
+                after.callback(_fill_again, own[name], dict(own[name]))
         if fsdp1:  # it keeps views of its weights among the attributes of modules
             numbers = {name: value for name, value in own.items() if isinstance(value, (int, float))}
             after.callback(vars(module).update, numbers)
+            after.callback(_fill_again, module._buffers, dict(module._buffers))
         else:
             after.callback(_fill_again, vars(module), own)
             vars(module).update({name: _copied(value, copies) for name, value in own.items()})
@@ -223,11 +237,14 @@ def _fill_again(holder: dict[Any, Any], before: dict[Any, Any]) -> None:
     holder.update(before)
 
 
-def _write_again(buffer: Tensor, before: Tensor) -> None:
-    buffer.data = before.to(buffer)
+def _write_again(tensor: Tensor, before: Tensor) -> None:
+    if tensor.shape == before.shape and tensor.dtype == before.dtype:
+        tensor.data.copy_(before)  # views of it have the values again too
+    else:
+        tensor.data = before.to(tensor)
 
 
-_HOLDERS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter, list, set, collections.deque)
+_HOLDERS = (dict, list, set, collections.deque)
 
 
 def _copied(value: Any, copies: dict[int, Any]) -> Any:
@@ -240,21 +257,31 @@ def _copied(value: Any, copies: dict[int, Any]) -> Any:
     if id(value) in copies:
         return copies[id(value)]
     copies[id(value)] = value
-    with contextlib.suppress(Exception):  # some kinds cannot be copied
-        if isinstance(value, (torch.Generator, random.Random)) or (
+    try:
+        if _is_generator(value) or (
             isinstance(value, Tensor) and 0 not in value.stride()  # nothing writes to an expanded one
         ):
             with _DeepCopies():
                 copies[id(value)] = copy.deepcopy(value)
-        elif type(value) in _HOLDERS:
-            copied = copies[id(value)] = copy.copy(value)
-            if not isinstance(value, set):
-                for key, each in value.items() if isinstance(value, dict) else enumerate(value):
-                    copied[key] = _copied(each, copies)
+        elif isinstance(value, _HOLDERS):
+            copied = copy.copy(value)  # of a class of one's own, it may be anything
+            if type(copied) is type(value) and copied is not value and copied == value:
+                copies[id(value)] = copied
+                if not isinstance(value, set):
+                    for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+                        copied[key] = _copied(each, copies)  # pyright: ignore
         elif isinstance(value, tuple):
             parts = [_copied(each, copies) for each in value]
             copies[id(value)] = getattr(value, '_make', type(value))(parts)
+    except Exception:  # some kinds cannot be copied
+        copies[id(value)] = value
     return copies[id(value)]
+
+
+def _is_generator(value: Any) -> bool:
+    numpy: Any = sys.modules.get('numpy')
+    of_numpy = (numpy.random.Generator, numpy.random.RandomState) if numpy else ()
+    return isinstance(value, (torch.Generator, random.Random, *of_numpy))
 
 
 def _names(text: str) -> frozenset[str]:
@@ -275,7 +302,7 @@ _SHAPES = _names("""
     new_empty_strided is_same_size sym_size sym_numel sym_stride is_pinned record_stream
 """)
 # Methods that give a tensor's values to code that is not an operator of torch: numpy, Python, a Triton kernel.
-_GIVES_VALUES_AWAY = _names('tolist numpy __array__ __dlpack__ data_ptr')
+_GIVES_VALUES_AWAY = _names('tolist numpy __array__ __dlpack__ data_ptr apply_ map_ map2_')
 # Functions of transformers that may read ids. One warns of padding without a mask. The other counts positions, and
 # takes no bag for padding.
 _MAY_READ = ('warn_if_padding_and_no_attention_mask', 'create_position_ids_from_input_ids')

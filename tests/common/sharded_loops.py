@@ -263,12 +263,77 @@ def buffer_of_fsdp1() -> str:
     return str(dict(model.named_buffers())['blocks.0._fsdp_wrapped_module.scale'].dtype)
 
 
+class Keeps(Model):
+    """Assigns a buffer anew, and writes to a view of another."""
+
+    mean: Tensor
+    sums: Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('mean', torch.zeros(D))
+        self.register_buffer('sums', torch.zeros(4))
+        self.view = self.sums[1:3]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        self.mean = self.mean * 0.9 + self.wte.weight.detach().mean()
+        self.view += 1
+        return super().forward(input_ids, attention_mask) + self.mean.sum() + self.sums.sum()
+
+
+def buffers_of_fsdp1(watched: bool) -> list[float]:
+    model = Keeps()
+    wrapped, folded = fsdp1(model), fold_of(dist.get_rank())
+    if not watched:
+        watch._WATCHED[True, True].add(wrapped)
+    for _ in range(2):
+        step(wrapped, folded)
+    return [value.double().sum().item() for value in (model.mean, model.sums, model.view)]
+
+
+class Averages(Model):
+    """Keeps a frozen, moving average of a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = nn.Linear(D, D, bias=False).requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        self.average.weight.mul_(0.5).add_(1)
+        return self.average(super().forward(input_ids, attention_mask) @ self.value.weight) @ self.value.weight.T
+
+
+def frozen_of_fsdp2(watched: bool) -> list[float]:
+    model = Averages()
+    fully_shard(model.average)
+    wrapped, folded = fsdp2(model), fold_of(dist.get_rank())
+    if not watched:
+        watch._WATCHED[True, True].add(wrapped)
+    step(wrapped, folded)
+    whole: Any = model.average.weight
+    return whole.full_tensor().flatten().tolist()
+
+
+def checkpoint_of_fsdp2() -> list[str]:
+    """The kinds of weights in a checkpoint that follows an evaluation. FSDP2 shards them by hooks of its first call."""
+    model = Model()
+    wrapped, folded = fsdp2(model), fold_of(dist.get_rank())
+    step(wrapped, folded)
+    with torch.no_grad():
+        wrapped(folded['input_ids'][..., 0])
+    weights = {name for name, _ in model.named_parameters()}
+    return sorted({type(value).__name__ for name, value in wrapped.state_dict().items() if name in weights})
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group('gloo')
     results: dict[str, Any] = {name: run(case) for name, case in CASES.items()}
     results['buffers'] = [buffers_of_ddp(watched) for watched in (False, True)]
     results['cast buffer'] = buffer_of_fsdp1()
+    results['buffers of fsdp1'] = [buffers_of_fsdp1(watched) for watched in (False, True)]
+    results['frozen of fsdp2'] = [frozen_of_fsdp2(watched) for watched in (False, True)]
+    results['checkpoint'] = checkpoint_of_fsdp2()
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -57,3 +57,19 @@ def test_buffers_and_weights_of_ddp_are_to_the_bit_those_of_a_run_that_was_not_w
 
 def test_a_buffer_that_fsdp1_casts_in_the_watched_call_stays_cast(on_two: dict[str, Any]):
     assert on_two['cast buffer'] == 'torch.bfloat16'
+
+
+def test_buffers_of_fsdp1_are_those_of_a_run_that_was_not_watched(on_two: dict[str, Any]):
+    """If forward assigns them anew, or writes to a view that it keeps."""
+    unwatched, watched = on_two['buffers of fsdp1']
+    assert watched == unwatched
+    assert watched[1:] == [4, 4]
+
+
+def test_frozen_shards_of_fsdp2_that_forward_changes_are_those_of_a_run_that_was_not_watched(on_two: dict[str, Any]):
+    unwatched, watched = on_two['frozen of fsdp2']
+    assert watched == unwatched
+
+
+def test_a_checkpoint_of_fsdp2_is_sharded_after_an_evaluation(on_two: dict[str, Any]):
+    assert on_two['checkpoint'] == ['DTensor']

@@ -631,6 +631,8 @@ READS: dict[str, tuple[Any, str]] = {
     'hashed': (hashed, 'reads .* by value by mul'),
     'hashed by numpy': (hashed_by_numpy, 'reads .* by value by __array__'),
     'a list': (lambda self, ids: self.wte(torch.tensor(ids.tolist())), 'reads .* by value by tolist'),
+    'applied': (lambda self, ids: self.wte(ids.clone().apply_(lambda v: v * 7 % V)), 'reads .* by value by apply_'),
+    'map_': (lambda self, ids: self.wte(torch.zeros_like(ids).map_(ids, lambda _, v: v * 7 % V)), 'reads .* by map_'),
     'shifted': (lambda self, ids: self.wte(ids + 1), 'reads .* by value by add'),
     'where': (lambda self, ids: self.wte(torch.where(torch.rand(ids.shape) < 2, ids, 3)), 'reads .* by value by where'),
     'masked': (lambda self, ids: self.wte(ids.masked_fill(torch.rand(ids.shape) < 0.5, 3)), 'reads .* masked_fill'),
@@ -963,6 +965,20 @@ def test_the_watched_call_changes_no_bit(how: str):
         assert torch.equal(each, other)
 
 
+class Named(dict[str, Any]):
+    """A dict whose entries are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+class Filled(set[int]):
+    """What a copy by ``copy.copy`` does not equal."""
+
+    def __init__(self, values: Any = ()):
+        super().__init__([*values, len(values)])
+
+
 class Hoards(Model):
     """Keeps what it is given in every kind of place that is neither buffer nor trained, and hooks its activations."""
 
@@ -972,6 +988,8 @@ class Hoards(Model):
         self.mean, self.losses, self.of_layers, self.generator = torch.zeros(D), [], {'seen': []}, torch.Generator()
         self.last, self.pair, self.shapes = collections.deque(maxlen=2), (torch.zeros(1), [0]), set()
         self.centers = nn.Parameter(torch.ones(D), requires_grad=False)
+        self.named, self.filled = Named(sums=torch.zeros(1), calls=0), Filled()
+        self.numpy = np.random.default_rng(0), np.random.RandomState(0)
 
     def hoards(self, model: Any, ids: Tensor) -> Tensor:
         x = self.wte(ids)
@@ -987,8 +1005,12 @@ class Hoards(Model):
         self.pair[0].add_(1)
         self.pair[1][0] += 1
         self.shapes.add((len(self.losses), *ids.shape))
+        self.named.sums.add_(1)
+        self.named['calls'] += 1
+        assert self.filled == {0}
         if not hasattr(self, 'first'):
             self.first = x.mean()
+        x = x * self.numpy[0].random() * self.numpy[1].rand() * self.named.sums * self.named.calls
         noise = torch.rand(D, generator=self.generator)
         return x + self.mean + noise + self.centers + len(self.losses) + self.pair[0] + self.first
 
@@ -1015,6 +1037,30 @@ def test_the_watched_call_leaves_nothing_that_modules_keep_of_their_own():
     mine, theirs = run(True), run(False)
     assert len(mine) == len(theirs)
     assert all(torch.equal(each, other) for each, other in zip(mine, theirs, strict=True))
+
+
+def test_a_hook_that_removes_itself_is_called_in_the_real_call():
+    def once(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        handle.remove()
+        return output * 2
+
+    losses = []
+    for watched in (True, False):
+        model = Model()
+        handle = model.mix.register_forward_hook(once)
+        if not watched:
+            watch._WATCHED[True, True].add(model)
+        losses += [step(model, fold())[0], step(model, fold())[0]]
+    assert losses[0] == losses[2] != losses[1] == losses[3]
+
+
+def test_lazy_modules_are_made_in_the_watched_call():
+    model: Any = Model()
+    model.norm, model.lazy = nn.LazyBatchNorm1d(), nn.LazyLinear(D)
+    model.look = lambda self, ids: self.lazy(self.norm(self.wte(ids).flatten(0, 1))).view(*ids.shape, D)
+    step(model, fold())
+    assert model.lazy.in_features == D
+    assert model.lazy.weight.grad is not None
 
 
 def test_a_block_on_plain_ids_does_not_spare_one_on_bags_its_watched_call():
