@@ -463,12 +463,13 @@ def _captured(function: Any) -> list[Any]:
     return found
 
 
-def _parts(tensor: Tensor) -> list[Tensor]:
+def _parts(value: Any) -> list[Tensor]:
     """The tensors with a storage that a tensor consists of. For a DTensor it is the local tensor."""
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
-        return [part for name in names for part in _parts(getattr(tensor, name))]
-    return [tensor] if tensor.layout == torch.strided else []
+    if is_traceable_wrapper_subclass(value):
+        names, _ = value.__tensor_flatten__()
+        return [part for name in names for part in _parts(getattr(value, name))]
+    # Newer versions of torch count the mesh of a DTensor among its parts.
+    return [value] if isinstance(value, Tensor) and value.layout == torch.strided else []
 
 
 def _frames() -> Iterator[types.FrameType]:
