@@ -269,9 +269,9 @@ class _Last(Callback):
         if fit is not None and self._algorithm in state.algorithms:
             fit.begin_epoch()
 
-    def close(self, state: State, logger: Logger) -> None:
-        """Undo what a fit has left changed."""
-        if not sys.is_finalizing():
+    def close(self, state: State, logger: Logger, at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
+        """Undo what a fit has left changed. At exit modules may be gone, ``sys`` among them."""
+        if not at_exit():
             self._algorithm._run.close()
 
 

@@ -13,11 +13,13 @@ import torch
 from composer import algorithms
 from composer.callbacks import EarlyStopper, ThresholdStopper
 from composer.core import Algorithm, Callback, State, get_precision_context
+from composer.devices import DeviceCPU
 from composer.models import ComposerModel, HuggingFaceModel
+from composer.utils import dist
 from torch import nn
 from torch.nn import functional
 
-from composer_tst.ops.fold import IGNORE_INDEX, is_plain
+from composer_tst.ops.fold import IGNORE_INDEX, OF_ROWS
 from composer_tst.ops.superposed import find_embedding, tables_of
 from composer_tst.ops.watch import leaving_no_trace
 
@@ -165,7 +167,7 @@ def check_ignored(labels: torch.Tensor, ignored: torch.Tensor, model: Any) -> No
 
 
 def check_first_batch(state: State, scale: int) -> torch.Tensor:
-    """Compare, on the first rows of a batch, the model's own loss with the loss of superposition.
+    """Compare, on the first rows of rank 0's batch, the model's own loss with the loss of superposition.
 
     A model with a loss of its own and a Hugging Face model are called with these rows, as in a plain run. A Hugging
     Face model computes its loss in its forward. Of another loss, the gradient tells which token it predicts at each
@@ -190,21 +192,39 @@ def check_first_batch(state: State, scale: int) -> torch.Tensor:
     known = is_known(vars(model).get('loss', type(model).loss))
     if known and not hugging_face:
         return _NONE
-    rows = len(batch['input_ids'])
-    size = state.device_train_microbatch_size
-    some = min(rows, max(1, size // scale)) if isinstance(size, int) else 1
-    row = {key: value if is_plain(value) or len(value) != rows else value[:some] for key, value in batch.items()}
-    row = state.device.batch_to_device(row)
+    row, largest = _first_rows(state, scale)
     precision = get_precision_context(state.precision, state.precision_config)
     with torch.compiler.set_stance('force_eager'), leaving_no_trace(state.model), precision:
         with torch.no_grad():
-            outputs = state.model(_copy(row))
+            outputs = state.model(seen := _copy(row))
+        row = {**seen, **row}  # a loss may read what forward has put there
         of_forward = _loss_function(model)
         if not known or not (of_forward is None or is_known(of_forward)) or not _is_stock(model):
-            return _check_own_loss(model, outputs, row)
+            return _check_own_loss(model, outputs, row, largest)
         if isinstance(outputs, Mapping) and outputs.get('loss') is not None and outputs.get('logits') is not None:
             _compare_losses(model, outputs, row, _total(model.loss(outputs, row)))
     return _NONE
+
+
+def _first_rows(state: State, scale: int) -> tuple[dict[str, Any], int]:
+    """The first rows of rank 0's batch, as many as a microbatch has in plain training, and the batch's largest label.
+
+    Every rank gets the same, so that a loss that reduces over ranks is called equally often on each.
+    """
+    batch, size = state.batch, state.device_train_microbatch_size
+    # With `auto`, how many rows fit is not known yet.
+    some = max(1, size // scale) if isinstance(size, int) and not state.auto_microbatching else 1
+    rows = len(batch['input_ids'])
+    row = {
+        key: value[:some] if isinstance(value, OF_ROWS) and len(value) == rows else value
+        for key, value in batch.items()
+    }
+    largest = int(batch.get('labels', batch['input_ids']).max())
+    if dist.get_world_size() > 1:
+        of_rank_0: list[Any] = [DeviceCPU().batch_to_device(row), largest]
+        dist.broadcast_object_list(of_rank_0)
+        row, largest = of_rank_0
+    return state.device.batch_to_device(row), largest
 
 
 def _copy(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -289,8 +309,8 @@ def _next(labels: torch.Tensor) -> torch.Tensor:
     return functional.pad(labels[:, 1:].long(), (0, 1), value=IGNORE_INDEX)
 
 
-def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> torch.Tensor:
-    """Compare a loss of one's own with the labels, and return the tokens that it ignores."""
+def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any], largest: int) -> torch.Tensor:
+    """Compare a loss of one's own with the labels, and return the tokens up to the largest that it ignores."""
     if isinstance(model, HuggingFaceModel) and isinstance(outputs, Mapping) and outputs.get('logits') is None:
         return _NONE  # it may return logits only if it is given no labels
     name, logits = type(model).__name__, logits_of(model, outputs)
@@ -327,12 +347,41 @@ def _check_own_loss(model: Any, outputs: Any, row: Mapping[str, Any]) -> torch.T
         )
     if not told:
         return _NONE
-    ignored = _ignored_tokens(model, outputs, row, expected[right][:1].cpu())
+    reads_labels = 'labels' in row and _reads(model, outputs, row, gradient, 'labels', row['labels'].roll(1, 1))
+    changing = ('labels',) if reads_labels else ('input_ids', 'labels')
+    ignored = _ignored_tokens(model, outputs, row, expected[right][:1].cpu(), largest, changing)
+    left_out = (expected != IGNORE_INDEX) & ~trained & ~torch.isin(expected, ignored.to(expected.device))
+    if left_out.any():
+        _refuse_masks(model, outputs, row, gradient)
+        log.warning(
+            f'The loss of {name} leaves out {int(left_out.sum())} of {int((expected != IGNORE_INDEX).sum())} labels of '
+            'the first rows. Superposed steps train on them too: mark such tokens with -100 in labels.'
+        )
     # Other positions have no next label. A loss may add something of their logits all the same.
     counted = trained & ((expected != IGNORE_INDEX) | (predicted == following))
     cross_entropy = functional.cross_entropy(logits.float()[counted], predicted[counted])
     _say_what_is_left_out(model, outputs, loss, cross_entropy)
     return ignored
+
+
+def _refuse_masks(model: Any, outputs: Any, row: Mapping[str, Any], gradient: torch.Tensor) -> None:
+    """Refuse, with a ValueError, a value of a batch on which it depends which tokens a loss trains on."""
+    for key, value in row.items():
+        if key in ('input_ids', 'labels', 'attention_mask') or not isinstance(value, torch.Tensor):
+            continue
+        if _reads(model, outputs, row, gradient, key, torch.zeros_like(value)):
+            raise ValueError(
+                f'The loss of {type(model).__name__} reads {key}, which superposed steps leave out: mark tokens that '
+                f'are not to be trained on with -100 in labels, and have the collator leave {key} out.'
+            )
+
+
+def _reads(
+    model: Any, outputs: Any, row: Mapping[str, Any], gradient: torch.Tensor, key: str, other: torch.Tensor
+) -> bool:
+    """Whether a loss trains on other positions if a value of the batch is another."""
+    changed = _loss_and_gradient(model, outputs, row, **{key: other})[1]
+    return changed is None or not torch.equal(changed.sign(), gradient.sign())
 
 
 def _loss_and_gradient(
@@ -379,18 +428,25 @@ def _equal(value: Any, other: Any) -> bool:
     return both and value.dtype == other.dtype and value.device == other.device and torch.equal(value, other)
 
 
-def _ignored_tokens(model: Any, outputs: Any, row: Mapping[str, Any], trained: torch.Tensor) -> torch.Tensor:
+def _ignored_tokens(
+    model: Any,
+    outputs: Any,
+    row: Mapping[str, Any],
+    trained: torch.Tensor,
+    largest: int,
+    changing: Collection[str],
+) -> torch.Tensor:
     """The tokens that a loss ignores. Put each at some places, beside one that it trains on, and read the gradient."""
     ids, generator = row['input_ids'], torch.Generator().manual_seed(0)
     places = ids[:, 1:].numel()
-    left = torch.randperm(logits_of(model, outputs).shape[-1], generator=generator)
+    left = torch.randperm(largest + 1, generator=generator)
     while True:  # a loss may also leave places out: try the tokens that are left at other places
         found = []
         for some in left.split(max(1, places - 1)):
             tokens = torch.cat([some, trained])
             tokens = tokens[torch.randperm(places, generator=generator) % len(tokens)].view(len(ids), -1)
             tokens = functional.pad(tokens, (1, 0), value=int(trained)).to(ids.device)
-            changed = {'input_ids': tokens, 'labels': tokens}
+            changed = dict.fromkeys(changing, tokens)
             if 'attention_mask' in row:
                 changed['attention_mask'] = torch.ones_like(row['attention_mask'])
             gradient = _loss_and_gradient(model, outputs, row, **changed)[1]

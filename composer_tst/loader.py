@@ -172,12 +172,10 @@ class BagLoader(wrapt.ObjectProxy):
         and yield one of theirs, for nobody reads it.
         """
         batch: Any = None
-        self.replaying = steps > 0
+        self.replaying = True
         for left in range(steps, 0, -1):
             is_first = left == steps
-            count = (
-                max(1, min(self.draws(), drawn - steps + 1)) if is_first and left > 1 else (drawn - self.drawn) // left
-            )
+            count = min(self.draws(), drawn) if is_first and left > 1 else (drawn - self.drawn) // left
             group = self._draw(batches, count)
             if group:
                 batch = merge_batches(group, self.takes) if is_first and len(group) > 1 else group[0]

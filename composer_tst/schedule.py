@@ -53,7 +53,7 @@ class Data:
 class Stretch:
     """Consecutive steps of one bag size, and the loader batches that they read.
 
-    ``batches`` of the steps before superposition is computed from tokens and may be a fraction.
+    ``batches`` of the steps so far is computed from tokens and may be a fraction.
     """
 
     bag_size: int
@@ -342,19 +342,25 @@ class Schedule:
     def whole(self, plan: Plan, now: Timestamp) -> Plan:
         """The plan of the whole run: steps before superposition, steps of the phases so far, and ``plan``.
 
-        Tokens counted beyond those of the phases are taken as read before superposition.
+        Tokens counted beyond those of the phases are taken as read before superposition. All steps so far have read as
+        many tokens as are counted.
         """
         assert self.progress.began is not None
         sizes = [1, *(phase.bag_size for phase in self.settings.phases)]
         marks = [0, self.progress.began, *self.progress.ended, plan.start]
-        *done, under_way = (
+        done = [
             Stretch(size, stop - start, (stop - start) * self.settings.draws(size))
             for size, (start, stop) in zip(sizes, itertools.pairwise(marks), strict=False)
-        )
-        if self.progress.began and plan.data.tokens:
+        ]
+        if plan.data.tokens:
             read = int(now.token) - self.progress.dropped
-            read -= sum(plan.tokens_of(each) or 0 for each in (*done[1:], under_way))
-            done[0] = replace(done[0], batches=Fraction(max(0, read), plan.data.tokens))
+            if self.progress.began:
+                before = read - sum(plan.tokens_of(each) or 0 for each in done[1:])
+                done[0] = replace(done[0], batches=Fraction(max(0, before), plan.data.tokens))
+            # Batches may have been of another size.
+            counted = sum(plan.tokens_of(each) or 0 for each in done)
+            done = [replace(each, batches=each.batches * Fraction(read, counted or 1)) for each in done]
+        *done, under_way = done
         first, *rest = plan.stretches
         first = Stretch(first.bag_size, under_way.steps + first.steps, under_way.batches + first.batches)
         return replace(plan, stretches=[*done, first, *rest], start=0)

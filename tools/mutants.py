@@ -3,23 +3,27 @@
     python -m tools.mutants [--count 80] [--seed 0] [--only loader.py]
 
 A fixed sample for a seed. A change that no test notices is printed with its line: either it is harmless, or a test is
-missing.
+missing. The tests that run a line come first, the quickest before the others; only what passes these meets all tests.
 """
 
 import argparse
 import ast
 import copy
+import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 # All that is slow to import, so that each mutant, in a fork, imports the package alone.
 import composer  # noqa: F401
+import coverage
 import llmfoundry.models.mpt  # noqa: F401
 import peft  # noqa: F401
 import pytest
@@ -29,11 +33,11 @@ import transformers  # noqa: F401
 REPO = Path(__file__).parents[1]
 PACKAGE = REPO / 'composer_tst'
 TESTS = {
-    'algorithm.py': ['used_again', 'plain_code', 'changed_settings', 'superposition', 'epoch_ends'],
-    'compatibility.py': ['plain_code', 'stack', 'callbacks', 'compatibility', 'first_batch'],
-    'loader.py': ['loader', 'epoch_ends', 'used_again', 'loaders_of_ones_own', 'iterations'],
+    'algorithm.py': ['used_again', 'plain_code', 'changed_settings', 'superposition', 'epoch_ends', 'first_batch'],
+    'compatibility.py': ['plain_code', 'stack', 'callbacks', 'compatibility', 'first_batch', 'mistakes'],
+    'loader.py': ['loader', 'epoch_ends', 'used_again', 'loaders_of_ones_own', 'iterations', 'resumption'],
     'ops/fold.py': ['fold', 'superposition', 'plain_code'],
-    'schedule.py': ['schedule', 'changed_settings'],
+    'schedule.py': ['schedule', 'changed_settings', 'mistakes'],
     'settings.py': ['mistakes', 'schedule', 'settings', 'changed_settings', 'superposition'],
     'surgery.py': ['surgery', 'superposition', 'used_again', 'plain_code'],
 }
@@ -96,38 +100,73 @@ def test_files(name: str) -> list[str]:
     return [str(path) for (path,) in found.values()]
 
 
-def check_tests(names: set[str]) -> None:
-    """See that the package passes as it is: else every change would seem to be noticed.
+class Watch:
+    """A plugin of pytest: which tests run each line of a file, the quickest first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.coverage = coverage.Coverage(data_file=None, include=[str(path)])
+        self.seconds: dict[str, float] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        """Take what runs now as this test's."""
+        self.coverage.switch_context(item.nodeid)
+        begin = time.perf_counter()
+        outcome = yield
+        self.seconds[item.nodeid] = time.perf_counter() - begin
+        return outcome
+
+    def tests(self) -> dict[int, list[str]]:
+        """The tests of each line."""
+        contexts = self.coverage.get_data().contexts_by_lineno(str(self.path))
+        return {line: sorted(filter(None, tests), key=self.seconds.__getitem__) for line, tests in contexts.items()}
+
+
+def covering(name: str) -> dict[int, list[str]]:
+    """Of each line of a file of the package, the tests that run it.
 
     Raises:
-        SystemExit: If it does not.
+        SystemExit: If they fail as the package is: else every change would seem to be noticed.
     """
-    for name in sorted(names):
-        if not lives(name, (PACKAGE / name).read_text()):
-            raise SystemExit(f'The tests that cover {name} fail as it is: mend them first.')
-
-
-def lives(name: str, source: str) -> bool:
-    """Whether a package with that file passes the tests that cover it."""
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(PACKAGE, Path(folder) / 'composer_tst')
-        (Path(folder) / 'composer_tst' / name).write_text(source)
+        found = Path(folder) / 'tests.json'
+        if not passes(name, (PACKAGE / name).read_text(), test_files(name), found):
+            raise SystemExit(f'The tests that cover {name} fail as it is: mend them first.')
+        return {int(line): tests for line, tests in json.loads(found.read_text()).items()}
+
+
+def passes(name: str, source: str, tests: Sequence[str], found: Path | None = None) -> bool:
+    """Whether a package with that file passes the tests; which of them run its lines is written where asked."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder).resolve() / 'composer_tst'
+        shutil.copytree(PACKAGE, package)
+        (package / name).write_text(source)
         child = os.fork()
         if child == 0:
-            sys.path[:0] = [folder]
-            import composer_tst  # before pytest puts the repository first
-
-            assert composer_tst.__file__.startswith(folder), composer_tst.__file__
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
             os.dup2(null, 2)
-            files = test_files(name)
-            # An endless loop is a death like others.
-            import signal
+            signal.alarm(600)  # an endless loop is a death like others
+            sys.path[:0] = [str(package.parent)]
+            watch = Watch(package / name)
+            if found is not None:
+                watch.coverage.start()
+            import composer_tst  # before pytest puts the repository first
 
-            signal.alarm(600)
-            os._exit(int(pytest.main(['-x', '-q', '-p', 'no:cacheprovider', *files]) != 0))
+            assert Path(composer_tst.__file__).parent == package, composer_tst.__file__
+            plugins = [] if found is None else [watch]
+            failed = int(pytest.main(['-x', '-q', '-p', 'no:cacheprovider', *tests], plugins) != 0)
+            if found is not None:
+                watch.coverage.stop()
+                found.write_text(json.dumps(watch.tests()))
+            os._exit(failed)
         return os.waitpid(child, 0)[1] == 0
+
+
+def lives(name: str, source: str, first: Sequence[str]) -> bool:
+    """Whether a package with that file passes the tests that cover it, some of them first."""
+    return (not first or passes(name, source, first)) and passes(name, source, test_files(name))
 
 
 def main() -> None:
@@ -140,11 +179,13 @@ def main() -> None:
     for name in TESTS:
         test_files(name)
     sample = list(mutants(arguments.count, arguments.seed, arguments.only))
-    check_tests({name for name, *_ in sample})
+    tests = {name: covering(name) for name in sorted({name for name, *_ in sample})}
     tried = alive = 0
     for name, line, before, source in sample:
         tried += 1
-        if lives(name, source):
+        # A statement's lines count as its first.
+        run = max((other for other in tests[name] if other <= line), default=line)
+        if lives(name, source, tests[name].get(run, [])):
             alive += 1
             print(f'lives: {name}:{line}: {before}', flush=True)
         elif tried % 10 == 0:

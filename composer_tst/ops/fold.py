@@ -23,7 +23,7 @@ _PER_ROW = ('total_tokens', 'loss_generating_tokens')
 # Rebuilt for bags if it has only the values that a model takes for granted. Otherwise refused.
 _TAKEN_FOR_GRANTED = ('token_type_ids', 'position_ids')
 # Types that may hold a value for each row.
-_OF_ROWS = (torch.Tensor, list, tuple)
+OF_ROWS = (torch.Tensor, list, tuple)
 # If no token of the batch is a target, each row gets this weight: Composer divides by the sum of weights.
 _NEXT_TO_NOTHING = 1e-12
 
@@ -340,7 +340,7 @@ def extra_values(batch: Mapping[str, Any], joined: int = 1, takes: Collection[st
     for key, value in batch.items():
         if key in _PER_TOKEN or key in _PER_ROW or is_plain(value):
             continue
-        if not isinstance(value, _OF_ROWS) or _says_nothing(key, value):
+        if not isinstance(value, OF_ROWS) or _says_nothing(key, value):
             continue
         of_rows = len(value) == rows and not (isinstance(value, torch.Tensor) and value.shape[1:2] == (length,))
         if of_rows and joined == 1:
@@ -350,8 +350,11 @@ def extra_values(batch: Mapping[str, Any], joined: int = 1, takes: Collection[st
                 why = f'it is of whole rows, and expand: sequence joins {joined} of them: set expand: batch, or '
             else:
                 why = 'it is not of whole rows, and a bag has several tokens: '
-                if key == 'position_ids' and (takes is None or 'sequence_id' in takes):
-                    why += 'give sequence_id to keep documents apart, or '
+                if key == 'position_ids':
+                    if takes is None or 'sequence_id' in takes:
+                        why += 'give sequence_id to keep documents apart, or '
+                elif takes is None:
+                    why += 'if it says what to predict, say that in labels (of token t at t, -100 for none), and '
             raise ValueError(f'Superposition cannot fold {key}: {why}have the collator leave {key} out.')
     return carried
 
@@ -359,7 +362,7 @@ def extra_values(batch: Mapping[str, Any], joined: int = 1, takes: Collection[st
 def check_kinds(batch: Mapping[str, Any], takes: Collection[str] | None = None) -> None:
     """Refuse, with a ValueError, a needed value whose type says nothing of rows."""
     for key, value in batch.items():
-        kinds = torch.Tensor if key in _PER_TOKEN else _OF_ROWS
+        kinds = torch.Tensor if key in _PER_TOKEN else OF_ROWS
         known = isinstance(value, kinds) or (key not in _PER_TOKEN and is_plain(value))
         if not known and is_needed(key, takes):
             raise ValueError(

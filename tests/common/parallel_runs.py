@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 from composer.loggers import InMemoryLogger
+from composer.models import HuggingFaceModel
 from composer.utils import dist
 from llmfoundry.command_utils.train import train_from_yaml
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+from torch.nn import functional
 
 from common.profiled import Collectives
 from composer_tst import TokenSuperposition
@@ -129,6 +131,35 @@ def epochs_of_unequal_length() -> list[float]:
     return logged(logger, 'superposition/bag_size')
 
 
+def loss_of_all_ranks() -> list[float]:
+    """The losses of a run whose loss reduces over ranks, of which one has rows of another length without labels."""
+    from common.trainers import Rows, llama, logged, make_trainer
+
+    class Labels(Rows):
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            row = super().__getitem__(index)
+            if index == 1:  # the first row of rank 1
+                row['labels'] = torch.full_like(row['labels'], -100)
+            return row
+
+    class Reduces(HuggingFaceModel):
+        def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
+            targets = batch['labels'][:, 1:].flatten()
+            count = targets.ne(-100).sum().float()
+            dist.all_reduce(count)
+            logits = outputs['logits'][:, :-1].flatten(0, 1)
+            return functional.cross_entropy(logits, targets, reduction='sum') / count * dist.get_world_size()
+
+    model: Any = llama()
+    model.__class__ = Reduces
+    dataset = Labels(48, 12 - 4 * dist.get_global_rank())
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4, sampler=dist.get_sampler(dataset))
+    stack = TokenSuperposition(3, '2ba', expand='none')
+    trainer, logger = make_trainer(model, loader, stack, '4ba', device_train_microbatch_size=1)
+    trainer.fit()
+    return logged(logger, 'loss/train/total')
+
+
 def tensor_parallel_embedding() -> str:
     """What superposition says to an embedding of which each process has a part."""
     from common.trainers import llama
@@ -172,6 +203,7 @@ def main() -> None:
     results['counts of epochs, added later'] = counts_of_epochs(added_later=True)
     results['tensor parallel embedding'] = tensor_parallel_embedding()
     results['counts of epochs'] = counts_of_epochs()
+    results['a loss of all ranks'] = loss_of_all_ranks()
     results['epochs of unequal length'] = epochs_of_unequal_length()
     if dist.get_global_rank() == 0:
         Path(output).write_text(json.dumps(results))

@@ -93,6 +93,7 @@ def test_at_a_switch_what_was_trained_with_cannot_change(saved: Path, batch: int
         (3, {'phases': phases((4, '1ba'), (2, '4ba'))}, [2, 1, 1, 1, 1]),
         (4, {'phases': phases((4, '2ba'), (2, '4ba'), (2, '6ba'))}, [2, 2, 1, 1]),
         (1, {'phases': phases((4, '2ba'), (2, '64sp'))}, [4, 2, 2, 2, 2, 1, 1]),  # 4 + 4 + 2 + 2 + 2 + 2 batches of 4
+        (4, {'phases': phases((4, '2ba'), (2, '4ba'), (2, '48sp'))}, [1, 1, 1, 1]),  # 4 + 4 + 2 + 2 batches of 4
         (5, {'phases': phases((4, '2ba'), (2, '7ba'))}, [1, 1, 1]),
     ],
 )

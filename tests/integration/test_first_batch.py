@@ -1,15 +1,17 @@
 """What a model's own loss makes of the first batch, held against what superposition makes of it."""
 
+import datetime
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from common.trainers import VOCAB_SIZE, Rows, hugging_face, llama, logged, make_trainer, mpt
-from composer import Algorithm, Callback, Event
-from composer.models import ComposerModel
+from composer import Algorithm, Callback, DataSpec, Event
+from composer.models import ComposerModel, HuggingFaceModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import JetMoeConfig, JetMoeForCausalLM
@@ -390,6 +392,155 @@ def test_labels_that_change_late_are_obeyed(event: Event, change: Any):
 def test_labels_that_are_none_of_tokens_when_the_loss_reads_them_are_refused(event: Event, change: Any, message: str):
     with pytest.raises(ValueError, match=message):
         losses(Changes(event, change))
+
+
+class Counts(Own):
+    """Notes the shape of each batch."""
+
+    def __init__(self, shapes: list[Any]):
+        super().__init__()
+        vars(self)['note'] = shapes.append
+
+    def forward(self, batch: Any) -> Any:
+        self.note(tuple(batch['input_ids'].shape))
+        return super().forward(batch)
+
+
+@pytest.mark.parametrize('expand', ['sequence', 'batch', 'none'])
+def test_the_first_call_has_as_many_rows_as_a_plain_microbatch(expand: str):
+    shapes: list[Any] = []
+    stack = TokenSuperposition(3, '2ba', expand=expand)
+    make_trainer(Counts(shapes), rows(), stack, '4ba', device_train_microbatch_size=2)[0].fit()
+    assert shapes[0] == (2, 12)
+
+
+def test_the_first_call_has_one_row_if_composer_is_to_find_how_many_fit():
+    shapes: list[Any] = []
+    trainer, _ = make_trainer(Counts(shapes), rows(), TokenSuperposition(3, '2ba'), '4ba')
+    trainer.state.auto_microbatching = True  # Composer takes `auto` on a GPU alone
+    trainer.fit()
+    assert shapes[0] == (1, 12)
+
+
+class Padded(Own):
+    """The head has more rows than there are tokens, and the loss takes those there are."""
+
+    def __init__(self, how: str):
+        super().__init__(how)
+        self.head = nn.Linear(16, VOCAB_SIZE + 20)
+
+    def loss(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        logits, labels = outputs['logits'][:, :-1], batch['labels'][:, 1:].flatten()
+        assert int(labels.max()) < VOCAB_SIZE
+        if self.how == 'padding':
+            labels = labels.masked_fill(labels == 0, -100)
+        return F.cross_entropy(logits[..., :VOCAB_SIZE].flatten(0, 1), labels)
+
+
+@pytest.mark.parametrize('how', ['', 'padding'])
+def test_a_loss_is_asked_of_no_token_beyond_those_of_the_data(how: str):
+    trainer, logger = make_trainer(Padded(how), rows(), TokenSuperposition(3, '2ba'), '4ba')
+    trainer.fit()
+    assert len(logged(logger, 'loss/train/total')) == 4
+    if how:
+        with pytest.raises(ValueError, match='The loss of Padded ignores token 0, which labels have 72 times'):
+            make_trainer(Padded(how), rows(pad), TokenSuperposition(3, '2ba'), '4ba')[0].fit()
+
+
+class Begins(Own):
+    """Its loss insists that each row begins with the token of the data."""
+
+    def loss(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        assert (batch['input_ids'][:, 0] == 7).all()
+        return super().loss(outputs, batch)
+
+
+def begin(ids: torch.Tensor) -> None:
+    ids[:, 0] = 7
+
+
+def test_a_loss_that_reads_labels_sees_the_ids_of_the_data():
+    trainer, logger = make_trainer(Begins(), rows(begin), TokenSuperposition(3, '2ba'), '4ba')
+    trainer.fit()
+    assert len(logged(logger, 'loss/train/total')) == 4
+
+
+class OfIds(Own):
+    """Its loss predicts the ids, but for padding, and reads no labels."""
+
+    def loss(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        return F.cross_entropy(
+            outputs['logits'][:, :-1].flatten(0, 1), batch['input_ids'][:, 1:].flatten(), ignore_index=0
+        )
+
+
+def test_what_a_loss_of_the_ids_ignores_is_refused():
+    make_trainer(OfIds(), rows(), TokenSuperposition(3, '2ba'), '4ba')[0].fit()
+    with pytest.raises(ValueError, match='The loss of OfIds ignores token 0, which labels have 72 times'):
+        make_trainer(OfIds(), rows(pad), TokenSuperposition(3, '2ba'), '4ba')[0].fit()
+
+
+class HandsOn(Own):
+    """Its forward leaves something in the batch for its loss."""
+
+    def forward(self, batch: Any) -> Any:
+        batch['hidden'] = self.wte(batch['input_ids'])
+        return super().forward(batch)
+
+    def loss(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().loss(outputs, batch) + batch['hidden'].pow(2).mean()
+
+
+def test_a_loss_sees_what_forward_has_left_in_the_batch(caplog: pytest.LogCaptureFixture):
+    trainer, logger = make_trainer(HandsOn(), rows(), TokenSuperposition(3, '2ba'), '4ba')
+    trainer.fit()
+    assert len(logged(logger, 'loss/train/total')) == 4
+    assert caplog.text.count('The loss of HandsOn is more than a cross-entropy') == 1
+
+
+@pytest.mark.parametrize('value', [None, np.int64(3), datetime.date(2026, 1, 1), {'a': 1, 'b': 2, 'c': 3, 'd': 4}])
+def test_a_value_that_says_nothing_of_rows_is_left_out(value: Any):
+    def collate(samples: list[Any]) -> dict[str, Any]:
+        return {**torch.utils.data.default_collate(samples), 'value': value}
+
+    loader = DataLoader(Rows(48, 12), batch_size=4, collate_fn=collate)
+    # Composer's own split no such value and count none.
+    spec = DataSpec(
+        loader, split_batch=lambda batch, _: [batch], get_num_samples_in_batch=lambda batch: len(batch['labels'])
+    )
+    losses = []
+    for data in (spec, rows()):
+        trainer, logger = make_trainer(llama(), data, TokenSuperposition(3, '2ba', expand='none'), '4ba')
+        trainer.fit()
+        losses.append(logged(logger, 'loss/train/total'))
+    assert losses[0] == losses[1]
+
+
+class Masked(Rows):
+    """The first half of each row is not to be trained on."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {**super().__getitem__(index), 'loss_mask': (torch.arange(12) >= 6).long()}
+
+
+class Masks(HuggingFaceModel):
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        labels = batch['labels'].masked_fill(batch['loss_mask'] == 0, -100)
+        return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize('expand', ['sequence', 'batch', 'none'])
+def test_a_mask_that_a_loss_reads_is_refused(expand: str):
+    model: Any = llama()
+    model.__class__ = Masks
+    loader = DataLoader(Masked(48, 12), batch_size=4)
+    with pytest.raises(ValueError, match='The loss of Masks reads loss_mask, which superposed steps leave out: mark'):
+        make_trainer(model, loader, TokenSuperposition(3, '2ba', expand=expand), '4ba')[0].fit()
+
+
+def test_labels_that_a_loss_leaves_out_are_counted_in_a_warning(caplog: pytest.LogCaptureFixture):
+    make_trainer(Own('but the last'), rows(), TokenSuperposition(3, '2ba'), '4ba')[0].fit()
+    assert caplog.text.count('The loss of Own leaves out 4 of 44 labels of the first rows. Superposed steps train') == 1
 
 
 def test_what_a_loss_of_ones_own_is_given_late_is_refused():

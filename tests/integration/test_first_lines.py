@@ -66,6 +66,27 @@ def test_what_is_announced_is_what_is_read(
     assert float(times) == pytest.approx(read[-1] / (steps * (read[-1] - read[-2])), abs=0.006)
 
 
+@pytest.mark.parametrize('batch_size', [2, 8])
+def test_a_resumed_run_with_another_batch_size_announces_what_it_reads(
+    batch_size: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    def train(rows: int, **settings: Any) -> list[float]:
+        phases = [{'bag_size': 4, 'until': '2ba'}, {'bag_size': 2, 'until': '5ba'}]
+        loader, stack = random_loader(batch_size=rows, rows=480), TokenSuperposition(phases=phases)
+        trainer, logger = make_trainer(llama(), loader, stack, '8ba', **settings)
+        trainer.fit()
+        trainer.close()
+        return logged(logger, 'superposition/data_tokens')
+
+    train(4, save_folder=str(tmp_path), save_interval='1ba')
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger='composer_tst'):
+        read = train(batch_size, load_path=str(tmp_path / 'ep0-ba3-rank0.pt'))
+    (says,) = (message for message in caplog.messages if message.startswith('Superposition until'))
+    announced = [int(amount.replace(',', '')) for amount in re.findall(r'([\d,]+) data tokens', says)]
+    assert [sum(announced[:2]), sum(announced)] == [read[1], read[-1]]  # read[0] is after step 4
+
+
 def plain_trainer(yaml: str) -> Trainer:
     algorithm = TokenSuperposition(bag_size=4, duration='0.5dur')
     trainer, _ = make_trainer(llama(), random_loader(), algorithm, '40ba')

@@ -94,6 +94,11 @@ def test_an_epoch_ends_for_all_ranks_where_it_ends_for_one(on_two: dict[str, Any
     assert on_two['epochs of unequal length'] == [3, 3, 3, 1, 1, 1, 1, 1]
 
 
+def test_a_loss_that_reduces_over_ranks_is_called_equally_often_on_each(on_two: dict[str, Any]):
+    # Else the ranks reduce other things, and the launch dies or hangs.
+    assert len(on_two['a loss of all ranks']) == 4
+
+
 def test_sequence_ids_reach_the_attention(on_two: dict[str, Any]):
     runs = on_two['runs']
     for packed, plain in zip(runs['ddp, packed, uneven microbatches']['losses'], runs['ddp']['losses'], strict=True):
