@@ -19,7 +19,7 @@ from composer.utils import dist
 from torch import nn
 from torch.nn import functional
 
-from composer_tst.ops.fold import IGNORE_INDEX, OF_ROWS
+from composer_tst.ops.fold import IGNORE_INDEX, OF_ROWS, is_plain
 from composer_tst.ops.superposed import find_embedding, tables_of
 from composer_tst.ops.watch import leaving_no_trace
 
@@ -182,7 +182,7 @@ def check_first_batch(state: State, scale: int) -> torch.Tensor:
 
     Raises:
         ValueError: If ids are beyond the embedding, labels are shifted already, or the model's own loss predicts
-            another token than the next.
+            another token than the next or obeys a mask in the batch.
     """
     batch, model = state.batch, unwrapped(state.model)
     _refuse_large(batch['input_ids'], model)
@@ -215,10 +215,8 @@ def _first_rows(state: State, scale: int) -> tuple[dict[str, Any], int]:
     # With `auto`, how many rows fit is not known yet.
     some = max(1, size // scale) if isinstance(size, int) and not state.auto_microbatching else 1
     rows = len(batch['input_ids'])
-    row = {
-        key: value[:some] if isinstance(value, OF_ROWS) and len(value) == rows else value
-        for key, value in batch.items()
-    }
+    of_rows = [key for key, value in batch.items() if isinstance(value, OF_ROWS) and not is_plain(value)]
+    row = {**batch, **{key: batch[key][:some] for key in of_rows if len(batch[key]) == rows}}
     largest = int(batch.get('labels', batch['input_ids']).max())
     if dist.get_world_size() > 1:
         of_rank_0: list[Any] = [DeviceCPU().batch_to_device(row), largest]
