@@ -9,6 +9,7 @@ missing. The tests that run a line come first, the quickest before the others; o
 import argparse
 import ast
 import copy
+import itertools
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,11 @@ def test_files(name: str) -> list[str]:
 
 
 class Watch:
-    """A plugin of pytest: which tests run each line of a file, the quickest first."""
+    """A plugin of pytest: which tests run each line of a package, the quickest first."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.coverage = coverage.Coverage(data_file=None, include=[str(path)])
+    def __init__(self, package: Path) -> None:
+        self.package = package
+        self.coverage = coverage.Coverage(data_file=None, source=[str(package)])
         self.seconds: dict[str, float] = {}
 
     @pytest.hookimpl(wrapper=True)
@@ -117,40 +118,46 @@ class Watch:
         self.seconds[item.nodeid] = time.perf_counter() - begin
         return outcome
 
-    def tests(self) -> dict[int, list[str]]:
-        """The tests of each line."""
-        contexts = self.coverage.get_data().contexts_by_lineno(str(self.path))
+    def tests(self, name: str) -> dict[int, list[str]]:
+        """The tests of each line of a file."""
+        contexts = self.coverage.get_data().contexts_by_lineno(str(self.package / name))
         return {line: sorted(filter(None, tests), key=self.seconds.__getitem__) for line, tests in contexts.items()}
 
 
-def covering(name: str) -> dict[int, list[str]]:
-    """Of each line of a file of the package, the tests that run it.
+def covering(names: Collection[str]) -> dict[str, dict[int, list[str]]]:
+    """Of each line of some files of the package, the tests that run it.
 
     Raises:
         SystemExit: If they fail as the package is: else every change would seem to be noticed.
     """
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / 'tests.json'
-        if not passes(name, (PACKAGE / name).read_text(), test_files(name), found):
-            raise SystemExit(f'The tests that cover {name} fail as it is: mend them first.')
-        return {int(line): tests for line, tests in json.loads(found.read_text()).items()}
+        if not passes(list(dict.fromkeys(itertools.chain(*map(test_files, names)))), {}, found):
+            raise SystemExit('The tests fail as the package is: mend them first.')
+        read = json.loads(found.read_text())
+    return {name: {int(line): tests for line, tests in read[name].items()} for name in names}
 
 
-def passes(name: str, source: str, tests: Sequence[str], found: Path | None = None) -> bool:
-    """Whether a package with that file passes the tests; which of them run its lines is written where asked."""
+def passes(tests: Sequence[str], changed: Mapping[str, str], found: Path | None = None) -> bool:
+    """Whether a package, some of whose files are changed, passes the tests.
+
+    Where ``found`` is given, write there which of them run each line.
+    """
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder).resolve() / 'composer_tst'
         shutil.copytree(PACKAGE, package)
-        (package / name).write_text(source)
+        for name, source in changed.items():
+            (package / name).write_text(source)
         child = os.fork()
         if child == 0:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
             os.dup2(null, 2)
-            signal.alarm(600)  # an endless loop is a death like others
             sys.path[:0] = [str(package.parent)]
-            watch = Watch(package / name)
-            if found is not None:
+            watch = Watch(package)
+            if found is None:
+                signal.alarm(600)  # an endless loop is a death like others
+            else:
                 watch.coverage.start()
             import composer_tst  # before pytest puts the repository first
 
@@ -159,14 +166,15 @@ def passes(name: str, source: str, tests: Sequence[str], found: Path | None = No
             failed = int(pytest.main(['-x', '-q', '-p', 'no:cacheprovider', *tests], plugins) != 0)
             if found is not None:
                 watch.coverage.stop()
-                found.write_text(json.dumps(watch.tests()))
+                found.write_text(json.dumps({name: watch.tests(name) for name in TESTS}))
             os._exit(failed)
         return os.waitpid(child, 0)[1] == 0
 
 
 def lives(name: str, source: str, first: Sequence[str]) -> bool:
     """Whether a package with that file passes the tests that cover it, some of them first."""
-    return (not first or passes(name, source, first)) and passes(name, source, test_files(name))
+    changed = {name: source}
+    return (not first or passes(first, changed)) and passes(test_files(name), changed)
 
 
 def main() -> None:
@@ -179,11 +187,11 @@ def main() -> None:
     for name in TESTS:
         test_files(name)
     sample = list(mutants(arguments.count, arguments.seed, arguments.only))
-    tests = {name: covering(name) for name in sorted({name for name, *_ in sample})}
+    tests = covering(sorted({name for name, *_ in sample}))
     tried = alive = 0
     for name, line, before, source in sample:
         tried += 1
-        # A statement's lines count as its first.
+        # All lines of a statement count as its first.
         run = max((other for other in tests[name] if other <= line), default=line)
         if lives(name, source, tests[name].get(run, [])):
             alive += 1

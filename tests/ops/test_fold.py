@@ -195,7 +195,11 @@ ids = torch.zeros(4, 6, dtype=torch.long)
         ({'input_ids': ids, 'labels': ids, 'inputs_embeds': ids}, {}, 'inputs_embeds'),
         ((ids, ids), {}, 'The batch is a tuple'),
         ({'input_ids': ids, 'labels': ids, 'position_ids': ids}, {}, 'cannot fold position_ids: .* give sequence_id'),
-        ({'input_ids': ids, 'labels': ids, 'weights': ids}, {}, r'a bag has several tokens: have the collator leave w'),
+        (
+            {'input_ids': ids, 'labels': ids, 'weights': ids},
+            {},
+            r'a bag has several tokens: if it says what to predict, say that in labels .*have the collator leave w',
+        ),
         ({'input_ids': ids, 'labels': ids[:, :5]}, {}, 'labels has shape'),
         ({'input_ids': ids[0], 'labels': ids[0]}, {}, r'input_ids has shape \(6,\)'),
         ({'input_ids': ids[:3], 'labels': ids[:3]}, {}, 'the batch has 3 rows'),
