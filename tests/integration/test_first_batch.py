@@ -397,6 +397,8 @@ def test_labels_that_are_none_of_tokens_when_the_loss_reads_them_are_refused(eve
 class Counts(Own):
     """Notes the shape of each batch."""
 
+    note: Any
+
     def __init__(self, shapes: list[Any]):
         super().__init__()
         vars(self)['note'] = shapes.append
