@@ -1,9 +1,11 @@
 """A run that stops anywhere goes on as if it had not, to the bit: weights, optimizer, timestamps, and what is drawn."""
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from common import SEQ_LEN, VOCAB_SIZE
@@ -187,6 +189,26 @@ def test_an_epoch_is_whole_but_for_a_batch_of_each_worker(workers: int, missing:
     dataset: Any = streaming.dataset
     dataset.batching_method = 'stratified'  # leaves out rows of each stream
     check_epoch_is_whole(streaming, 10, 0)
+
+
+class Broken(StreamingDataset):
+    """Its epoch ends with no error before its last rows, as where a shard cannot be read."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for row in itertools.islice(super().__iter__(), 24):
+            ids = torch.tensor(row['tokens']).long()
+            yield {'input_ids': ids, 'labels': ids.clone()}
+
+
+def test_a_run_whose_epoch_is_cut_short_is_stopped(tmp_path: Path):
+    with MDSWriter(out=str(tmp_path), columns={'tokens': 'ndarray:int64:8'}) as writer:
+        for index in range(48):
+            writer.write({'tokens': np.arange(index, index + 8)})
+    loader = DataLoader(Broken(local=str(tmp_path), batch_size=4), batch_size=4)
+    trainer, logger = make_trainer(llama(), loader, TokenSuperposition(3, '9ba'), '12ba')
+    with pytest.raises(RuntimeError, match='The epoch ended after 6 of 12 loader batches: if data could not be read'):
+        trainer.fit()
+    assert len(logged(logger, 'superposition/bag_size')) == 2
 
 
 def test_raw_text_in_padded_rows_resumes_in_a_later_phase(tmp_path: Path, tokenizer: PreTrainedTokenizerBase):
