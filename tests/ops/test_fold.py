@@ -217,3 +217,10 @@ def test_what_cannot_be_folded_is_refused_in_one_sentence(batch: Any, settings: 
     with pytest.raises(ValueError, match=message) as caught:
         F_tst.fold_batch(batch, **settings)
     assert re.fullmatch(r'[^\n]+\.', str(caught.value))
+
+
+@pytest.mark.parametrize('bag_size', [0, -2, 2.0, True, '2', None])
+def test_what_is_no_bag_size_is_refused(bag_size: Any):
+    ids = torch.zeros(4, 6, dtype=torch.long)
+    with pytest.raises(ValueError, match=re.escape(f'bag_size is {bag_size!r}: give an integer of at least 1')):
+        F_tst.fold_batch({'input_ids': ids, 'labels': ids}, bag_size)
