@@ -196,7 +196,7 @@ def main() -> None:
         if lives(name, source, tests[name].get(run, [])):
             alive += 1
             print(f'lives: {name}:{line}: {before}', flush=True)
-        elif tried % 10 == 0:
+        if tried % 10 == 0:
             print(f'{tried} tried, {alive} live', flush=True)
     print(f'{alive} of {tried} mutants live')
 

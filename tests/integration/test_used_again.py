@@ -438,3 +438,19 @@ def test_memory_may_run_out_anywhere_in_a_step(where: str, expand: str, caplog: 
     assert losses == pytest.approx(expected[2], rel=1e-4)
     assert all(torch.equal(batch, plain) for batch, plain in zip(batches, expected[3], strict=True))
     assert 'loss of its own' not in caplog.text
+
+
+def test_an_algorithm_that_is_taken_away_leaves_the_loader_alone():
+    rows = []
+
+    class Removes(Callback):
+        def batch_start(self, state: Any, logger: Any) -> None:
+            rows.append(state.batch['input_ids'].numel() // 12)
+
+        def epoch_end(self, state: Any, logger: Any) -> None:
+            state.algorithms.clear()
+
+    stack = TokenSuperposition(3, '8ba')
+    trainer, _ = make_trainer(llama(), random_loader(24), stack, '12ba', callbacks=[Removes()])
+    trainer.fit()
+    assert rows == [12] * 2 + [4] * 10
