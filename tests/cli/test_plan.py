@@ -363,14 +363,15 @@ def test_a_small_mpt_is_judged_by_the_one_that_was_measured():
     bags = same_bags(BAGS, small, [0.3])
     found = judge(BAGS, small, 3.3 * 900_000, 3_000, 0.3, 6, bags)
     assert (found.verdict, found.why) == (
-        UNKNOWN, 'In the runs measured nearest, of 2,000 steps, these bags gained, but they are far from this one.'
+        UNKNOWN, 'In the runs measured nearest, of 2,000 steps, these bags gained, but plain training was not tried '
+        'there in steps of another size.'
     )  # fmt: skip
     assert found.nearest.startswith(
         "better 0.083 ± 0.028 nats: measured, an MPT of 2.62M parameters on the quickstart's"
     )
     assert judge(BAGS, small, 3.3 * 900_000, 3_000, 0.3, 4.7, bags).advice.count('Then try these bags, or algorithms: ')
-    near = judge(BAGS, replace(small, parameters=2_600_000), 0.78 * 2_600_000, 1_900, 0.3, 6, bags)
-    assert (near.verdict, near.advice.split()[0]) == (GAINS, 'Find')
+    near = judge(BAGS, replace(small, parameters=2_600_000), 0.78 * 2_600_000, 2_000, 0.3, 6, bags)
+    assert (near.verdict, near.advice.split()[0]) == (UNKNOWN, 'Find')
     # One of another size is not, nor another model of that size.
     for other in (replace(small, parameters=125_000_000), replace(small, mpt=False)):
         assert 'a Llama' in judge(BAGS, other, 3.3 * 900_000, 3_000, 0.3, 6, same_bags(BAGS, other, [0.3])).nearest
@@ -393,7 +394,7 @@ def test_settings_that_are_not_published_have_no_verdict():
 
 def test_a_verdict_of_few_steps_is_by_the_nearest_budgets_on_either_side(monkeypatch: pytest.MonkeyPatch):
     worse, unsure, better = (
-        Measured(change, 0.02, 3, 'prose', 400_000, budget, steps)
+        Measured(change, 0.02, 3, 'prose', 400_000, budget, steps, 1_024, change, 0.02)
         for change, budget, steps in ((0.05, 1, 350), (-0.03, 5, 1_800), (-0.05, 20, 7_100))
     )
     every = [([6], [0.3], 'sequence', each) for each in (worse, unsure, better)]
@@ -413,6 +414,17 @@ def test_a_verdict_of_few_steps_is_by_the_nearest_budgets_on_either_side(monkeyp
     # What gained in a run that is far from this one is no promise.
     assert judged(4_000_000, 20, 7_000).why.endswith('these bags gained, but they are far from this one.')
     assert judged(400_000, 20, 12_000).verdict == UNKNOWN
+    # What gained in few steps is not advised against.
+    every[1] = ([6], [0.3], 'sequence', replace(unsure, change_from_best=-0.05, change=-0.05))
+    short = judged(400_000, 5, 1_800)
+    assert (short.verdict, short.advice.split()[0]) == (GAINS, 'Find')
+    # What gained over a plain run of the same steps alone is no promise either.
+    every[-1] = ([6], [0.3], 'sequence', replace(better, change_from_best=-0.03))
+    level = judged(400_000, 20, 7_000)
+    assert (level.verdict, level.why) == (
+        UNKNOWN, 'In the runs measured nearest, of 7,100 steps, these bags gained, but not over plain training in '
+        'steps of its best size.'
+    )  # fmt: skip
     # Bags that were run nowhere are judged by what was.
     other = judge(replace(BAGS, expand='batch'), replace(MODEL, parameters=400_000), 400_000, 300, 0.3, 40, [])
     assert (other.verdict, other.why) == (

@@ -26,7 +26,7 @@ from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
 from composer_tst.cli.plan.measured import read_measured
 from composer_tst.cli.plan.model import Model
 from tools.experiments import questions, run, scales, summary, tables
-from tools.experiments.questions import Ask, asked, missing, tuning
+from tools.experiments.questions import Ask, asked, best_plain, missing, tuning
 from tools.experiments.record import RUNS, SEEDS, Record, Row, add, read, write
 from tools.experiments.scales import PYTHON_1, PYTHON_5, PYTHON_20, PYTHON_20_LARGE, PYTHON_80, PYTHON_80_LARGER, Scale
 from tools.experiments.settings import (
@@ -70,6 +70,14 @@ def test_the_plan_asks_for_every_row_of_the_record(record: Record):
     for row in record.rows.values():
         scale = scales.SCALES[row.scale]
         assert (row.text, row.tokens_per_step) == (scale.text, scale.tokens_per_step)
+    # Of one budget all have read the same text.
+    texts = {
+        (row.scale.rsplit('-', 1)[0], row.versions.split()[-1])
+        for row in record.rows.values()
+        if 'text==' in row.versions
+    }
+    for budget in ('python-40', 'python-80'):
+        assert len([text for of, text in texts if of == budget]) <= 1
 
 
 def test_a_row_that_is_deleted_is_missing(record: Record):
@@ -145,23 +153,44 @@ def test_changes_are_told_by_one_sign_and_one_mark():
 
 
 def test_the_best_plain_run_is_that_of_any_size_of_a_step():
-    small = rows_of(PYTHON_20, {BASELINE: [3.0, 3.1, 3.2], S4: [2.9, 3.0, 3.1], SMALL_BAGS: [0.0, 2.8, 2.9, 2.7]})
+    small = rows_of(PYTHON_20, {BASELINE: [3.0, 3.1, 3.2], S4: [2.9, 3.0, 3.1], SMALL_BAGS: [9.0, 2.8, 2.9, 2.7]})
     large = rows_of(PYTHON_20_LARGE, {BASELINE: [2.8, 2.9, 3.1], S4: [2.9, 2.9, 2.9]})
     found = Record([*small, *large])
-    assert tables.best_plain(found, PYTHON_20) == PYTHON_20_LARGE
+    assert best_plain(found, PYTHON_20) == PYTHON_20_LARGE
     assert tables.beside_best(found, PYTHON_20, S4) == pytest.approx([0.1, 0.1, 0.0])
     assert tables.changes(found, PYTHON_20, S4) == pytest.approx([-0.1, -0.1, -0.1])
     # Chosen at seed 17: judged at the others.
     assert tables.changes(found, PYTHON_20, SMALL_BAGS) == pytest.approx([-0.3, -0.3])
     lines = tables.over_best_plain(found).splitlines()
-    assert '| Python source | 5.1 | not run yet |  |  |  |  |  |' in lines
+    assert '| Python source | 5.1 | not at three seeds yet |  |  |  |  |  |' in lines
     assert lines[4] == (
         '| Python source | 20 | 1,024, 4,096 | 1,775 of 4,096 | 2.933 ± 0.153 | s = 4, r = 0.3; 1,775 of 4,096 | '
         'level (better 0.033 ± 0.153) | yes |'
     )
     # Before the baseline has been run at all seeds it is not the best.
     fewer = Record(row for row in found.rows.values() if row.key[:3] != (PYTHON_20_LARGE.name, BASELINE.name, 19))
-    assert tables.best_plain(fewer, PYTHON_20) == PYTHON_20
+    assert best_plain(fewer, PYTHON_20) == PYTHON_20
+
+
+def test_what_was_chosen_at_80_is_judged_by_seeds_that_did_not_choose_it():
+    losses = {BASELINE: [2.0] * 6, S4: [1.9, 1.9, 1.9, 1.98, 1.97, 1.96], PUBLISHED: [1.95, 1.94, 1.93]}
+    found = Record([*rows_of(PYTHON_80, losses), *rows_of(PYTHON_80_LARGER, {BASELINE: [2.1, 2.1, 2.1]})])
+    told = next(line for line in tables.over_best_plain(found).splitlines() if line.startswith('| Python source | 80 '))
+    assert told.endswith('| s = 4, r = 0.3; 7,100 of 4,096 | **better 0.030 ± 0.010** | no |')
+    assert tables.changes(found, PYTHON_80, S4) == pytest.approx([-0.1] * 3)
+    assert '| 80 | 7,100 | 4,096 | s = 4, r = 0.3 | 20, 21, 22 | **better 0.030 ± 0.010** |' in tables.again(found)
+
+
+def test_a_baseline_that_diverged_at_a_seed_is_told(tmp_path: Path):
+    losses = {BASELINE: [2.0, float('inf'), 2.1], S4: [1.9, 1.9, 2.0]}
+    found = Record([*rows_of(PYTHON_20, losses), *rows_of(PYTHON_20_LARGE, {BASELINE: [2.2] * 3})])
+    page = tmp_path / run.PAGE
+    for path in (page, tmp_path / summary.SUMMARY):
+        path.parent.mkdir(parents=True)
+    page.write_text((REPO / run.PAGE).read_text())
+    run.write(found, tmp_path)
+    assert '\n| Python source | 20 | 7,100 | 1,024 | diverged |  | diverged |  |  |\n' in page.read_text()
+    assert 's = 4' not in (tmp_path / summary.SUMMARY).read_text()
 
 
 def test_a_setting_is_judged_at_the_rate_of_its_lowest_mean():
@@ -218,14 +247,14 @@ def test_what_is_asked_at_80_depends_on_what_plain_training_says(record: Record)
 
     def fill(found: Record) -> Record:
         """Answer what is missing, each with a loss of its own, but at 80 tokens per parameter."""
-        while (jobs := missing(found)) and jobs[0].scale not in (PYTHON_80, PYTHON_80_LARGER):
+        while jobs := [job for job in missing(found) if job.scale not in (PYTHON_80, PYTHON_80_LARGER)]:
             for job in jobs:
                 loss = 2.0 if job.rate == 0.008 else 2.5
                 found.rows[job.key] = row_of(job.scale, job.setting, job.seed, job.rate, loss)
         return found
 
     found = fill(Record(row for row in record.rows.values() if '-80-' not in row.scale))
-    assert {job.scale for job in missing(found)} == {PYTHON_80_LARGER}
+    assert [*dict.fromkeys(job.scale for job in missing(found))] == [PYTHON_80_LARGER, PYTHON_80]
     for row in [*plain(PYTHON_80, 1.9), *plain(PYTHON_80_LARGER, 1.8)]:
         found.rows[row.key] = row
     lacking = missing(found)
@@ -239,12 +268,12 @@ def test_what_is_asked_at_80_depends_on_what_plain_training_says(record: Record)
             found.rows[row.key] = row
     # The winner and the recipe at seeds that did not choose them; then the recipe in the other size.
     lacking = missing(found)
-    assert {(job.setting, job.seed) for job in lacking} == {
+    fresh = [job for job in lacking if job.scale == PYTHON_80_LARGER]
+    assert lacking[: len(fresh)] == fresh
+    assert {(job.setting, job.seed) for job in fresh} == {
         (setting, seed) for setting in (BASELINE, S4, PUBLISHED) for seed in questions.FRESH
     }
-    for job in lacking:
-        found.rows[job.key] = row_of(job.scale, job.setting, job.seed, job.rate, 1.7)
-    assert {(job.scale.name, job.setting) for job in missing(found)} == {(PYTHON_80.name, PUBLISHED)}
+    assert {(job.scale, job.setting) for job in lacking[len(fresh) :]} == {(PYTHON_80, PUBLISHED)}
 
 
 def test_a_budget_is_what_it_says():

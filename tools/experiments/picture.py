@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tools.experiments.record import SEEDS, Record
+from tools.experiments.record import Record
 from tools.experiments.scales import PROSE, PYTHON, Scale
 from tools.experiments.settings import PHASES_BATCH, PUBLISHED, Setting
-from tools.experiments.tables import LLAMAS, changes
+from tools.experiments.tables import LLAMAS, changes, known
 
 COLORS = {1: '#8c8c8c', 5: '#56b4e9', 20: '#0072b2', 40: '#e69f00', 80: '#d55e00'}  # tokens per parameter
 MARKERS = {1_024: 'o', 4_096: 's', 16_384: 'D'}  # tokens per step
@@ -36,7 +36,7 @@ def draw(path: Path, record: Record) -> None:
         for scale in LLAMAS:
             for number, setting in enumerate(SETTINGS):
                 found = changes(record, scale, setting) if scale.text == text else []
-                if len(found) >= len(SEEDS):
+                if known(found):
                     _point(axes, scale, setting, 1.05 ** (2 * number - 1), found)
         for name, steps, gain in ELSEWHERE:
             axes.plot(steps, gain, 'x', color=QUIET, ms=6)
@@ -46,14 +46,14 @@ def draw(path: Path, record: Record) -> None:
         axes.set_xscale('log')
         axes.set_xlim(120, 500_000)
         axes.xaxis.set_major_formatter('{x:,.0f}')
-        axes.set_ylim(LOWEST - 0.02, 0.17)
+        axes.set_ylim(bottom=LOWEST - 0.02)
         axes.set_title(text, fontsize=10)
         axes.set_xlabel('training steps')
         axes.spines[['top', 'right']].set_visible(False)
         axes.grid(color='#ececec')
         axes.set_axisbelow(True)
     panels[0].set_ylabel('gain over plain training in the same steps, nats\n(up is better)')
-    run = [scale for scale in LLAMAS if len(changes(record, scale, PUBLISHED)) >= len(SEEDS)]
+    run = [scale for scale in LLAMAS if known(changes(record, scale, PUBLISHED))]
     grey: dict[str, Any] = {'color': QUIET, 'ls': ''}
     budgets = sorted({round(scale.tokens_per_parameter) for scale in run})
     sizes = sorted({scale.tokens_per_step for scale in run})

@@ -18,6 +18,7 @@ from tools.experiments.scales import (
     PYTHON_40_LARGER,
     PYTHON_80,
     PYTHON_80_LARGER,
+    SCALES,
     Scale,
 )
 from tools.experiments.settings import (
@@ -137,13 +138,13 @@ def asked(record: Record) -> Iterator[Ask]:
     yield from plain
     if any(ask.lacks(record) for ask in plain):
         return  # which size of a step is best is not known yet
-    largest, other = by_size(record)
-    headline = Ask(largest, SETTINGS, tuned=True)
+    best = best_plain(record, PYTHON_80)
+    headline = Ask(best, SETTINGS, tuned=True)
     yield headline
     if headline.lacks(record):
         return  # nor which setting
-    yield Ask(largest, tuple(dict.fromkeys((winner(record, largest), PUBLISHED))), FRESH, tuned=True)
-    yield Ask(other, (PUBLISHED,), tuned=True)
+    yield Ask(best, tuple(dict.fromkeys((winner(record, best), PUBLISHED))), FRESH, tuned=True)
+    yield Ask(PYTHON_80 if best == PYTHON_80_LARGER else PYTHON_80_LARGER, (PUBLISHED,), tuned=True)
 
 
 def _mpt() -> Iterator[Ask]:
@@ -156,13 +157,24 @@ def _mpt() -> Iterator[Ask]:
     yield Ask(MPT_256, (LONGER[0], *recipes))
 
 
-def by_size(record: Record) -> list[Scale]:
-    """The sizes of a step at 80 tokens per parameter, the one at which plain training ends lowest first."""
+def of_any_size(record: Record, scale: Scale) -> list[Scale]:
+    """Those of the same model, text and tokens whose baseline has been run at every seed, whatever the step's size."""
+    alike = (scale.text, scale.seq_len, round(scale.tokens_per_parameter))
+    return [
+        each
+        for each in SCALES.values()
+        if (each.text, each.seq_len, round(each.tokens_per_parameter)) == alike
+        and len(record.judged(each, BASELINE, SEEDS)) == len(SEEDS)
+    ]
 
-    def plain(scale: Scale) -> float:
-        return statistics.fmean(record.losses(scale, BASELINE, record.tuned(scale, BASELINE), SEEDS).values())
 
-    return sorted((PYTHON_80, PYTHON_80_LARGER), key=plain)
+def best_plain(record: Record, scale: Scale) -> Scale:
+    """Of these the one at which plain training ends lowest."""
+
+    def plain(each: Scale) -> float:
+        return statistics.fmean(record.judged(each, BASELINE, SEEDS).values())
+
+    return min(of_any_size(record, scale), key=plain, default=scale)
 
 
 def winner(record: Record, scale: Scale) -> Setting:
@@ -171,6 +183,6 @@ def winner(record: Record, scale: Scale) -> Setting:
 
 
 def missing(record: Record, scale: str = '') -> list[Job]:
-    """What the first question that is not answered lacks, of one scale alone or of all; empty if there is nothing."""
+    """What all questions lack, of one scale alone or of all, in order."""
     lacking = (ask.lacks(record) for ask in asked(record) if scale in ('', ask.scale.name))
-    return next(filter(None, lacking), [])
+    return list({job.key: job for jobs in lacking for job in jobs}.values())

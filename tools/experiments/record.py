@@ -73,15 +73,16 @@ class Record:
     def __init__(self, rows: Iterable[Row] = ()):
         self.rows = {row.key: row for row in rows}
 
-    def loss(self, job: Job) -> float | None:
-        """The final loss of a run; None before it is trained."""
-        row = self.rows.get(job.key)
-        return row.final_loss if row else None
-
     def losses(self, scale: Scale, setting: Setting, rate: float, seeds: Sequence[int]) -> dict[int, float]:
         """Final losses, by seed."""
-        found = {seed: self.loss(Job(scale, setting, seed, rate)) for seed in seeds}
-        return {seed: loss for seed, loss in found.items() if loss is not None}
+        found = {seed: self.rows.get(Job(scale, setting, seed, rate).key) for seed in seeds}
+        return {seed: row.final_loss for seed, row in found.items() if row}
+
+    def judged(self, scale: Scale, setting: Setting, seeds: Sequence[int]) -> dict[int, float]:
+        """Final losses at the rate a setting is judged at, by seed; empty if it was not run."""
+        if not self.tried(scale, setting):
+            return {}
+        return self.losses(scale, setting, self.rate(scale, setting), seeds)
 
     def tried(self, scale: Scale, setting: Setting) -> dict[float, float]:
         """The final loss at each learning rate that was tried, at the first seed."""
@@ -107,11 +108,12 @@ class Record:
 
     def changes(self, scale: Scale, setting: Setting, seeds: Sequence[int]) -> dict[int, float]:
         """Final losses minus the baseline's, each at the rate it is judged at, by seed."""
-        if not self.tried(scale, BASELINE) or not self.tried(scale, setting):
-            return {}
-        base = self.losses(scale, BASELINE, self.rate(scale, BASELINE), seeds)
-        found = self.losses(scale, setting, self.rate(scale, setting), seeds)
-        return {seed: found[seed] - base[seed] for seed in seeds if seed in found and seed in base}
+        return differences(self.judged(scale, setting, seeds), self.judged(scale, BASELINE, seeds))
+
+
+def differences(losses: dict[int, float], base: dict[int, float]) -> dict[int, float]:
+    """Losses minus others, at the seeds of both."""
+    return {seed: losses[seed] - base[seed] for seed in losses if seed in base}
 
 
 def read(path: Path) -> Record:

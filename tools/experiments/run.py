@@ -14,8 +14,8 @@ import typer
 
 from tools.experiments.picture import draw
 from tools.experiments.questions import missing
-from tools.experiments.record import RUNS, Job, Record, add, read
-from tools.experiments.scales import SCALES
+from tools.experiments.record import RUNS, Record, add, read
+from tools.experiments.scales import SCALES, Scale
 from tools.experiments.summary import SUMMARY, write_summary
 from tools.experiments.tables import write_tables
 from tools.experiments.train import Pool
@@ -47,12 +47,13 @@ def train(scale: str, workers: int, runs: Path, folder: Path) -> None:
     pool = Pool(folder, workers)
     try:
         while jobs := missing(record, scale):
-            _prepare(jobs[0])
-            for row in pool.train(jobs):
-                record = add(runs, row)
-                write(record)
-                told = f'{row.scale}, {row.setting}, seed {row.seed}, rate {row.rate:g}'
-                typer.echo(f'{told}: {row.final_loss:.3f} in {row.seconds:.0f} s of training')
+            for each in dict.fromkeys(job.scale for job in jobs[:workers]):
+                _prepare(each)
+            row = pool.train(jobs)
+            record = add(runs, row)
+            write(record)
+            told = f'{row.scale}, {row.setting}, seed {row.seed}, rate {row.rate:g}'
+            typer.echo(f'{told}: {row.final_loss:.3f} in {row.seconds:.0f} s of training')
     finally:
         pool.close()
 
@@ -64,12 +65,12 @@ def write(record: Record, root: Path = Path()) -> None:
     write_summary(root / SUMMARY, record)
 
 
-def _prepare(job: Job) -> None:
+def _prepare(scale: Scale) -> None:
     """Make a scale's data where there are none."""
-    stats = Path(job.scale.data) / 'stats.json'
+    stats = Path(scale.data) / 'stats.json'
     if not stats.exists() and subprocess.run(['make', str(stats)]).returncode:
         typer.echo(
-            f'{job.scale.name} lacks runs, and make could not make {stats}: see above, or choose another --scale.',
+            f'{scale.name} lacks runs, and make could not make {stats}: see above, or choose another --scale.',
             err=True,
         )
         raise typer.Exit(1)

@@ -1,15 +1,14 @@
 """The summary of the record that the package brings: a row a cell, which is a setting at a scale."""
 
 import csv
-import math
 import statistics
 from pathlib import Path
 
-from tools.experiments.questions import asked
-from tools.experiments.record import SEEDS, Record
+from tools.experiments.questions import asked, of_any_size
+from tools.experiments.record import Record
 from tools.experiments.scales import SCALES
 from tools.experiments.settings import BASELINE, LIMITED, bags
-from tools.experiments.tables import beside_best, changes, seeds_of
+from tools.experiments.tables import beside_best, changes, known, seeds_of
 
 SUMMARY = Path('composer_tst/cli/plan/losses/evidence.csv')
 COLUMNS = (
@@ -22,8 +21,8 @@ COLUMNS = (
 def write_summary(path: Path, record: Record) -> None:
     """Every cell that was run at three seeds or more: its loss, and the change from plain training.
 
-    In steps of its own size, and from the best plain run of the same model on as many tokens, whatever the size of a
-    step. Runs on limited data are left out: they have a baseline of their own.
+    In steps of its own size; and from the best plain run of the same model on as many tokens, where plain training was
+    run in steps of more than one size. Runs on limited data are left out: they have a baseline of their own.
     """
     settings = {setting.name: setting for ask in asked(record) for setting in (BASELINE, *ask.settings)}
     with path.open('w', newline='') as file:
@@ -32,17 +31,17 @@ def write_summary(path: Path, record: Record) -> None:
         for scale in SCALES.values():
             names = dict.fromkeys(row.setting for row in record.rows.values() if row.scale == scale.name)
             for setting in (settings[name] for name in sorted(names) if name in settings and LIMITED not in name):
-                if not record.tried(scale, setting):
+                losses = record.judged(scale, setting, seeds_of(scale, setting)).values()
+                change = changes(record, scale, setting)
+                if not known(losses) or not known(change):
                     continue
-                rate = record.rate(scale, setting)
-                losses = record.losses(scale, setting, rate, seeds_of(scale, setting)).values()
-                if len(losses) < len(SEEDS) or not all(map(math.isfinite, losses)):
-                    continue
-                change = [changes(record, scale, setting), beside_best(record, scale, setting)]
                 told = [scale.name, scale.text, scale.parameters, f'{scale.tokens_per_parameter:.2f}', scale.steps]
-                told += [scale.tokens_per_step, setting.name, *(bags(setting) or ('', '', '')), f'{rate:g}']
-                told += [len(losses), f'{statistics.fmean(losses):.4f}']
-                for each in change:
-                    enough = len(each) >= len(SEEDS)
-                    told += [f'{statistics.fmean(each):.4f}', f'{statistics.stdev(each):.4f}'] if enough else ['', '']
+                told += [scale.tokens_per_step, setting.name, *(bags(setting) or ('', '', ''))]
+                told += [f'{record.rate(scale, setting):g}', len(losses), f'{statistics.fmean(losses):.4f}']
+                told += _mean(change)
+                told += _mean(beside_best(record, scale, setting)) if len(of_any_size(record, scale)) > 1 else ['', '']
                 lines.writerow(told)
+
+
+def _mean(change: list[float]) -> list[str]:
+    return [f'{statistics.fmean(change):.4f}', f'{statistics.stdev(change):.4f}']

@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from tools.experiments.questions import (
@@ -22,9 +22,21 @@ from tools.experiments.questions import (
     RAMP,
     SETTINGS,
     SIDES,
+    best_plain,
 )
-from tools.experiments.record import SEEDS, Record
-from tools.experiments.scales import MPT_64, MPT_256, PYTHON_20, PYTHON_20_LARGE, SCALES, Scale
+from tools.experiments.record import SEEDS, Record, differences
+from tools.experiments.scales import (
+    MPT_64,
+    MPT_256,
+    PYTHON_20,
+    PYTHON_20_LARGE,
+    PYTHON_40,
+    PYTHON_40_LARGER,
+    PYTHON_80,
+    PYTHON_80_LARGER,
+    SCALES,
+    Scale,
+)
 from tools.experiments.settings import (
     BASELINE,
     LIMITED,
@@ -42,6 +54,7 @@ from tools.experiments.settings import (
     weighted,
 )
 
+NOT_YET = 'not at three seeds yet'
 LLAMAS = tuple(scale for scale in SCALES.values() if scale not in (MPT_64, MPT_256))
 
 
@@ -49,12 +62,19 @@ def seeds_of(scale: Scale, setting: Setting) -> Sequence[int]:
     """The seeds a setting is judged at: of one that runs at some of them chose, the others."""
     if scale == PYTHON_20 and setting in CHOSEN:
         return CHOSEN_SEEDS
+    if scale in (PYTHON_80, PYTHON_80_LARGER):
+        return SEEDS  # of all settings; what they chose is run again at others, beside these
     return MPT_CHOSEN.get(setting, ALL_SEEDS) if scale == MPT_64 else ALL_SEEDS
 
 
-def sure(changes: Sequence[float]) -> bool:
-    """Whether a change is of three seeds or more, and by more than two of its standard deviations."""
-    return len(changes) >= len(SEEDS) and abs(statistics.fmean(changes)) > 2 * statistics.stdev(changes)
+def known(changes: Collection[float]) -> bool:
+    """Whether a change is of three seeds or more, none of which diverged."""
+    return len(changes) >= len(SEEDS) and all(map(math.isfinite, changes))
+
+
+def sure(changes: Collection[float]) -> bool:
+    """Whether a change is known, and by more than two of its standard deviations."""
+    return known(changes) and abs(statistics.fmean(changes)) > 2 * statistics.stdev(changes)
 
 
 def shown(changes: Iterable[float]) -> str:
@@ -68,7 +88,7 @@ def shown(changes: Iterable[float]) -> str:
     text = f'{"better" if mean < 0 else "worse"} {abs(mean):.3f}'
     if len(changes) > 1:
         text += f' ± {statistics.stdev(changes):.3f}'
-    if len(changes) >= len(SEEDS) and not sure(changes):
+    if known(changes) and not sure(changes):
         text = f'level ({text})'
     elif sure(changes) and mean < 0:
         text = f'**{text}**'
@@ -77,39 +97,24 @@ def shown(changes: Iterable[float]) -> str:
 
 def loss(record: Record, scale: Scale, setting: Setting, seeds: Sequence[int]) -> str:
     """Mean and deviation of the final loss; empty if there is none."""
-    if not record.tried(scale, setting):
+    losses = record.judged(scale, setting, seeds).values()
+    if not losses:
         return ''
-    losses = list(record.losses(scale, setting, record.rate(scale, setting), seeds).values())
     if not all(map(math.isfinite, losses)):
         return 'diverged'
     deviation = f' ± {statistics.stdev(losses):.3f}' if len(losses) > 1 else ''
     return f'{statistics.fmean(losses):.3f}{deviation}'
 
 
-def best_plain(record: Record, scale: Scale) -> Scale:
-    """The scale of the same text and tokens at which plain training ends lowest, whatever the size of a step."""
-
-    def plain(each: Scale) -> float:
-        return statistics.fmean(record.losses(each, BASELINE, record.rate(each, BASELINE), SEEDS).values())
-
-    alike = [each for each in SCALES.values() if (each.text, each.seq_len) == (scale.text, scale.seq_len)]
-    alike = [each for each in alike if _budget(each) == _budget(scale)]
-    return min((each for each in alike if _run(record, each)), key=plain, default=scale)
-
-
-def beside_best(record: Record, scale: Scale, setting: Setting, seeds: Sequence[int] = ()) -> list[float]:
+def beside_best(record: Record, scale: Scale, setting: Setting, seeds: Sequence[int] = SEEDS) -> list[float]:
     """Final losses minus those of plain training in steps of the best size, as many tokens, seed by seed."""
-    best = best_plain(record, scale)
-    if not record.tried(scale, setting) or not _run(record, best):
-        return []
-    plain = record.losses(best, BASELINE, record.rate(best, BASELINE), ALL_SEEDS)
-    found = record.losses(scale, setting, record.rate(scale, setting), seeds or seeds_of(scale, setting))
-    return [found[seed] - plain[seed] for seed in found.keys() & plain.keys()]
+    plain = record.judged(best_plain(record, scale), BASELINE, seeds)
+    return list(differences(record.judged(scale, setting, seeds), plain).values())
 
 
-def changes(record: Record, scale: Scale, setting: Setting, seeds: Sequence[int] = ()) -> list[float]:
+def changes(record: Record, scale: Scale, setting: Setting) -> list[float]:
     """Final losses minus the baseline's, at the seeds a setting is judged at."""
-    return list(record.changes(scale, setting, seeds or seeds_of(scale, setting)).values())
+    return list(record.changes(scale, setting, seeds_of(scale, setting)).values())
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -128,9 +133,7 @@ def _of(scale: Scale) -> list[str]:
 
 def _run(record: Record, scale: Scale) -> bool:
     """Whether plain training has been run at every seed, and so at its best rate."""
-    if not record.tried(scale, BASELINE):
-        return False
-    return len(record.losses(scale, BASELINE, record.rate(scale, BASELINE), SEEDS)) == len(SEEDS)
+    return len(record.judged(scale, BASELINE, SEEDS)) == len(SEEDS)
 
 
 def over_best_plain(record: Record) -> str:
@@ -139,27 +142,26 @@ def over_best_plain(record: Record) -> str:
     for (text, budget), of in itertools.groupby(LLAMAS, key=lambda scale: (scale.text, _budget(scale))):
         scales = [scale for scale in of if _run(record, scale)]
         if not scales:
-            rows.append([text, budget, 'not run yet', *[''] * 5])
+            rows.append([text, budget, NOT_YET, *[''] * 5])
             continue
         best = best_plain(record, scales[0])
         cells = [(scale, setting) for scale in scales for setting in SETTINGS]
-        found = {cell: each for cell in cells if len(each := beside_best(record, *cell)) >= len(SEEDS)}
-        told = ['not run yet', '', '']
+        found = {cell: each for cell in cells if known(each := beside_best(record, *cell))}
+        told = [NOT_YET, '', '']
         if found:
             lowest = min(found, key=lambda cell: statistics.fmean(found[cell]))
             # Where it was run again at seeds that did not choose it, these judge.
             fresh = beside_best(record, *lowest, FRESH)
             judged = fresh if len(fresh) == len(FRESH) else found[lowest]
-            told = [_cell(*lowest), shown(judged), 'no' if judged is fresh else 'yes']
+            told = [f'{lowest[1].name}; {_steps(lowest[0])}', shown(judged), 'no' if judged is fresh else 'yes']
         sizes = ', '.join(f'{scale.tokens_per_step:,}' for scale in scales)
-        plain = f'{best.steps:,} of {best.tokens_per_step:,}'
-        rows.append([text, budget, sizes, plain, loss(record, best, BASELINE, ALL_SEEDS), *told])
-    columns = ['text', 'tokens per parameter', 'tokens per step, tried', 'best plain run, steps', 'ends at']
+        rows.append([text, budget, sizes, _steps(best), loss(record, best, BASELINE, SEEDS), *told])
+    columns = ['text', 'tokens per parameter', 'plain tried in steps of', 'best plain run', 'ends at']
     return table([*columns, 'lowest superposed run', 'over that plain run', 'chosen by these seeds'], rows)
 
 
-def _cell(scale: Scale, setting: Setting) -> str:
-    return f'{setting.name}; {scale.steps:,} of {scale.tokens_per_step:,}'
+def _steps(scale: Scale) -> str:
+    return f'{scale.steps:,} of {scale.tokens_per_step:,}'
 
 
 def same_steps(record: Record) -> str:
@@ -203,18 +205,16 @@ def again(record: Record) -> str:
 
 
 def size_of_steps(record: Record) -> str:
-    """The same tokens at 20 per parameter in steps of two sizes, at the seeds of both."""
-    scales = (PYTHON_20, PYTHON_20_LARGE)
+    """The same tokens in steps of two sizes, at the seeds of both."""
     rows = []
-    for setting in (BASELINE, PUBLISHED, S4, PUBLISHED_BATCH, S4_BATCH, PHASES_BATCH, SMALL_BAGS):
-        if not all(record.tried(each, setting) for each in scales):
-            continue
-        small, large = (record.losses(each, setting, record.rate(each, setting), SEEDS) for each in scales)
-        differences = [large[seed] - small[seed] for seed in small.keys() & large.keys()]
-        losses = [loss(record, each, setting, SEEDS) for each in scales]
-        rows.append([setting.name, *losses, shown(differences)])
-    steps = [f'{each.steps:,} steps of {each.tokens_per_step:,}' for each in scales]
-    return table(['setting', *steps, 'larger over smaller steps'], rows)
+    for scales in ((PYTHON_20, PYTHON_20_LARGE), (PYTHON_40, PYTHON_40_LARGER), (PYTHON_80, PYTHON_80_LARGER)):
+        for setting in (BASELINE, PUBLISHED, S4, PUBLISHED_BATCH, S4_BATCH, PHASES_BATCH, SMALL_BAGS):
+            small, large = (record.judged(each, setting, SEEDS) for each in scales)
+            if change := differences(large, small):
+                ends = [f'{_steps(each)}: {loss(record, each, setting, SEEDS)}' for each in scales]
+                rows.append([_budget(scales[0]), setting.name, *ends, shown(change.values())])
+    columns = ['tokens per parameter', 'setting', 'smaller steps end at', 'larger steps end at']
+    return table([*columns, 'larger over smaller steps'], rows)
 
 
 def batch(record: Record) -> str:
@@ -234,8 +234,7 @@ def _over(record: Record, scale: Scale, setting: Setting, other: Setting) -> lis
     if not _run(record, scale):
         return []
     plain, seeds = record.tuned(scale, BASELINE), seeds_of(scale, setting)
-    a, b = (record.losses(scale, each, plain, seeds) for each in (setting, other))
-    return [a[seed] - b[seed] for seed in a.keys() & b.keys()]
+    return list(differences(*(record.losses(scale, each, plain, seeds) for each in (setting, other))).values())
 
 
 def grid(record: Record) -> str:
@@ -248,8 +247,8 @@ def _grid(record: Record, scale: Scale, sizes: Sequence[int], shares: Sequence[f
     plain = record.tuned(scale, BASELINE) if _run(record, scale) else 0.0
 
     def cell(size: int, share: float) -> list[float]:
-        found, base = (record.losses(scale, each, plain, seeds) for each in (one_size(size, share), BASELINE))
-        return [found[seed] - base[seed] for seed in found.keys() & base.keys()]
+        losses = (record.losses(scale, each, plain, seeds) for each in (one_size(size, share), BASELINE))
+        return list(differences(*losses).values())
 
     def mean(cells: Iterable[list[float]]) -> str:
         found = [statistics.fmean(each) for each in zip(*cells, strict=False)]

@@ -1,6 +1,7 @@
 """Training what the record lacks, each run in a process of its own."""
 
 import atexit
+import contextlib
 import hashlib
 import json
 import math
@@ -67,7 +68,7 @@ class Pool:
         self._running: dict[Future[Row], Job] = {}
         self._live: set[Any] = set()
 
-    def train(self, jobs: list[Job]) -> list[Row]:
+    def train(self, jobs: list[Job]) -> Row:
         """Begin the first of some runs that are not under way, as many as there are workers for; wait for one to end.
 
         Raises:
@@ -79,9 +80,9 @@ class Pool:
                 print(f'{name(job)} begins', flush=True)
                 self._running[self._threads.submit(self._train, job)] = job
         ended, _ = wait(self._running, return_when=FIRST_COMPLETED)
-        for future in ended:
-            del self._running[future]
-        return [future.result() for future in ended]
+        first = ended.pop()  # the next call returns the others at once
+        del self._running[first]
+        return first.result()
 
     def _train(self, job: Job) -> Row:
         here, there = self._processes.Pipe(duplex=False)
@@ -145,16 +146,14 @@ def _row(job: Job, folder: Path) -> Row:
     return row
 
 
-def _run(yaml: str, given: list[str], attempts: int = 3) -> 'Trainer':
+def _run(yaml: str, given: list[str]) -> 'Trainer':
     from llmfoundry.command_utils import train_from_yaml
 
     from tools.experiments.variants import register
 
     register()
-    try:
-        return train_from_yaml(yaml, given)
-    except FileExistsError:
+    for _ in range(2):
         # StreamingDatasets made at one moment may choose one name for their shared memory: the second finds it taken.
-        if attempts == 1:
-            raise
-        return _run(yaml, given, attempts - 1)
+        with contextlib.suppress(FileExistsError):
+            return train_from_yaml(yaml, given)
+    return train_from_yaml(yaml, given)

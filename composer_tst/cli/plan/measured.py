@@ -21,7 +21,7 @@ class Measured:
     """A change of the final loss in nats against the baselines of the same seeds, and what was trained.
 
     ``change_from_best`` is from the best plain run of as many tokens, whatever the size of its steps. It is None if
-    fewer than three seeds tell.
+    plain training was tried in steps of one size alone, or fewer than three seeds tell.
     """
 
     change: float
@@ -35,6 +35,13 @@ class Measured:
     change_from_best: float | None = None
     deviation_from_best: float | None = None
     family: str = 'a Llama'
+
+    @property
+    def beats_best_plain(self) -> bool:
+        """Whether it gained over the best plain run of as many tokens, by more than two deviations."""
+        if self.change_from_best is None or self.deviation_from_best is None:
+            return False
+        return self.change_from_best < -2 * self.deviation_from_best
 
 
 def read_measured(model: Model) -> list[tuple[list[int], list[float], str, Measured]]:

@@ -123,10 +123,18 @@ def _by_budgets(
         return WORSE if steps < FEW_STEPS else UNKNOWN, f'{there}, {who} ended worse.', near
     if any(each.change >= -2 * each.deviation for each in near):
         return UNKNOWN, f'{there}, it is not sure that {"these bags" if these else "anything tried"} gained.', near
+    if not all(each.beats_best_plain for each in near):
+        return UNKNOWN, f'{there}, {who} gained, but {_only_here(near)}.', near
     close = _same(steps, every[0].steps) and _same(tokens_per_parameter, every[0].tokens_per_parameter)
     close = close and 1 / FAR < model.parameters / every[0].parameters < FAR
     far_off = '' if close else ', but they are far from this one'
     return GAINS if close else UNKNOWN, f'{there}, {who} gained{far_off}.', near
+
+
+def _only_here(near: Sequence[Measured]) -> str:
+    if any(each.change_from_best is None for each in near):
+        return 'plain training was not tried there in steps of another size'
+    return 'not over plain training in steps of its best size'
 
 
 def _same(here: float, there: float) -> bool:
