@@ -64,10 +64,6 @@ SIDES = (
     superposed('s = 4, r = 0.3, input only', bag_size=4, duration='0.3dur', superpose='input'),
     superposed('s = 4, r = 0.3, output only', bag_size=4, duration='0.3dur', superpose='output', expand='none'),
 )
-# In the operations of `sequence` at s = 4 and r = 0.3: of a token's forward pass, 4.33M operations (2 layers of width
-# 256 and a head of 2,048), attention takes 0.13M over 64 positions and 0.03M over 16.
-BATCH_SAVES = 1.007
-BATCH_LONGER = Setting(f'{S4_BATCH.name}, {BATCH_SAVES:g} times the steps', S4_BATCH.algorithm, length=BATCH_SAVES)
 
 
 @dataclass(frozen=True)
@@ -150,7 +146,6 @@ def asked(record: Record) -> Iterator[Ask]:
 def _mpt() -> Iterator[Ask]:
     recipes = (S4, PUBLISHED, PHASES, PHASES_BATCH)
     yield Ask(MPT_64, (*LONGER, *recipes, *MPT_GRID, *SIDES, *weighted(4), one_size(12, 0.3), *weighted(12)))
-    yield Ask(MPT_64, (BATCH_LONGER,))
     yield Ask(MPT_64, (*beyond(), *by_batch()), SEEDS[:1])
     yield Ask(MPT_64, (S4, S4_BATCH, PHASES, PHASES_BATCH, *PHASES_BATCHES), ALL_SEEDS)
     yield Ask(MPT_64, (PHASES_16, PHASES_05), FRESH)

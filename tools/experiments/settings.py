@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -13,18 +13,16 @@ class Setting:
         name: How rows and tables call it.
         algorithm: What superposes, as llm-foundry's command line takes it; nothing for a baseline.
         length: Steps, as a multiple of the scale's.
-        warmup: Steps of warmup, as a share of all steps; the scale's own if None.
     """
 
     name: str
     algorithm: tuple[str, ...] = ()
     length: float = 1.0
-    warmup: float | None = None
 
 
-def superposed(name: str, algorithm: str = 'token_superposition', **settings: object) -> Setting:
+def superposed(name: str, **settings: object) -> Setting:
     """A setting with superposition."""
-    return Setting(name, tuple(f'algorithms.{algorithm}.{key}={json.dumps(settings[key])}' for key in settings))
+    return Setting(name, tuple(f'algorithms.token_superposition.{key}={json.dumps(settings[key])}' for key in settings))
 
 
 def one_size(bag_size: int, share: float, **others: str) -> Setting:
@@ -33,13 +31,11 @@ def one_size(bag_size: int, share: float, **others: str) -> Setting:
     return superposed(name, bag_size=bag_size, duration=f'{share:g}dur', **others)
 
 
-def phases(*steps: tuple[int, float], **others: object) -> Setting:
+def phases(*steps: tuple[int, float], **others: str) -> Setting:
     """Several phases, ``(bag size, share of steps at which it ends)`` each."""
     listed = [{'bag_size': bag_size, 'until': f'{until:g}dur'} for bag_size, until in steps]
     name = f'phases {", ".join(str(s) for s, _ in steps)} until {", ".join(f"{until:g}" for _, until in steps)}'
-    extra = ''.join(f', {" then ".join(value) if isinstance(value, list) else value}' for value in others.values())
-    algorithm = 'weights_by_phase' if 'weightings' in others else 'token_superposition'
-    return superposed(name + extra, algorithm, phases=listed, **others)
+    return superposed(', '.join((name, *others.values())), phases=listed, **others)
 
 
 def limited(setting: Setting) -> Setting:
@@ -92,26 +88,9 @@ PHASES_BATCH = phases(*TO_FINE[0], expand='batch')
 PHASES_BATCHES = tuple(phases(*TO_FINE[i], expand='batch') for i in (3, 7, 8))
 
 
-def _rated(name: str, **scheduler: float) -> Setting:
-    """Bags of 4 with a learning rate of its own while superposed."""
-    given = ('name=rate_of_its_own', 'until=0.3', *(f'{key}={scheduler[key]:g}' for key in scheduler))
-    return Setting(f'{S4.name}, {name}', (*S4.algorithm, *(f'scheduler.{setting}' for setting in given)))
-
-
 def beyond() -> Sequence[Setting]:
     """What the paper did not try, at the cost of bags of 4 for 30 % of the steps."""
-    return [
-        *(phases(*steps) for steps in TO_FINE),
-        phases(*TO_FINE[0], weighting='power_law'),
-        PHASES_BATCH,
-        replace(PHASES, name=f'{PHASES.name}, warm-up until 0.3', warmup=0.3),
-        Setting('baseline, warm-up until 0.3', warmup=0.3),
-        _rated('half the learning rate while superposed', factor=0.5),
-        _rated('twice the learning rate while superposed', factor=2),
-        _rated('a second warm-up until 0.35', rewarm=0.05),
-        phases(*TO_FINE[0], weightings=['uniform', 'power_law', 'exponential']),
-        phases((4, 0.15), (4, 0.3), weightings=['uniform', 'first']),
-    ]
+    return [*(phases(*steps) for steps in TO_FINE), phases(*TO_FINE[0], weighting='power_law'), PHASES_BATCH]
 
 
 def by_batch() -> Sequence[Setting]:

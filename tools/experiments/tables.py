@@ -9,15 +9,12 @@ from pathlib import Path
 
 from tools.experiments.questions import (
     ALL_SEEDS,
-    BATCH_LONGER,
     CHOSEN,
     CHOSEN_SEEDS,
     FRESH,
     GRID_BAGS,
     GRID_SHARES,
-    MPT_BAGS,
     MPT_CHOSEN,
-    MPT_SHARES,
     NONE,
     RAMP,
     SETTINGS,
@@ -238,29 +235,21 @@ def _over(record: Record, scale: Scale, setting: Setting, other: Setting) -> lis
 
 
 def grid(record: Record) -> str:
-    """Share by bag size at 20 tokens per parameter, one seed."""
-    return _grid(record, PYTHON_20, GRID_BAGS, GRID_SHARES, SEEDS[:1])
+    """Share by bag size at 20 tokens per parameter, one seed; and the means of rows and columns."""
+    plain = record.tuned(PYTHON_20, BASELINE) if _run(record, PYTHON_20) else 0.0
+    base = record.losses(PYTHON_20, BASELINE, plain, SEEDS[:1])
 
-
-def _grid(record: Record, scale: Scale, sizes: Sequence[int], shares: Sequence[float], seeds: Sequence[int]) -> str:
-    """Mean changes from the baseline at its rate, and of rows and columns; bold if better for sure."""
-    plain = record.tuned(scale, BASELINE) if _run(record, scale) else 0.0
-
-    def cell(size: int, share: float) -> list[float]:
-        losses = (record.losses(scale, each, plain, seeds) for each in (one_size(size, share), BASELINE))
-        return list(differences(*losses).values())
-
-    def mean(cells: Iterable[list[float]]) -> str:
-        found = [statistics.fmean(each) for each in zip(*cells, strict=False)]
-        text = shown([statistics.fmean(found)] if found else []).removesuffix(' (1)')
-        return f'**{text}**' if sure(found) and statistics.fmean(found) < 0 else text
+    def mean(shares: Sequence[float], sizes: Sequence[int]) -> str:
+        losses = [record.losses(PYTHON_20, one_size(s, r), plain, SEEDS[:1]) for s in sizes for r in shares]
+        found = [change for each in losses for change in differences(each, base).values()]
+        return shown([statistics.fmean(found)] if found else []).removesuffix(' (1)')
 
     rows = [
-        [f'{share:g}', *(mean([cell(size, share)]) for size in sizes), mean(cell(size, share) for size in sizes)]
-        for share in shares
+        [f'{share:g}', *(mean([share], [size]) for size in GRID_BAGS), mean([share], GRID_BAGS)]
+        for share in GRID_SHARES
     ]
-    rows.append(['mean', *(mean(cell(size, share) for share in shares) for size in sizes), ''])
-    return table(['r', *(f's = {size}' for size in sizes), 'mean'], rows)
+    rows.append(['mean', *(mean(GRID_SHARES, [size]) for size in GRID_BAGS), ''])
+    return table(['r', *(f's = {size}' for size in GRID_BAGS), 'mean'], rows)
 
 
 def others(record: Record) -> str:
@@ -281,7 +270,7 @@ def others(record: Record) -> str:
 def mpt(record: Record) -> str:
     """Every kind of setting on the MPT, over plain training and over one bag size."""
     settings = (
-        *(PUBLISHED, S4, S4_BATCH, BATCH_LONGER, PHASES, PHASES_BATCH),
+        *(PUBLISHED, S4, S4_BATCH, PHASES, PHASES_BATCH),
         *(*SIDES, *weighted(4), one_size(12, 0.3), *weighted(12)),
     )
     rows = []
@@ -290,11 +279,6 @@ def mpt(record: Record) -> str:
         found = [_over(record, scale, setting, other) if setting != other else [] for scale, other in cells]
         rows.append([setting.name, *map(shown, found)])
     return table(['setting', 'over plain', f'over {S4.name}', 'over plain, rows of 256'], rows)
-
-
-def mpt_grid(record: Record) -> str:
-    """Share by bag size on the MPT."""
-    return _grid(record, MPT_64, MPT_BAGS, MPT_SHARES, SEEDS)
 
 
 def equal_loss(record: Record) -> str:
@@ -336,7 +320,7 @@ TABLES: dict[str, Callable[[Record], str]] = {
     each.__name__: each
     for each in (
         *(over_best_plain, same_steps, rates, again, size_of_steps, batch, grid, others),
-        *(mpt, mpt_grid, equal_loss, scales),
+        *(mpt, equal_loss, scales),
     )
 }
 _MARKED = re.compile(r'(<!-- table: (\w+) -->\n).*?(<!-- end -->)', re.DOTALL)

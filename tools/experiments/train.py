@@ -43,16 +43,15 @@ def name(job: Job) -> str:
 
 def overrides(job: Job) -> list[str]:
     """llm-foundry's command line."""
-    steps, warmup = job.steps, job.setting.warmup
     return [
         *job.scale.overrides,
         f'variables.data={job.scale.data}',
         f'seed={job.seed}',
-        f'max_duration={steps}ba',
-        f'eval_interval={steps}ba',
-        f'save_interval={math.ceil(steps / SAVES)}ba',
+        f'max_duration={job.steps}ba',
+        f'eval_interval={job.steps}ba',
+        f'save_interval={math.ceil(job.steps / SAVES)}ba',
         f'optimizer.lr={job.rate}',
-        f'scheduler.t_warmup={job.scale.steps // 20 if warmup is None else round(warmup * steps)}ba',
+        f'scheduler.t_warmup={job.scale.steps // 20}ba',
         *job.setting.algorithm,
     ]
 
@@ -149,9 +148,6 @@ def _row(job: Job, folder: Path) -> Row:
 def _run(yaml: str, given: list[str]) -> 'Trainer':
     from llmfoundry.command_utils import train_from_yaml
 
-    from tools.experiments.variants import register
-
-    register()
     for _ in range(2):
         # StreamingDatasets made at one moment may choose one name for their shared memory: the second finds it taken.
         with contextlib.suppress(FileExistsError):
