@@ -173,21 +173,6 @@ def same_steps(record: Record) -> str:
     return table([*columns, *(setting.name for setting in SETTINGS)], rows)
 
 
-def rates(record: Record) -> str:
-    """The rate that every setting of the table before is judged at."""
-    rows = [
-        [*_of(scale)]
-        + [
-            f'{record.rate(scale, setting):g}' if record.tried(scale, setting) else ''
-            for setting in (BASELINE, *SETTINGS)
-        ]
-        for scale in LLAMAS
-        if _run(record, scale)
-    ]
-    columns = ['text', 'tokens per parameter', 'steps', 'tokens per step']
-    return table([*columns, 'plain', *(setting.name for setting in SETTINGS)], rows)
-
-
 def again(record: Record) -> str:
     """What was chosen by runs at some seeds, at others."""
     rows = [
@@ -319,7 +304,7 @@ def scales(record: Record) -> str:
 TABLES: dict[str, Callable[[Record], str]] = {
     each.__name__: each
     for each in (
-        *(over_best_plain, same_steps, rates, again, size_of_steps, batch, grid, others),
+        *(over_best_plain, same_steps, again, size_of_steps, batch, grid, others),
         *(mpt, equal_loss, scales),
     )
 }
