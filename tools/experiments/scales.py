@@ -56,7 +56,7 @@ def _llama(text: str, budget: int, steps: int, batch: int, rates: tuple[float, .
         parameters=LLAMA,
         seq_len=128,
         yaml='yamls/evidence/llama.yaml',
-        overrides=(f'global_train_batch_size={batch}', f'device_train_microbatch_size={batch}'),
+        overrides=(f'global_train_batch_size={batch}', f'device_train_microbatch_size={min(batch, 32)}'),
         data=_DATA[text],
     )
 
