@@ -14,13 +14,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import typer
 from common import REPO, SEQ_LEN, VOCAB_SIZE, runs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from composer_tst.cli.plan.measured import read_measured
 from composer_tst.cli.plan.model import Model
-from tools.experiments import questions, run, scales, summary, tables
+from tools.experiments import copying, questions, run, scales, summary, tables
 from tools.experiments.questions import Ask, asked, best_plain, missing, tuning
 from tools.experiments.record import RUNS, SEEDS, Record, Row, add, read, write
 from tools.experiments.scales import PYTHON_1, PYTHON_5, PYTHON_20, PYTHON_20_LARGE, PYTHON_80, PYTHON_80_LARGER, Scale
@@ -375,3 +376,20 @@ def test_a_run_that_fails_is_told(dataset: Path, tmp_path: Path, monkeypatch: py
 def test_a_scale_that_is_none_is_refused():
     with pytest.raises(typer.BadParameter, match='python-40 is no scale: choose python-1-1024, '):
         run.main('python-40')
+
+
+def test_which_tokens_repeat(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = torch.randint(0, 5, (20, 12))
+    for row, marked in zip(rows.tolist(), copying.repeats(rows).tolist(), strict=True):
+        for t in range(1, len(row)):
+            earlier = any(row[j - 1 : j + 1] == row[t - 1 : t + 1] for j in range(1, t))
+            assert marked[t - 1] == earlier
+
+    checkpoint = tmp_path / 'a-run' / 'checkpoints' / 'ep0-ba1-rank0.pt'
+    checkpoint.parent.mkdir(parents=True)
+    model = LlamaForCausalLM(LlamaConfig(**json.loads((REPO / copying.CONFIG / 'config.json').read_text())))
+    torch.save({'state': {'model': {f'model.{k}': v for k, v in model.state_dict().items()}}}, checkpoint)
+    copying.main([checkpoint], dataset)
+    found = copying.read_rows(dataset)
+    loss = float(model(input_ids=found, labels=found).loss)
+    assert f'a-run: all {loss:.3f}, repeats ' in capsys.readouterr().out

@@ -141,7 +141,6 @@ def _row(job: Job, folder: Path) -> Row:
         versions=f'python=={platform.python_version()} torch=={torch.__version__} text=={tokens}',
     )
     trainer.close()
-    shutil.rmtree(checkpoints)
     return row
 
 
