@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tools.experiments.record import SEEDS, Job, Record
 from tools.experiments.scales import (
+    BY_SIZE,
     MPT_64,
     MPT_256,
     PROSE_5,
@@ -140,7 +141,8 @@ def asked(record: Record) -> Iterator[Ask]:
     if headline.lacks(record):
         return  # nor which setting
     yield Ask(best, tuple(dict.fromkeys((winner(record, best), PUBLISHED))), FRESH, tuned=True)
-    yield Ask(PYTHON_80 if best == PYTHON_80_LARGER else PYTHON_80_LARGER, (PUBLISHED,), tuned=True)
+    (other,) = set(BY_SIZE[80]) - {best}
+    yield Ask(other, (PUBLISHED,), tuned=True)
 
 
 def _mpt() -> Iterator[Ask]:

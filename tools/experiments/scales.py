@@ -71,6 +71,12 @@ PYTHON_40 = _llama(PYTHON, 40, 3_550, 32, (4e-3, 8e-3, 16e-3))
 PYTHON_40_LARGER = _llama(PYTHON, 40, 888, 128, (4e-3, 8e-3, 16e-3))
 PYTHON_80 = _llama(PYTHON, 80, 7_100, 32, (4e-3, 8e-3, 16e-3))
 PYTHON_80_LARGER = _llama(PYTHON, 80, 1_775, 128, (4e-3, 8e-3, 16e-3))
+# As many tokens in smaller and in larger steps, by tokens per parameter.
+BY_SIZE = {
+    20: (PYTHON_20, PYTHON_20_LARGE),
+    40: (PYTHON_40, PYTHON_40_LARGER),
+    80: (PYTHON_80, PYTHON_80_LARGER),
+}
 MPT_64 = Scale(
     name='mpt',
     text=QUICKSTART,

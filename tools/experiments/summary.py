@@ -38,10 +38,11 @@ def write_summary(path: Path, record: Record) -> None:
                 told = [scale.name, scale.text, scale.parameters, f'{scale.tokens_per_parameter:.2f}', scale.steps]
                 told += [scale.tokens_per_step, setting.name, *(bags(setting) or ('', '', ''))]
                 told += [f'{record.rate(scale, setting):g}', len(losses), f'{statistics.fmean(losses):.4f}']
-                told += _mean(change)
-                told += _mean(beside_best(record, scale, setting)) if len(of_any_size(record, scale)) > 1 else ['', '']
-                lines.writerow(told)
+                over_best = beside_best(record, scale, setting) if len(of_any_size(record, scale)) > 1 else []
+                lines.writerow([*told, *_mean(change), *_mean(over_best)])
 
 
 def _mean(change: list[float]) -> list[str]:
+    if not known(change):
+        return ['', '']
     return [f'{statistics.fmean(change):.4f}', f'{statistics.stdev(change):.4f}']

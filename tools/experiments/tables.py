@@ -22,18 +22,7 @@ from tools.experiments.questions import (
     best_plain,
 )
 from tools.experiments.record import SEEDS, Record, differences
-from tools.experiments.scales import (
-    MPT_64,
-    MPT_256,
-    PYTHON_20,
-    PYTHON_20_LARGE,
-    PYTHON_40,
-    PYTHON_40_LARGER,
-    PYTHON_80,
-    PYTHON_80_LARGER,
-    SCALES,
-    Scale,
-)
+from tools.experiments.scales import BY_SIZE, MPT_64, MPT_256, PYTHON_20, SCALES, Scale
 from tools.experiments.settings import (
     BASELINE,
     LIMITED,
@@ -59,7 +48,7 @@ def seeds_of(scale: Scale, setting: Setting) -> Sequence[int]:
     """The seeds a setting is judged at: of one that runs at some of them chose, the others."""
     if scale == PYTHON_20 and setting in CHOSEN:
         return CHOSEN_SEEDS
-    if scale in (PYTHON_80, PYTHON_80_LARGER):
+    if scale in BY_SIZE[80]:
         return SEEDS  # of all settings; what they chose is run again at others, beside these
     return MPT_CHOSEN.get(setting, ALL_SEEDS) if scale == MPT_64 else ALL_SEEDS
 
@@ -189,7 +178,7 @@ def again(record: Record) -> str:
 def size_of_steps(record: Record) -> str:
     """The same tokens in steps of two sizes, at the seeds of both."""
     rows = []
-    for scales in ((PYTHON_20, PYTHON_20_LARGE), (PYTHON_40, PYTHON_40_LARGER), (PYTHON_80, PYTHON_80_LARGER)):
+    for scales in BY_SIZE.values():
         for setting in (BASELINE, PUBLISHED, S4, PUBLISHED_BATCH, S4_BATCH, PHASES_BATCH, SMALL_BAGS):
             small, large = (record.judged(each, setting, SEEDS) for each in scales)
             if change := differences(large, small):
