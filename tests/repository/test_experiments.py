@@ -231,6 +231,10 @@ def test_a_rate_is_tuned_until_its_lowest_loss_is_at_no_edge():
     # The baseline, from the rates of its scale on.
     assert asks({}, BASELINE) == {(17, rate) for rate in PYTHON_5.rates}
     assert asks(base | {0.008: 2.5}, BASELINE) == {(17, 0.016)}
+    # Those on the way to the best are asked for too, so that one is trained again if its row is deleted.
+    risen = base | {0.008: 2.5, 0.016: 2.4, 0.032: 2.3, 0.064: 2.4}
+    found = Record([row_of(PYTHON_5, BASELINE, 17, rate, loss) for rate, loss in risen.items()])
+    assert [job.rate for job in tuning(found, PYTHON_5, BASELINE)] == [*risen]
     # A scale with one rate is not tuned.
     assert [job.rate for job in tuning(Record(), scales.MPT_256, BASELINE)] == [0.002]
 

@@ -111,8 +111,10 @@ def tuning(record: Record, scale: Scale, setting: Setting) -> list[Job]:
         plain = record.tuned(scale, BASELINE)
         rates = {plain / 2, plain, plain * 2}
     tried = record.tried(scale, setting)
-    if rates <= tried.keys() and len(scale.rates) > 1:
-        best = record.tuned(scale, setting)
+    while len(scale.rates) > 1 and rates <= tried.keys():
+        best = min(rates, key=lambda rate: tried[rate])
+        if {best / 2, best * 2} <= rates:
+            break
         rates |= {best / 2, best * 2}
     return [Job(scale, setting, SEEDS[0], rate) for rate in sorted(rates)]
 
