@@ -33,7 +33,6 @@ from tools.experiments.settings import (
     PUBLISHED_BATCH,
     S4,
     S4_BATCH,
-    SMALL_BAGS,
     Setting,
     limited,
     one_size,
@@ -179,7 +178,7 @@ def size_of_steps(record: Record) -> str:
     """The same tokens in steps of two sizes, at the seeds of both."""
     rows = []
     for scales in BY_SIZE.values():
-        for setting in (BASELINE, PUBLISHED, S4, PUBLISHED_BATCH, S4_BATCH, PHASES_BATCH, SMALL_BAGS):
+        for setting in (BASELINE, *SETTINGS):
             small, large = (record.judged(each, setting, SEEDS) for each in scales)
             if change := differences(large, small):
                 ends = [f'{_steps(each)}: {loss(record, each, setting, SEEDS)}' for each in scales]
@@ -251,23 +250,25 @@ def mpt(record: Record) -> str:
     for setting in settings:
         cells = [(scale, other) for scale, other in ((MPT_64, BASELINE), (MPT_64, S4), (MPT_256, BASELINE))]
         found = [_over(record, scale, setting, other) if setting != other else [] for scale, other in cells]
-        rows.append([setting.name, *map(shown, found)])
-    return table(['setting', 'over plain', f'over {S4.name}', 'over plain, rows of 256'], rows)
+        gains = sure(found[0]) and statistics.fmean(found[0]) < 0
+        rows.append([setting.name, *map(shown, found), times_the_steps(record, setting) if gains else ''])
+    columns = ['setting', 'over plain', f'over {S4.name}', 'over plain, rows of 256']
+    return table([*columns, 'plain needs, times the steps'], rows)
 
 
-def equal_loss(record: Record) -> str:
-    """How many times the steps plain training needs, each length with a schedule of its own."""
+def times_the_steps(record: Record, setting: Setting) -> str:
+    """How many times the steps plain training needs on the MPT, each length with a schedule of its own.
+
+    And with what a deviation less gains, and a deviation more.
+    """
     longer = {each.length: list(record.changes(MPT_64, each, SEEDS).values()) for each in LONGER}
     curve = [(1.0, 0.0), *((length, statistics.fmean(found)) for length, found in longer.items() if found)]
-    rows = []
-    for setting in (PUBLISHED, S4, PHASES, PHASES_BATCH):
-        found = list(record.changes(MPT_64, setting, SEEDS).values())
-        if len(found) < len(SEEDS):
-            continue
-        mean, deviation = statistics.fmean(found), statistics.stdev(found)
-        rows.append([setting.name, *(speed_up(curve, mean + by) for by in (0, deviation, -deviation))])
-    columns = ['setting', 'plain needs, times the steps', 'a deviation less gained', 'a deviation more']
-    return table(columns, rows)
+    found = list(record.changes(MPT_64, setting, SEEDS).values())
+    if len(found) < len(SEEDS):
+        return ''
+    mean, deviation = statistics.fmean(found), statistics.stdev(found)
+    here, less, more = (speed_up(curve, mean + by) for by in (0, deviation, -deviation))
+    return f'{here} ({less} to {more})'
 
 
 def speed_up(curve: Sequence[tuple[float, float]], change: float) -> str:
@@ -294,7 +295,7 @@ TABLES: dict[str, Callable[[Record], str]] = {
     each.__name__: each
     for each in (
         *(over_best_plain, same_steps, again, size_of_steps, batch, grid, others),
-        *(mpt, equal_loss, scales),
+        *(mpt, scales),
     )
 }
 _MARKED = re.compile(r'(<!-- table: (\w+) -->\n).*?(<!-- end -->)', re.DOTALL)
