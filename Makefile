@@ -81,7 +81,7 @@ data/prose/stats.json: | data/corpus/prose.jsonl
 	$(VENV)/bin/composer-tst prepare-data data/corpus/prose.jsonl --output $(@D) --seq-len 128 --train-tokenizer 2048 --skip-bad \
 		--split train=0.98,val=0.02
 
-# What the record lacks, and the data for it: on two threads some ten hours for 80 tokens per parameter. Kill
+# What the record lacks, and the data for it: on two threads some seven hours for 80 tokens per parameter. Kill
 # it at any time: it goes on where it was.
 evidence: install ## measure: trains what docs/evidence.md reports and lacks (SCALE=python-40-4096 for one scale), days
 	$(PYTHON) -m tools.experiments.run $(addprefix --scale ,$(SCALE))

@@ -239,40 +239,29 @@ def test_a_rate_is_tuned_until_its_lowest_loss_is_at_no_edge():
     assert [job.rate for job in tuning(Record(), scales.MPT_256, BASELINE)] == [0.002]
 
 
-def test_what_is_asked_at_80_depends_on_what_plain_training_says(record: Record):
-    def plain(scale: Scale, loss: float) -> list[Row]:
-        rows = [row_of(scale, BASELINE, 17, rate, loss + 1) for rate in scale.rates]
-        return rows + [row_of(scale, BASELINE, seed, 0.008, loss) for seed in SEEDS]
-
-    def fill(found: Record) -> Record:
-        """Answer what is missing, each with a loss of its own, but at 80 tokens per parameter."""
-        while jobs := [job for job in missing(found) if job.scale not in (PYTHON_80, PYTHON_80_LARGER)]:
-            for job in jobs:
-                loss = 2.0 if job.rate == 0.008 else 2.5
-                found.rows[job.key] = row_of(job.scale, job.setting, job.seed, job.rate, loss)
-        return found
-
-    found = fill(Record(row for row in record.rows.values() if '-80-' not in row.scale))
-    assert [*dict.fromkeys(job.scale for job in missing(found))] == [PYTHON_80_LARGER, PYTHON_80]
-    for row in [*plain(PYTHON_80, 1.9), *plain(PYTHON_80_LARGER, 1.8)]:
-        found.rows[row.key] = row
-    lacking = missing(found)
-    assert {job.scale for job in lacking} == {PYTHON_80_LARGER}
-    assert {job.setting for job in lacking} == set(questions.SETTINGS)
-    for setting in questions.SETTINGS:
-        for row in [row_of(PYTHON_80_LARGER, setting, 17, rate, 3.0) for rate in (0.004, 0.016)]:
+def test_what_is_chosen_at_80_is_judged_by_seeds_that_did_not_choose_it(record: Record):
+    best, other = questions.BEST_80, questions.OTHER_80
+    found = Record(row for row in record.rows.values() if '-80-' not in row.scale)
+    for scale in (best, other):
+        for row in [row_of(scale, BASELINE, 17, rate, 2.9) for rate in scale.rates]:
             found.rows[row.key] = row
-        for seed in SEEDS:
-            row = row_of(PYTHON_80_LARGER, setting, seed, 0.008, 1.6 if setting == S4 else 1.7)
+        for row in rows_of(scale, {BASELINE: [1.8, 1.8, 1.8]}, rate=0.008):
+            found.rows[row.key] = row
+    lacking = missing(found)
+    assert {(job.scale, job.setting) for job in lacking} == {(best, setting) for setting in questions.SETTINGS}
+    for setting in questions.SETTINGS:
+        for row in [row_of(best, setting, 17, rate, 3.0) for rate in (0.004, 0.016)]:
+            found.rows[row.key] = row
+        for row in rows_of(best, {setting: [1.6 if setting == S4 else 1.7] * 3}, rate=0.008):
             found.rows[row.key] = row
     # The winner and the recipe at seeds that did not choose them; then the recipe in the other size.
     lacking = missing(found)
-    fresh = [job for job in lacking if job.scale == PYTHON_80_LARGER]
+    fresh = [job for job in lacking if job.scale == best]
     assert lacking[: len(fresh)] == fresh
     assert {(job.setting, job.seed) for job in fresh} == {
         (setting, seed) for setting in (BASELINE, S4, PUBLISHED) for seed in questions.FRESH
     }
-    assert {(job.scale, job.setting) for job in lacking[len(fresh) :]} == {(PYTHON_80, PUBLISHED)}
+    assert {(job.scale, job.setting) for job in lacking[len(fresh) :]} == {(other, PUBLISHED)}
 
 
 def test_a_budget_is_what_it_says():
