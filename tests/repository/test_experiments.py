@@ -21,9 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from composer_tst.cli.plan.measured import read_measured
 from composer_tst.cli.plan.model import Model
-from tools.experiments import copying, questions, run, scales, summary, tables
+from tools.experiments import copying, questions, run, scales, summary, tables, train
 from tools.experiments.questions import Ask, asked, best_plain, missing, tuning
-from tools.experiments.record import RUNS, SEEDS, Record, Row, add, read, write
+from tools.experiments.record import RUNS, SEEDS, Job, Record, Row, add, read, read_copying, write
 from tools.experiments.scales import PYTHON_1, PYTHON_5, PYTHON_20, PYTHON_20_LARGE, PYTHON_80, PYTHON_80_LARGER, Scale
 from tools.experiments.settings import (
     BASELINE,
@@ -371,18 +371,36 @@ def test_a_scale_that_is_none_is_refused():
         run.main('python-40')
 
 
-def test_which_tokens_repeat(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_which_tokens_repeat():
     rows = torch.randint(0, 5, (20, 12))
     for row, marked in zip(rows.tolist(), copying.repeats(rows).tolist(), strict=True):
         for t in range(1, len(row)):
             earlier = any(row[j - 1 : j + 1] == row[t - 1 : t + 1] for j in range(1, t))
             assert marked[t - 1] == earlier
 
-    checkpoint = tmp_path / 'a-run' / 'checkpoints' / 'ep0-ba1-rank0.pt'
-    checkpoint.parent.mkdir(parents=True)
+
+def test_copying_is_measured_once_of_each_judged_run_whose_checkpoint_is_kept(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    scale = replace(scales.PYTHON_40, data=str(dataset))
+    monkeypatch.setattr(questions, 'BY_SIZE', {40: (scale,), 80: ()})
+    kept, lost, worse = (Job(scale, BASELINE, *run) for run in ((17, 4e-3), (18, 4e-3), (17, 8e-3)))
+    record = Record(row_of(scale, BASELINE, job.seed, job.rate, 3.0 + job.rate) for job in (kept, lost, worse))
     model = LlamaForCausalLM(LlamaConfig(**json.loads((REPO / copying.CONFIG / 'config.json').read_text())))
-    torch.save({'state': {'model': {f'model.{k}': v for k, v in model.state_dict().items()}}}, checkpoint)
-    copying.main([checkpoint], dataset)
-    found = copying.read_rows(dataset)
-    loss = float(model(input_ids=found, labels=found).loss)
-    assert f'a-run: all {loss:.3f}, repeats ' in capsys.readouterr().out
+    for job in (kept, worse):
+        checkpoint = tmp_path / train.name(job) / 'checkpoints' / f'ep0-ba{job.steps}-rank0.pt'
+        checkpoint.parent.mkdir(parents=True)
+        torch.save({'state': {'model': {f'model.{k}': v for k, v in model.state_dict().items()}}}, checkpoint)
+
+    copying.measure(record, tmp_path, tmp_path / 'copying.csv')
+    found = read_copying(tmp_path / 'copying.csv')
+    assert [*found] == [kept.key]
+    assert 'repeats' in capsys.readouterr().out
+    tokens = copying.read_rows(dataset)
+    everything, repeated, others = found[kept.key]
+    assert everything == pytest.approx(float(model(input_ids=tokens, labels=tokens).loss), abs=1e-4)
+    share = copying.repeats(tokens).float().mean()
+    assert everything == pytest.approx(float(share * repeated + (1 - share) * others), abs=2e-4)
+
+    copying.measure(record, tmp_path, tmp_path / 'copying.csv')
+    assert not capsys.readouterr().out

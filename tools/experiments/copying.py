@@ -1,10 +1,11 @@
 """Where a run gains: on tokens that repeat what the row has said before, or on others.
 
-    python -m tools.experiments.copying runs/evidence/python-40-*-seed-19-*/checkpoints/ep*-rank0.pt
+    python -m tools.experiments.copying
 
 A token repeats if it follows the token before it once more: the row has had the same two in a row earlier.
 """
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -14,23 +15,39 @@ import typer
 from streaming import StreamingDataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tools.experiments import run
+from tools.experiments.questions import large
+from tools.experiments.record import COPYING, RUNS, Record, read, read_copying, write_copying
+from tools.experiments.train import name
+
 CONFIG = 'yamls/evidence/llama'
 
 
 def main(
-    checkpoints: Annotated[list[Path], typer.Argument(help='Of runs that have ended.')],
-    data: Annotated[Path, typer.Option(help='The data that they were trained on.')] = Path('data/tokens'),
+    folder: Annotated[Path, typer.Option(help='Where runs keep checkpoints.')] = Path('runs/evidence'),
 ) -> None:
-    """Print the mean next-token loss of each checkpoint over the validation split, in nats."""
-    rows = read_rows(data)
-    again = repeats(rows)
-    typer.echo(f'{len(rows):,} rows; {again.float().mean():.1%} of their tokens repeat')
-    for checkpoint in checkpoints:
-        found = losses(load(checkpoint), rows)
-        told = (('all', found), ('repeats', found[again]), ('others', found[~again]))
-        typer.echo(f'{checkpoint.parts[-3]}: {", ".join(f"{name} {each.mean():.3f}" for name, each in told)}')
+    """Measure every run at 40 and 80 tokens per parameter that is judged and whose last checkpoint is kept."""
+    record = read(RUNS)
+    measure(record, folder, COPYING)
+    run.write(record)
 
 
+def measure(record: Record, folder: Path, path: Path) -> None:
+    """Write the mean next-token loss of each run that has none yet, over the validation split, in nats."""
+    found = read_copying(path)
+    for job in large(record):
+        checkpoint = folder / name(job) / 'checkpoints' / f'ep0-ba{job.steps}-rank0.pt'
+        if job.key in found or not checkpoint.exists():
+            continue
+        rows = read_rows(Path(job.scale.data))
+        again = repeats(rows)
+        loss = losses(load(checkpoint), rows)
+        found[job.key] = [round(float(each.mean()), 4) for each in (loss, loss[again], loss[~again])]
+        write_copying(path, found)
+        typer.echo(f'{name(job)}: all {found[job.key][0]}, repeats {found[job.key][1]}, others {found[job.key][2]}')
+
+
+@cache
 def read_rows(data: Path) -> torch.Tensor:
     """The rows of the validation split, ``(N, T)``."""
     dataset = StreamingDataset(local=str(data), split='val', shuffle=False, batch_size=1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tools.experiments.record import SEEDS, Job, Record
 from tools.experiments.scales import (
+    BY_SIZE,
     MPT_64,
     MPT_256,
     PROSE_5,
@@ -176,6 +177,16 @@ def best_plain(record: Record, scale: Scale) -> Scale:
 def winner(record: Record, scale: Scale) -> Setting:
     """The setting that ends lowest."""
     return min(SETTINGS, key=lambda setting: statistics.fmean(record.changes(scale, setting, SEEDS).values()))
+
+
+def large(record: Record) -> list[Job]:
+    """The runs at 40 and 80 tokens per parameter that there are, each setting at the rate it is judged at."""
+    return [
+        Job(scale, setting, seed, record.rate(scale, setting))
+        for scale in (*BY_SIZE[40], *BY_SIZE[80])
+        for setting in (BASELINE, *SETTINGS)
+        for seed in record.judged(scale, setting, ALL_SEEDS)
+    ]
 
 
 def missing(record: Record, scale: str = '') -> list[Job]:

@@ -10,7 +10,9 @@ from tools.experiments.scales import SCALES, Scale
 from tools.experiments.settings import BASELINE, Setting
 
 RUNS = Path('tools/experiments/results/runs.csv')
+COPYING = Path('tools/experiments/results/copying.csv')
 SEEDS = (17, 18, 19)
+Key = tuple[str, str, int, float]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Job:
     rate: float
 
     @property
-    def key(self) -> tuple[str, str, int, float]:
+    def key(self) -> Key:
         """What tells its row from others."""
         return self.scale.name, self.setting.name, self.seed, self.rate
 
@@ -62,7 +64,7 @@ class Row:
     versions: str
 
     @property
-    def key(self) -> tuple[str, str, int, float]:
+    def key(self) -> Key:
         """What tells it from other rows."""
         return self.scale, self.setting, self.seed, self.rate
 
@@ -133,14 +135,36 @@ def read(path: Path) -> Record:
 
 def write(path: Path, record: Record) -> None:
     """All rows, sorted; another file takes the old one's place at once."""
-    order = [*SCALES]
-    rows = sorted(record.rows.values(), key=lambda row: (order.index(row.scale), row.key))
+    rows = sorted(record.rows.values(), key=lambda row: _order(row.key))
+    _write(path, [field.name for field in fields(Row)], [asdict(row).values() for row in rows])
+
+
+def read_copying(path: Path) -> dict[Key, list[float]]:
+    """The losses of runs on all tokens, on those that repeat, and on others; see copying.py."""
+    if not path.exists():
+        return {}
+    with path.open(newline='') as file:
+        _, *lines = csv.reader(file)
+    return {(a, b, int(seed), float(rate)): [*map(float, losses)] for a, b, seed, rate, *losses in lines}
+
+
+def write_copying(path: Path, found: dict[Key, list[float]]) -> None:
+    """All of them, sorted."""
+    columns = ('scale', 'setting', 'seed', 'rate', 'all', 'repeats', 'others')
+    _write(path, columns, [[*key, *found[key]] for key in sorted(found, key=_order)])
+
+
+def _order(key: Key) -> tuple[int, Key]:
+    return [*SCALES].index(key[0]), key
+
+
+def _write(path: Path, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     part = path.with_suffix('.part')
     path.parent.mkdir(parents=True, exist_ok=True)
     with part.open('w', newline='') as file:
-        lines = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator='\n')
-        lines.writeheader()
-        lines.writerows(asdict(row) for row in rows)
+        lines = csv.writer(file, lineterminator='\n')
+        lines.writerow(columns)
+        lines.writerows(rows)
     part.rename(path)
 
 

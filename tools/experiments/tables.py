@@ -20,8 +20,9 @@ from tools.experiments.questions import (
     SETTINGS,
     SIDES,
     best_plain,
+    large,
 )
-from tools.experiments.record import SEEDS, Record, differences
+from tools.experiments.record import COPYING, SEEDS, Record, differences, read_copying
 from tools.experiments.scales import BY_SIZE, MPT_64, MPT_256, PYTHON_20, SCALES, Scale
 from tools.experiments.settings import (
     BASELINE,
@@ -87,6 +88,10 @@ def loss(record: Record, scale: Scale, setting: Setting, seeds: Sequence[int]) -
         return ''
     if not all(map(math.isfinite, losses)):
         return 'diverged'
+    return _mean(losses)
+
+
+def _mean(losses: Collection[float]) -> str:
     deviation = f' ± {statistics.stdev(losses):.3f}' if len(losses) > 1 else ''
     return f'{statistics.fmean(losses):.3f}{deviation}'
 
@@ -185,6 +190,19 @@ def size_of_steps(record: Record) -> str:
                 rows.append([_budget(scales[0]), setting.name, *ends, shown(change.values())])
     columns = ['tokens per parameter', 'setting', 'smaller steps end at', 'larger steps end at']
     return table([*columns, 'larger over smaller steps'], rows)
+
+
+def copying(record: Record) -> str:
+    """Where runs at 40 and 80 tokens per parameter end, on tokens that repeat and on others."""
+    found = read_copying(COPYING)
+    measured = [job for job in large(record) if job.key in found]
+    rows = []
+    for (scale, setting), jobs in itertools.groupby(measured, key=lambda job: (job.scale, job.setting)):
+        losses = [found[job.key] for job in jobs]
+        cells = [_mean(each) for each in zip(*losses, strict=True)]
+        rows.append([_budget(scale), _steps(scale), setting.name, f'{len(losses)}', *cells])
+    columns = ['tokens per parameter', 'steps', 'setting', 'seeds', 'all tokens', 'that repeat', 'others']
+    return table(columns, rows)
 
 
 def batch(record: Record) -> str:
@@ -294,7 +312,7 @@ def scales(record: Record) -> str:
 TABLES: dict[str, Callable[[Record], str]] = {
     each.__name__: each
     for each in (
-        *(over_best_plain, same_steps, again, size_of_steps, batch, grid, others),
+        *(over_best_plain, same_steps, again, size_of_steps, copying, batch, grid, others),
         *(mpt, scales),
     )
 }
