@@ -21,8 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from composer_tst.cli.plan.measured import read_measured
 from composer_tst.cli.plan.model import Model
-from tools.experiments import copying, questions, run, scales, summary, tables, train
-from tools.experiments.questions import Ask, asked, best_plain, missing, tuning
+from tools.experiments import copying, judge, questions, run, scales, summary, tables, train
+from tools.experiments.judge import best_plain
+from tools.experiments.questions import Ask, asked, missing, tuning
 from tools.experiments.record import RUNS, SEEDS, Job, Record, Row, add, read, read_copying, write
 from tools.experiments.scales import PYTHON_1, PYTHON_5, PYTHON_20, PYTHON_20_LARGE, PYTHON_80, PYTHON_80_LARGER, Scale
 from tools.experiments.settings import (
@@ -76,15 +77,16 @@ def test_the_plan_asks_for_every_row_of_the_record(record: Record):
 
 
 def test_a_row_that_is_deleted_is_missing(record: Record):
-    for key in random.sample(sorted(record.rows), 20):
+    for key in random.Random(17).sample(sorted(record.rows), 20):
         less = Record(row for row in record.rows.values() if row.key != key)
         assert key in {job.key for job in missing(less)}, key
 
 
 def test_pages_are_made_of_whatever_rows_there_are(record: Record, tmp_path: Path):
     page = (REPO / run.PAGE).read_text()
+    chance = random.Random(17)
     for share in (0.0, 0.1, 0.5, 0.9):
-        some = Record(row for row in record.rows.values() if random.random() < share)
+        some = Record(row for row in record.rows.values() if chance.random() < share)
         for name in ('docs', 'composer_tst/cli/plan/losses'):
             (tmp_path / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / run.PAGE).write_text(page)
@@ -152,28 +154,45 @@ def test_the_best_plain_run_is_that_of_any_size_of_a_step():
     large = rows_of(PYTHON_20_LARGE, {BASELINE: [2.8, 2.9, 3.1], S4: [2.9, 2.9, 2.9]})
     found = Record([*small, *large])
     assert best_plain(found, PYTHON_20) == PYTHON_20_LARGE
-    assert tables.beside_best(found, PYTHON_20, S4) == pytest.approx([0.1, 0.1, 0.0])
-    assert tables.changes(found, PYTHON_20, S4) == pytest.approx([-0.1, -0.1, -0.1])
+    assert judge.over_best(found, PYTHON_20, S4) == pytest.approx([0.1, 0.1, 0.0])
+    assert judge.over_plain(found, PYTHON_20, S4) == pytest.approx([-0.1, -0.1, -0.1])
     # Chosen at seed 17: judged at the others.
-    assert tables.changes(found, PYTHON_20, SMALL_BAGS) == pytest.approx([-0.3, -0.3])
+    assert judge.over_plain(found, PYTHON_20, SMALL_BAGS) == pytest.approx([-0.3, -0.3])
+    found = Record([*found.rows.values(), *rows_of(PYTHON_20, {PUBLISHED: [2.9, 3.0, 3.2]})])
     lines = tables.over_best_plain(found).splitlines()
-    assert '| Python source | 5.1 | not at three seeds yet |  |  |  |  |  |' in lines
-    assert lines[4] == (
-        '| Python source | 20 | 1,024, 4,096 | 1,775 of 4,096 | 2.933 ± 0.153 | s = 4, r = 0.3; 1,775 of 4,096 | '
-        'level (better 0.033 ± 0.153) | yes |'
+    assert '| 80 | not at three seeds yet |  |  |  |  |  |' in lines
+    assert lines[2] == (
+        '| 20 | 1,775 of 4,096 | 2.933 ± 0.153 | worse 0.100 ± 0.000; 7,100 of 1,024 | '
+        's = 4, r = 0.3; 1,775 of 4,096 | level (better 0.033 ± 0.153) | yes |'
     )
+    lines = tables.size_of_steps(found).splitlines()[2:]
+    assert lines == [
+        '| 20 | baseline | 7,100 of 1,024: 3.100 ± 0.100 | 1,775 of 4,096: 2.933 ± 0.153 | **better 0.167 ± 0.058** |',
+        '| 20 | s = 4, r = 0.3 | 7,100 of 1,024: 3.000 ± 0.100 | 1,775 of 4,096: 2.900 ± 0.000 | '
+        'level (better 0.100 ± 0.100) |',
+    ]
     # Before the baseline has been run at all seeds it is not the best.
     fewer = Record(row for row in found.rows.values() if row.key[:3] != (PYTHON_20_LARGE.name, BASELINE.name, 19))
     assert best_plain(fewer, PYTHON_20) == PYTHON_20
 
 
-def test_what_was_chosen_at_80_is_judged_by_seeds_that_did_not_choose_it():
-    losses = {BASELINE: [2.0] * 6, S4: [1.9, 1.9, 1.9, 1.98, 1.97, 1.96], PUBLISHED: [1.95, 1.94, 1.93]}
+def test_tables_judge_what_was_chosen_at_80_by_seeds_that_did_not_choose_it(record: Record):
+    losses = {
+        BASELINE: [2.0] * 6,
+        S4: [1.9, 1.9, 1.9, 1.98, 1.97, 1.96],
+        PUBLISHED: [1.95, 1.94, 1.93, 1.97, 1.96, 1.9],
+    }
     found = Record([*rows_of(PYTHON_80, losses), *rows_of(PYTHON_80_LARGER, {BASELINE: [2.1, 2.1, 2.1]})])
-    told = next(line for line in tables.over_best_plain(found).splitlines() if line.startswith('| Python source | 80 '))
-    assert told.endswith('| s = 4, r = 0.3; 7,100 of 4,096 | **better 0.030 ± 0.010** | no |')
-    assert tables.changes(found, PYTHON_80, S4) == pytest.approx([-0.1] * 3)
+    assert tables.over_best_plain(found).splitlines()[-1] == (
+        '| 80 | 7,100 of 4,096 | 2.000 ± 0.000 | **better 0.058 ± 0.025** (6); 7,100 of 4,096 | '
+        's = 4, r = 0.3; 7,100 of 4,096 | **better 0.030 ± 0.010** | no |'
+    )
+    # The recipe was not chosen, and all its seeds tell.
+    assert judge.over_plain(found, PYTHON_80, S4) == pytest.approx([-0.1] * 3)
+    assert judge.over_plain(found, PYTHON_80, PUBLISHED) == pytest.approx([-0.05, -0.06, -0.07, -0.03, -0.04, -0.1])
     assert '| 80 | 7,100 | 4,096 | s = 4, r = 0.3 | 20, 21, 22 | **better 0.030 ± 0.010** |' in tables.again(found)
+    # The size of the headline is written down, and is the one that the record says.
+    assert best_plain(record, questions.OTHER_80) == questions.BEST_80
 
 
 def test_a_baseline_that_diverged_at_a_seed_is_told(tmp_path: Path):
@@ -239,7 +258,7 @@ def test_a_rate_is_tuned_until_its_lowest_loss_is_at_no_edge():
     assert [job.rate for job in tuning(Record(), scales.MPT_256, BASELINE)] == [0.002]
 
 
-def test_what_is_chosen_at_80_is_judged_by_seeds_that_did_not_choose_it(record: Record):
+def test_the_harness_asks_for_what_was_chosen_at_80_at_other_seeds(record: Record):
     best, other = questions.BEST_80, questions.OTHER_80
     found = Record(row for row in record.rows.values() if '-80-' not in row.scale)
     for scale in (best, other):
@@ -393,9 +412,11 @@ def test_copying_is_measured_once_of_each_judged_run_whose_checkpoint_is_kept(
         torch.save({'state': {'model': {f'model.{k}': v for k, v in model.state_dict().items()}}}, checkpoint)
 
     copying.measure(record, tmp_path, tmp_path / 'copying.csv')
-    found = read_copying(tmp_path / 'copying.csv')
+    found = read_copying(tmp_path / 'copying.csv', record)
     assert [*found] == [kept.key]
-    assert 'repeats' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert ', repeats ' in out
+    assert f'{train.name(lost)}/checkpoints/ep0-ba{lost.steps}-rank0.pt is not there' in out
     tokens = copying.read_rows(dataset)
     everything, repeated, others = found[kept.key]
     assert everything == pytest.approx(float(model(input_ids=tokens, labels=tokens).loss), abs=1e-4)
@@ -403,4 +424,7 @@ def test_copying_is_measured_once_of_each_judged_run_whose_checkpoint_is_kept(
     assert everything == pytest.approx(float(share * repeated + (1 - share) * others), abs=2e-4)
 
     copying.measure(record, tmp_path, tmp_path / 'copying.csv')
-    assert not capsys.readouterr().out
+    assert ', repeats ' not in capsys.readouterr().out
+    # A run that was trained again is another one.
+    record.rows[kept.key] = row_of(scale, BASELINE, kept.seed, kept.rate, 2.9)
+    assert not read_copying(tmp_path / 'copying.csv', record)

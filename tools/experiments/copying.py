@@ -16,7 +16,7 @@ from streaming import StreamingDataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tools.experiments import run
-from tools.experiments.questions import large
+from tools.experiments.questions import at_40_and_80
 from tools.experiments.record import COPYING, RUNS, Record, read, read_copying, write_copying
 from tools.experiments.train import name
 
@@ -34,16 +34,19 @@ def main(
 
 def measure(record: Record, folder: Path, path: Path) -> None:
     """Write the mean next-token loss of each run that has none yet, over the validation split, in nats."""
-    found = read_copying(path)
-    for job in large(record):
+    found = read_copying(path, record)
+    for job in at_40_and_80(record):
         checkpoint = folder / name(job) / 'checkpoints' / f'ep0-ba{job.steps}-rank0.pt'
-        if job.key in found or not checkpoint.exists():
+        if job.key in found:
+            continue
+        if not checkpoint.exists():
+            typer.echo(f'{checkpoint} is not there: the run is left out.')
             continue
         rows = read_rows(Path(job.scale.data))
         again = repeats(rows)
         loss = losses(load(checkpoint), rows)
         found[job.key] = [round(float(each.mean()), 4) for each in (loss, loss[again], loss[~again])]
-        write_copying(path, found)
+        write_copying(path, record, found)
         typer.echo(f'{name(job)}: all {found[job.key][0]}, repeats {found[job.key][1]}, others {found[job.key][2]}')
 
 

@@ -8,10 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from tools.experiments.judge import known, over_plain
 from tools.experiments.record import Record
 from tools.experiments.scales import PROSE, PYTHON, Scale
 from tools.experiments.settings import PHASES_BATCH, PUBLISHED, Setting
-from tools.experiments.tables import LLAMAS, changes, known
+from tools.experiments.tables import LLAMAS
 
 COLORS = {1: '#8c8c8c', 5: '#56b4e9', 20: '#0072b2', 40: '#e69f00', 80: '#d55e00'}  # tokens per parameter
 MARKERS = {1_024: 'o', 4_096: 's', 16_384: 'D'}  # tokens per step
@@ -20,7 +21,7 @@ QUIET = '#6b6b6b'
 # Label, steps and gain of the published pairs of equal steps (paper, sections 4 and 5) and of the reproduction.
 ELSEWHERE = (
     ('270M, 600M', 20_000, 0.070),
-    ('', 20_000, 0.076),
+    ('', 20_000, 0.075),
     ('270M', 100_000, 0.044),
     ('3B', 20_000, 0.132),
     ('345M, reproduced', 20_000, 0.038),
@@ -35,7 +36,7 @@ def draw(path: Path, record: Record) -> None:
     for axes, text in zip(panels, (PYTHON, PROSE), strict=True):
         for scale in LLAMAS:
             for number, setting in enumerate(SETTINGS):
-                found = changes(record, scale, setting) if scale.text == text else []
+                found = over_plain(record, scale, setting) if scale.text == text else []
                 if known(found):
                     _point(axes, scale, setting, 1.05 ** (2 * number - 1), found)
         for name, steps, gain in ELSEWHERE:
@@ -53,7 +54,7 @@ def draw(path: Path, record: Record) -> None:
         axes.grid(color='#ececec')
         axes.set_axisbelow(True)
     panels[0].set_ylabel('gain over plain training in the same steps, nats\n(up is better)')
-    run = [scale for scale in LLAMAS if known(changes(record, scale, PUBLISHED))]
+    run = [scale for scale in LLAMAS if known(over_plain(record, scale, PUBLISHED))]
     grey: dict[str, Any] = {'color': QUIET, 'ls': ''}
     budgets = sorted({round(scale.tokens_per_parameter) for scale in run})
     sizes = sorted({scale.tokens_per_step for scale in run})

@@ -19,7 +19,6 @@ from tools.experiments.scales import (
     PYTHON_40_LARGER,
     PYTHON_80,
     PYTHON_80_LARGER,
-    SCALES,
     Scale,
 )
 from tools.experiments.settings import (
@@ -83,18 +82,18 @@ class Ask:
 
     def jobs(self, record: Record) -> list[Job]:
         """All its runs that are known to be wanted, by seed: a rate is known once it has been tuned."""
-        asked = tuning(record, self.scale, BASELINE)
-        if not all(job.key in record.rows for job in asked):
-            return asked
+        wanted = tuning(record, self.scale, BASELINE)
+        if not all(job.key in record.rows for job in wanted):
+            return wanted
         plain = record.tuned(self.scale, BASELINE)
-        asked += [Job(self.scale, BASELINE, seed, plain) for seed in self.seeds]
+        wanted += [Job(self.scale, BASELINE, seed, plain) for seed in self.seeds]
         for setting in self.settings:
             tries = tuning(record, self.scale, setting) if self.tuned else []
-            asked += tries
+            wanted += tries
             if all(job.key in record.rows for job in tries):
                 rate = record.tuned(self.scale, setting) if self.tuned else plain
-                asked += [Job(self.scale, setting, seed, rate) for seed in self.seeds]
-        return sorted(asked, key=lambda job: job.seed)
+                wanted += [Job(self.scale, setting, seed, rate) for seed in self.seeds]
+        return sorted(wanted, key=lambda job: job.seed)
 
     def lacks(self, record: Record) -> list[Job]:
         """Those that have no row, each once."""
@@ -154,32 +153,12 @@ def _mpt() -> Iterator[Ask]:
     yield Ask(MPT_256, (LONGER[0], *recipes))
 
 
-def of_any_size(record: Record, scale: Scale) -> list[Scale]:
-    """Those of the same model, text and tokens whose baseline has been run at every seed, whatever the step's size."""
-    alike = (scale.text, scale.seq_len, round(scale.tokens_per_parameter))
-    return [
-        each
-        for each in SCALES.values()
-        if (each.text, each.seq_len, round(each.tokens_per_parameter)) == alike
-        and len(record.judged(each, BASELINE, SEEDS)) == len(SEEDS)
-    ]
-
-
-def best_plain(record: Record, scale: Scale) -> Scale:
-    """Of these the one at which plain training ends lowest."""
-
-    def plain(each: Scale) -> float:
-        return statistics.fmean(record.judged(each, BASELINE, SEEDS).values())
-
-    return min(of_any_size(record, scale), key=plain, default=scale)
-
-
 def winner(record: Record, scale: Scale) -> Setting:
     """The setting that ends lowest."""
     return min(SETTINGS, key=lambda setting: statistics.fmean(record.changes(scale, setting, SEEDS).values()))
 
 
-def large(record: Record) -> list[Job]:
+def at_40_and_80(record: Record) -> list[Job]:
     """The runs at 40 and 80 tokens per parameter that there are, each setting at the rate it is judged at."""
     return [
         Job(scale, setting, seed, record.rate(scale, setting))

@@ -139,19 +139,20 @@ def write(path: Path, record: Record) -> None:
     _write(path, [field.name for field in fields(Row)], [asdict(row).values() for row in rows])
 
 
-def read_copying(path: Path) -> dict[Key, list[float]]:
-    """The losses of runs on all tokens, on those that repeat, and on others; see copying.py."""
+def read_copying(path: Path, record: Record) -> dict[Key, list[float]]:
+    """The losses of runs on all tokens, on those that repeat, and on others; none of a run that was trained again."""
     if not path.exists():
         return {}
     with path.open(newline='') as file:
         _, *lines = csv.reader(file)
-    return {(a, b, int(seed), float(rate)): [*map(float, losses)] for a, b, seed, rate, *losses in lines}
+    found = {(a, b, int(seed), float(rate)): [*map(float, losses)] for a, b, seed, rate, *losses in lines}
+    return {key: found[key][1:] for key, row in record.rows.items() if found.get(key, [None])[0] == row.final_loss}
 
 
-def write_copying(path: Path, found: dict[Key, list[float]]) -> None:
-    """All of them, sorted."""
-    columns = ('scale', 'setting', 'seed', 'rate', 'all', 'repeats', 'others')
-    _write(path, columns, [[*key, *found[key]] for key in sorted(found, key=_order)])
+def write_copying(path: Path, record: Record, found: dict[Key, list[float]]) -> None:
+    """All of them, sorted; with the final loss, which tells a run from the same one trained again."""
+    columns = ('scale', 'setting', 'seed', 'rate', 'final_loss', 'all', 'repeats', 'others')
+    _write(path, columns, [[*key, record.rows[key].final_loss, *found[key]] for key in sorted(found, key=_order)])
 
 
 def _order(key: Key) -> tuple[int, Key]:

@@ -4,11 +4,11 @@ import csv
 import statistics
 from pathlib import Path
 
-from tools.experiments.questions import asked, of_any_size
+from tools.experiments.judge import known, of_any_size, over_best, over_plain, seeds_of
+from tools.experiments.questions import asked
 from tools.experiments.record import Record
 from tools.experiments.scales import SCALES
 from tools.experiments.settings import BASELINE, LIMITED, bags
-from tools.experiments.tables import beside_best, changes, known, seeds_of
 
 SUMMARY = Path('composer_tst/cli/plan/losses/evidence.csv')
 COLUMNS = (
@@ -32,14 +32,14 @@ def write_summary(path: Path, record: Record) -> None:
             names = dict.fromkeys(row.setting for row in record.rows.values() if row.scale == scale.name)
             for setting in (settings[name] for name in sorted(names) if name in settings and LIMITED not in name):
                 losses = record.judged(scale, setting, seeds_of(scale, setting)).values()
-                change = changes(record, scale, setting)
+                change = over_plain(record, scale, setting)
                 if not known(losses) or not known(change):
                     continue
                 told = [scale.name, scale.text, scale.parameters, f'{scale.tokens_per_parameter:.2f}', scale.steps]
                 told += [scale.tokens_per_step, setting.name, *(bags(setting) or ('', '', ''))]
                 told += [f'{record.rate(scale, setting):g}', len(losses), f'{statistics.fmean(losses):.4f}']
-                over_best = beside_best(record, scale, setting) if len(of_any_size(record, scale)) > 1 else []
-                lines.writerow([*told, *_mean(change), *_mean(over_best)])
+                best = over_best(record, scale, setting) if len(of_any_size(record, scale)) > 1 else []
+                lines.writerow([*told, *_mean(change), *_mean(best)])
 
 
 def _mean(change: list[float]) -> list[str]:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
+from tools.experiments.judge import best_plain, has_baseline, known, over_best, over_plain, seeds_of, sure
 from tools.experiments.questions import (
     ALL_SEEDS,
     CHOSEN,
@@ -14,13 +15,11 @@ from tools.experiments.questions import (
     FRESH,
     GRID_BAGS,
     GRID_SHARES,
-    MPT_CHOSEN,
     NONE,
     RAMP,
     SETTINGS,
     SIDES,
-    best_plain,
-    large,
+    at_40_and_80,
 )
 from tools.experiments.record import COPYING, SEEDS, Record, differences, read_copying
 from tools.experiments.scales import BY_SIZE, MPT_64, MPT_256, PYTHON_20, SCALES, Scale
@@ -42,25 +41,6 @@ from tools.experiments.settings import (
 
 NOT_YET = 'not at three seeds yet'
 LLAMAS = tuple(scale for scale in SCALES.values() if scale not in (MPT_64, MPT_256))
-
-
-def seeds_of(scale: Scale, setting: Setting) -> Sequence[int]:
-    """The seeds a setting is judged at: of one that runs at some of them chose, the others."""
-    if scale == PYTHON_20 and setting in CHOSEN:
-        return CHOSEN_SEEDS
-    if scale in BY_SIZE[80]:
-        return SEEDS  # of all settings; what they chose is run again at others, beside these
-    return MPT_CHOSEN.get(setting, ALL_SEEDS) if scale == MPT_64 else ALL_SEEDS
-
-
-def known(changes: Collection[float]) -> bool:
-    """Whether a change is of three seeds or more, none of which diverged."""
-    return len(changes) >= len(SEEDS) and all(map(math.isfinite, changes))
-
-
-def sure(changes: Collection[float]) -> bool:
-    """Whether a change is known, and by more than two of its standard deviations."""
-    return known(changes) and abs(statistics.fmean(changes)) > 2 * statistics.stdev(changes)
 
 
 def shown(changes: Iterable[float]) -> str:
@@ -96,17 +76,6 @@ def _mean(losses: Collection[float]) -> str:
     return f'{statistics.fmean(losses):.3f}{deviation}'
 
 
-def beside_best(record: Record, scale: Scale, setting: Setting, seeds: Sequence[int] = SEEDS) -> list[float]:
-    """Final losses minus those of plain training in steps of the best size, as many tokens, seed by seed."""
-    plain = record.judged(best_plain(record, scale), BASELINE, seeds)
-    return list(differences(record.judged(scale, setting, seeds), plain).values())
-
-
-def changes(record: Record, scale: Scale, setting: Setting) -> list[float]:
-    """Final losses minus the baseline's, at the seeds a setting is judged at."""
-    return list(record.changes(scale, setting, seeds_of(scale, setting)).values())
-
-
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [columns, ['---'] * len(columns), *rows]
@@ -121,33 +90,38 @@ def _of(scale: Scale) -> list[str]:
     return [scale.text, _budget(scale), f'{scale.steps:,}', f'{scale.tokens_per_step:,}']
 
 
-def _run(record: Record, scale: Scale) -> bool:
-    """Whether plain training has been run at every seed, and so at its best rate."""
-    return len(record.judged(scale, BASELINE, SEEDS)) == len(SEEDS)
-
-
 def over_best_plain(record: Record) -> str:
-    """At each budget the best plain run and the lowest superposed one, in steps of whatever size."""
+    """Where plain training was run in steps of two sizes: the recipe and the lowest setting over the best of these."""
     rows = []
-    for (text, budget), of in itertools.groupby(LLAMAS, key=lambda scale: (scale.text, _budget(scale))):
-        scales = [scale for scale in of if _run(record, scale)]
-        if not scales:
-            rows.append([text, budget, NOT_YET, *[''] * 5])
+    for sizes in BY_SIZE.values():
+        if not all(has_baseline(record, scale) for scale in sizes):
+            rows.append([_budget(sizes[0]), NOT_YET, *[''] * 5])
             continue
-        best = best_plain(record, scales[0])
-        cells = [(scale, setting) for scale in scales for setting in SETTINGS]
-        found = {cell: each for cell in cells if known(each := beside_best(record, *cell))}
-        told = [NOT_YET, '', '']
-        if found:
-            lowest = min(found, key=lambda cell: statistics.fmean(found[cell]))
-            # Where it was run again at seeds that did not choose it, these judge.
-            fresh = beside_best(record, *lowest, FRESH)
-            judged = fresh if len(fresh) == len(FRESH) else found[lowest]
-            told = [f'{lowest[1].name}; {_steps(lowest[0])}', shown(judged), 'no' if judged is fresh else 'yes']
-        sizes = ', '.join(f'{scale.tokens_per_step:,}' for scale in scales)
-        rows.append([text, budget, sizes, _steps(best), loss(record, best, BASELINE, SEEDS), *told])
-    columns = ['text', 'tokens per parameter', 'plain tried in steps of', 'best plain run', 'ends at']
-    return table([*columns, 'lowest superposed run', 'over that plain run', 'chosen by these seeds'], rows)
+        best = best_plain(record, sizes[0])
+        plain = [_steps(best), loss(record, best, BASELINE, SEEDS)]
+        rows.append([_budget(best), *plain, _recipe(record, best, sizes), *_lowest(record, sizes)])
+    columns = ['tokens per parameter', 'best plain run', 'ends at', f'{PUBLISHED.name} over it']
+    return table([*columns, 'lowest setting', 'over the best plain run', 'chosen by these seeds'], rows)
+
+
+def _recipe(record: Record, best: Scale, sizes: Sequence[Scale]) -> str:
+    """The published recipe in steps of plain training's best size, or of the other if it was not run in these."""
+    for scale in sorted(sizes, key=lambda scale: scale != best):
+        if known(found := over_best(record, scale, PUBLISHED, ALL_SEEDS)):
+            return f'{shown(found)}; {_steps(scale)}'
+    return NOT_YET
+
+
+def _lowest(record: Record, sizes: Sequence[Scale]) -> list[str]:
+    cells = [(scale, setting) for scale in sizes for setting in SETTINGS]
+    found = {cell: each for cell in cells if known(each := over_best(record, *cell))}
+    if not found:
+        return [NOT_YET, '', '']
+    lowest = min(found, key=lambda cell: statistics.fmean(found[cell]))
+    # Where it was run again at seeds that did not choose it, these judge.
+    fresh = over_best(record, *lowest, FRESH)
+    judged = fresh if len(fresh) == len(FRESH) else found[lowest]
+    return [f'{lowest[1].name}; {_steps(lowest[0])}', shown(judged), 'no' if judged is fresh else 'yes']
 
 
 def _steps(scale: Scale) -> str:
@@ -158,21 +132,21 @@ def same_steps(record: Record) -> str:
     """At each scale every setting that was asked at all of them, over the baseline in the same steps."""
     rows = [
         [*_of(scale), loss(record, scale, BASELINE, ALL_SEEDS)]
-        + [shown(changes(record, scale, setting)) for setting in SETTINGS]
+        + [shown(over_plain(record, scale, setting)) for setting in SETTINGS]
         for scale in LLAMAS
-        if _run(record, scale)
+        if has_baseline(record, scale)
     ]
     columns = ['text', 'tokens per parameter', 'steps', 'tokens per step', 'plain ends at']
     return table([*columns, *(setting.name for setting in SETTINGS)], rows)
 
 
 def again(record: Record) -> str:
-    """What was chosen by runs at some seeds, at others."""
+    """What was chosen by runs at some seeds, at others; and beside it at 80 the recipe, which nothing chose."""
     rows = [
         [*_of(scale), setting.name, ', '.join(map(str, sorted(found))), shown(found.values())]
         for scale in LLAMAS
-        for setting in (*CHOSEN, S4, PUBLISHED, PHASES_BATCH)
-        for seeds in [CHOSEN_SEEDS if scale == PYTHON_20 else FRESH]
+        for settings, seeds in [(CHOSEN, CHOSEN_SEEDS) if scale == PYTHON_20 else (SETTINGS, FRESH)]
+        for setting in settings
         if len(found := record.changes(scale, setting, seeds)) == len(SEEDS)
     ]
     columns = ['text', 'tokens per parameter', 'steps', 'tokens per step', 'setting', 'seeds']
@@ -184,8 +158,8 @@ def size_of_steps(record: Record) -> str:
     rows = []
     for scales in BY_SIZE.values():
         for setting in (BASELINE, *SETTINGS):
-            small, large = (record.judged(each, setting, SEEDS) for each in scales)
-            if change := differences(large, small):
+            smaller, larger = (record.judged(each, setting, SEEDS) for each in scales)
+            if change := differences(larger, smaller):
                 ends = [f'{_steps(each)}: {loss(record, each, setting, SEEDS)}' for each in scales]
                 rows.append([_budget(scales[0]), setting.name, *ends, shown(change.values())])
     columns = ['tokens per parameter', 'setting', 'smaller steps end at', 'larger steps end at']
@@ -194,8 +168,8 @@ def size_of_steps(record: Record) -> str:
 
 def copying(record: Record) -> str:
     """Where runs at 40 and 80 tokens per parameter end, on tokens that repeat and on others."""
-    found = read_copying(COPYING)
-    measured = [job for job in large(record) if job.key in found]
+    found = read_copying(COPYING, record)
+    measured = [job for job in at_40_and_80(record) if job.key in found]
     rows = []
     for (scale, setting), jobs in itertools.groupby(measured, key=lambda job: (job.scale, job.setting)):
         losses = [found[job.key] for job in jobs]
@@ -219,7 +193,7 @@ def batch(record: Record) -> str:
 
 def _over(record: Record, scale: Scale, setting: Setting, other: Setting) -> list[float]:
     """Final losses minus another setting's, both at the rate of the baseline, at the seeds the setting is judged at."""
-    if not _run(record, scale):
+    if not has_baseline(record, scale):
         return []
     plain, seeds = record.tuned(scale, BASELINE), seeds_of(scale, setting)
     return list(differences(*(record.losses(scale, each, plain, seeds) for each in (setting, other))).values())
@@ -227,7 +201,7 @@ def _over(record: Record, scale: Scale, setting: Setting, other: Setting) -> lis
 
 def grid(record: Record) -> str:
     """Share by bag size at 20 tokens per parameter, one seed; and the means of rows and columns."""
-    plain = record.tuned(PYTHON_20, BASELINE) if _run(record, PYTHON_20) else 0.0
+    plain = record.tuned(PYTHON_20, BASELINE) if has_baseline(record, PYTHON_20) else 0.0
     base = record.losses(PYTHON_20, BASELINE, plain, SEEDS[:1])
 
     def mean(shares: Sequence[float], sizes: Sequence[int]) -> str:
@@ -262,7 +236,7 @@ def mpt(record: Record) -> str:
     """Every kind of setting on the MPT, over plain training and over one bag size."""
     settings = (
         *(PUBLISHED, S4, S4_BATCH, PHASES, PHASES_BATCH),
-        *(*SIDES, *weighted(4), one_size(12, 0.3), *weighted(12)),
+        *(*SIDES, *weighted(4), one_size(12, 0.3)),
     )
     rows = []
     for setting in settings:
@@ -297,23 +271,11 @@ def speed_up(curve: Sequence[tuple[float, float]], change: float) -> str:
     return f'less than {curve[0][0]:g}' if change > curve[0][1] else f'more than {curve[-1][0]:g}'
 
 
-def scales(record: Record) -> str:
-    """What was run at every scale, for how long, with what."""
-    rows = []
-    for scale in SCALES.values():
-        of = [row for row in record.rows.values() if row.scale == scale.name]
-        versions = '; '.join(dict.fromkeys(row.versions.replace('==', ' ') for row in of))
-        hours = sum(row.seconds for row in of) / 3600
-        rows.append([f'`{scale.name}`', *_of(scale), f'{len(of)}', f'{hours:.1f}', versions or 'not run yet'])
-    columns = ['scale', 'text', 'tokens per parameter', 'steps', 'tokens per step', 'runs', 'hours of training']
-    return table([*columns, 'with'], rows)
-
-
 TABLES: dict[str, Callable[[Record], str]] = {
     each.__name__: each
     for each in (
         *(over_best_plain, same_steps, again, size_of_steps, copying, batch, grid, others),
-        *(mpt, scales),
+        mpt,
     )
 }
 _MARKED = re.compile(r'(<!-- table: (\w+) -->\n).*?(<!-- end -->)', re.DOTALL)
