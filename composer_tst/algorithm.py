@@ -369,7 +369,9 @@ class Fit:
     def _enter_phase(self, microbatches: Microbatches) -> None:
         bag_size, settings = self.schedule.bag_size, self.schedule.settings
         microbatches.enter_phase(bag_size)
-        self._microbatch_size.scale(settings.microbatch_scale(bag_size))
+        # Without more data a batch has no more rows than the loader gives.
+        most = getattr(self._state.dataloader, 'batch_size', None) if settings.expand == 'none' else None
+        self._microbatch_size.scale(settings.microbatch_scale(bag_size), most)
 
     def begin_epoch(self) -> None:
         """Prepare the loader for an epoch, or for the rest of one."""
@@ -485,6 +487,6 @@ class Fit:
         self.close()
 
     def close(self) -> None:
-        """Undo what is changed, wherever the fit has ended; once."""
+        """Undo what is still changed, wherever the fit has ended."""
         self._undo.close()
         self._at_next_batch.close()

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, cast
 import wrapt
 from composer.core import State, Timestamp
 from composer.utils import dist
-from streaming import StreamingDataset
+from streaming import StreamingDataLoader, StreamingDataset
+from torch.utils.data import DataLoader
 
 from composer_tst.compatibility import takes, unwrapped
 from composer_tst.ops.draw import ids_of, join_batches, merge_batches, next_batches
@@ -48,7 +49,7 @@ def where_epoch_stands(
         read: The samples that they read.
         kept: What the checkpoint kept; nothing, if it was loaded without algorithms.
         resumes_at: The samples after which the dataset goes on by itself, None if Composer draws the steps again.
-        samples: Samples of a loader batch, None if the loader does not say.
+        samples: Samples of a loader batch, as the dataset counts them, None if the loader does not say.
         length: Loader batches in an epoch, None if there is no end.
     """
     if resumes_at is None:
@@ -220,8 +221,12 @@ def check_epoch_is_whole(loader: Any, length: int, drawn: int) -> None:
         RuntimeError: If the loader has given fewer batches than its length, by more than one a worker.
     """
     dataset = getattr(loader, 'dataset', None)
-    # Other batching methods leave rows out: fewer batches are then no fault.
-    if not isinstance(dataset, StreamingDataset) or dataset.batching_method != 'random':
+    # A loader or a dataset that iterates in its own way may leave out what it likes.
+    if type(loader).__iter__ not in (DataLoader.__iter__, StreamingDataLoader.__iter__):
+        return
+    if not isinstance(dataset, StreamingDataset) or type(dataset).__iter__ is not StreamingDataset.__iter__:
+        return
+    if dataset.batching_method != 'random':  # the others leave rows out
         return
     if drawn < length - max(1, getattr(loader, 'num_workers', 0)):
         raise RuntimeError(
@@ -378,19 +383,27 @@ class TrainLoader:
         self.count(steps=0)
         drawn, batches = self._progress.drawn or 0, self._batches()
         if batches is not None and self._resumption.known:
-            check_epoch_is_whole(state.dataloader, batches, drawn)
+            check_epoch_is_whole(self._users_loader(), batches, drawn)
         if not self._schedule.finished and not self._has_steps:
             raise too_short(drawn, self._schedule.draws)
         self._begin_anew()
+
+    def _users_loader(self) -> Any:
+        """The train loader as the user gave it."""
+        loader = self._state.dataloader
+        return loader.__wrapped__ if type(loader) is BagLoader else loader
 
     def _batches(self) -> int | None:
         """Loader batches in an epoch, None if there is no end."""
         return None if self._state.dataloader_len is None else int(self._state.dataloader_len)
 
     def _batch_samples(self) -> int | None:
-        """Samples of a loader batch, all ranks together, None if the loader does not say."""
-        rows: int | None = getattr(self._state.dataloader, 'batch_size', None)
-        return None if rows is None else rows * dist.get_world_size()
+        """Rows of a loader batch that a dataset counts, all ranks together, None if the loader does not say."""
+        loader = self._state.dataloader
+        rows: int | None = getattr(loader, 'batch_size', None)
+        # Ranks that read the same rows, as for tensor parallelism, count them once.
+        replication = getattr(getattr(loader, 'dataset', None), 'replication', None) or 1
+        return None if rows is None else rows * dist.get_world_size() // replication
 
     def data(self, first: Any = None) -> Data:
         """What a loader batch holds, by the first batch that training draws, or else by what the loader tells."""

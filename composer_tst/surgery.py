@@ -301,13 +301,14 @@ class MicrobatchSize:
         self._plain = self._scaled = state.device_train_microbatch_size
         self._scale = 1
 
-    def scale(self, scale: int) -> None:
-        """Have ``scale`` times the rows of a plain microbatch."""
+    def scale(self, scale: int, most: int | None = None) -> None:
+        """Have ``scale`` times the rows of a plain microbatch, at most ``most`` if that is given."""
         size = self._state.device_train_microbatch_size
         if size is None or self._plain is None:
             return
         if size != self._scaled:
             # Composer has found the rows that fit a superposed step, or the user has set those of a plain one.
             self._plain = max(1, int(size // self._scale)) if self._state.auto_microbatching else size
-        self._scale, self._scaled = scale, self._plain * scale
+        rows = self._plain * scale
+        self._scale, self._scaled = scale, rows if most is None else max(self._plain, min(rows, most))
         self._state.device_train_microbatch_size = self._scaled

@@ -105,9 +105,9 @@ def fold_batch(
     Args:
         batch: ``input_ids`` and ``labels``, both ``(R, L)``; ``labels[t]`` is the label of token ``t`` itself,
             as in Hugging Face and MPT batches, with -100 where there is none, and they are the ids if absent. Optional:
-            ``attention_mask`` and ``sequence_id``, ``(R, L)``; llm-foundry's lists ``total_tokens`` and
-            ``loss_generating_tokens``, ``R`` long; plain numbers, strings and flags, which are kept; other values of
-            whole rows, which are kept unless rows are joined; ``token_type_ids`` of nothing but 0, and
+            ``attention_mask`` and ``sequence_id``, ``(R, L)``; llm-foundry's ``total_tokens`` and
+            ``loss_generating_tokens``, lists or tensors, ``R`` long; plain numbers, strings and flags, which are kept;
+            other values of whole rows, which are kept unless rows are joined; ``token_type_ids`` of nothing but 0, and
             ``position_ids`` that count from 0 in each row. These two become ``(B, P)``, of 0 and counting from 0.
         bag_size: Tokens in a bag, ``s``; 1 for plain training.
         expand: ``sequence``, ``batch`` or ``none``.
@@ -128,7 +128,9 @@ def fold_batch(
     folded = bag_rows(laid_out, bag_size, superpose, padded=not is_full(mask))
     folded['labels'] = bag_targets(laid_out['labels'], mask, bag_size, superpose)
     if 'loss_generating_tokens' in batch:
-        folded['loss_generating_tokens'] = (folded['labels'] != IGNORE_INDEX).sum((1, 2)).tolist()
+        targets = (folded['labels'] != IGNORE_INDEX).sum((1, 2))
+        is_list = isinstance(batch['loss_generating_tokens'], list)
+        folded['loss_generating_tokens'] = targets.tolist() if is_list else targets
     if 'total_tokens' in batch:
         folded['total_tokens'] = laid_out['total_tokens']
     return folded
@@ -151,8 +153,9 @@ def lay_out(
         expand: ``sequence``, ``batch`` or ``none``.
         superpose: ``both``, ``input`` or ``output``.
         weights: Weights of a bag's targets, ``(s,)``. If given, ``loss_generating_tokens`` ``(B,)`` is the weight of
-            each row's targets, and ``total_tokens`` ``(B,)`` the number of its attended tokens. They are lists if the
-            batch has lists, else tensors. Microbatches weighed by them add up to the loss of the batch.
+            each row's targets, and ``total_tokens`` ``(B,)`` the number of its attended tokens, or what the batch says
+            it is. They are lists if the batch has a list, else tensors. Microbatches weighed by them add up to the loss
+            of the batch.
         pin: Whether to put the rows in pinned memory, which a GPU copies from while the host goes on.
         takes: The keys that the model's forward takes. None if it takes the whole batch.
 
@@ -186,7 +189,10 @@ def lay_out(
         result |= {key: _copy(result[key], pin=True) for key in _PER_TOKEN if key in result and key != 'labels'}
     if 'total_tokens' in batch:
         totals = batch['total_tokens']
-        result['total_tokens'] = [sum(totals[row * joined : (row + 1) * joined]) for row in range(rows)]
+        if isinstance(totals, torch.Tensor):
+            result['total_tokens'] = totals.reshape(rows, joined).sum(1)
+        else:
+            result['total_tokens'] = [sum(totals[row * joined : (row + 1) * joined]) for row in range(rows)]
     if weights is not None:
         of_columns, of_row = _weights_of_columns(kept, bag_size, superpose, tuple(weights.tolist()))
         # No label is ignored. `any` would take a CPU five times as long as `min`.
@@ -195,7 +201,8 @@ def lay_out(
         else:
             tokens = (result['labels'] != IGNORE_INDEX).double() @ of_columns.to(labels.device)
             tokens = tokens if tokens.any() else tokens + _NEXT_TO_NOTHING
-        result['loss_generating_tokens'] = tokens.tolist() if 'total_tokens' in batch else tokens
+        listed = isinstance(batch.get('total_tokens'), list)
+        result['loss_generating_tokens'] = tokens.tolist() if listed else tokens
         if 'total_tokens' not in batch:
             attended = torch.full((rows,), kept, device=labels.device) if mask is None else mask.bool().sum(1)
             result['total_tokens'] = attended

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
+from composer.core import DataSpec
 from composer.loggers import InMemoryLogger
 from composer.models import HuggingFaceModel
 from composer.utils import dist
 from llmfoundry.command_utils.train import train_from_yaml
+from streaming import MDSWriter, StreamingDataset
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp._common_utils import clean_tensor_name
@@ -160,6 +163,36 @@ def loss_of_all_ranks() -> list[float]:
     return logged(logger, 'loss/train/total')
 
 
+def resumed_with_replicated_rows(folder: Path) -> list[list[float]]:
+    """The losses of a run on processes that read the same rows, and of one that goes on from its second step."""
+    from common.trainers import llama, logged, make_trainer
+
+    if dist.get_global_rank() == 0:
+        with MDSWriter(out=str(folder / 'rows'), columns={'tokens': 'ndarray:int64:12'}) as out:
+            for first in range(48):
+                out.write({'tokens': np.arange(first, first + 12)})
+    dist.barrier()
+
+    def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(np.stack([row['tokens'] for row in rows]))
+        return {'input_ids': ids, 'labels': ids.clone()}
+
+    def losses(load: Path | None) -> list[float]:
+        ranks = dist.get_world_size()
+        rows = StreamingDataset(local=str(folder / 'rows'), batch_size=4, replication=ranks, num_canonical_nodes=1)
+        loader = torch.utils.data.DataLoader(rows, batch_size=4, collate_fn=collate, drop_last=True)
+        spec = DataSpec(loader, get_num_samples_in_batch=lambda batch: len(batch['input_ids']) / ranks)
+        saves = {'save_folder': str(folder / 'saved'), 'save_interval': '2ba', 'save_overwrite': True}
+        trainer, logger = make_trainer(
+            llama(), spec, TokenSuperposition(3, '3ba'), '2ep', load_path=load and str(load), **saves
+        )
+        trainer.fit()
+        return logged(logger, 'loss/train/total')
+
+    whole = losses(None)
+    return [whole, losses(folder / 'saved' / 'ep0-ba2-rank0.pt')]
+
+
 def tensor_parallel_embedding() -> str:
     """What superposition says to an embedding of which each process has a part."""
     from common.trainers import llama
@@ -205,6 +238,7 @@ def main() -> None:
     results['counts of epochs'] = counts_of_epochs()
     results['a loss of all ranks'] = loss_of_all_ranks()
     results['epochs of unequal length'] = epochs_of_unequal_length()
+    results['replicated rows'] = resumed_with_replicated_rows(Path(output).parent)
     if dist.get_global_rank() == 0:
         Path(output).write_text(json.dumps(results))
 

@@ -94,6 +94,13 @@ def test_an_epoch_ends_for_all_ranks_where_it_ends_for_one(on_two: dict[str, Any
     assert on_two['epochs of unequal length'] == [3, 3, 3, 1, 1, 1, 1, 1]
 
 
+def test_a_run_whose_ranks_read_the_same_rows_resumes(on_two: dict[str, Any]):
+    whole, resumed = on_two['replicated rows']
+    # 12 loader batches an epoch: 3 steps of 3 and 3 plain ones, then 12 plain ones.
+    assert len(whole) == 6 + 12
+    assert resumed == whole[2:]
+
+
 def test_a_loss_that_reduces_over_ranks_is_called_equally_often_on_each(on_two: dict[str, Any]):
     # Else the ranks reduce other things, and the launch dies or hangs.
     assert len(on_two['a loss of all ranks']) == 4

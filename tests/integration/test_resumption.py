@@ -191,24 +191,64 @@ def test_an_epoch_is_whole_but_for_a_batch_of_each_worker(workers: int, missing:
     check_epoch_is_whole(streaming, 10, 0)
 
 
-class Broken(StreamingDataset):
-    """Its epoch ends with no error before its last rows, as where a shard cannot be read."""
+class Filtered(StreamingDataset):
+    """Leaves out every fourth row, as a filter of quality would."""
 
     def __iter__(self) -> Iterator[Any]:
-        for row in itertools.islice(super().__iter__(), 24):
-            ids = torch.tensor(row['tokens']).long()
-            yield {'input_ids': ids, 'labels': ids.clone()}
+        return (row for row in super().__iter__() if row['tokens'][0] % 4)
 
 
-def test_a_run_whose_epoch_is_cut_short_is_stopped(tmp_path: Path):
-    with MDSWriter(out=str(tmp_path), columns={'tokens': 'ndarray:int64:8'}) as writer:
+class EverySecond:
+    """A loader with every second batch of another."""
+
+    def __init__(self, inner: DataLoader):
+        self.inner = inner
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__['inner'], name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self.inner, 0, None, 2)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    with MDSWriter(out=str(tmp_path), columns={'tokens': 'ndarray:int64:8'}, size_limit=1000) as writer:
         for index in range(48):
             writer.write({'tokens': np.arange(index, index + 8)})
-    loader = DataLoader(Broken(local=str(tmp_path), batch_size=4), batch_size=4)
-    trainer, logger = make_trainer(llama(), loader, TokenSuperposition(3, '9ba'), '12ba')
+    return tmp_path
+
+
+def loader_of(dataset: type[StreamingDataset], shards: Path) -> DataLoader:
+    def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(np.stack([row['tokens'] for row in rows]))
+        return {'input_ids': ids, 'labels': ids.clone()}
+
+    return DataLoader(dataset(local=str(shards), batch_size=4), batch_size=4, collate_fn=collate)
+
+
+def test_a_run_whose_epoch_is_cut_short_is_stopped(shards: Path):
+    (shards / 'shard.00002.mds').unlink()  # streaming prints why, and ends the epoch with no error
+    trainer, logger = make_trainer(llama(), loader_of(StreamingDataset, shards), TokenSuperposition(3, '9ba'), '12ba')
     with pytest.raises(RuntimeError, match='The epoch ended after 6 of 12 loader batches: if data could not be read'):
         trainer.fit()
     assert len(logged(logger, 'superposition/bag_size')) == 2
+
+
+@pytest.mark.parametrize(
+    ('loader', 'batches'),
+    [
+        (lambda shards: loader_of(Filtered, shards), 9),
+        (lambda shards: EverySecond(loader_of(StreamingDataset, shards)), 6),
+    ],
+)
+def test_what_leaves_data_out_by_itself_may_do_so(loader: Any, batches: int, shards: Path):
+    trainer, logger = make_trainer(llama(), loader(shards), TokenSuperposition(2, '2ba'), '2ep')
+    trainer.fit()
+    assert logged(logger, 'superposition/bag_size') == [2, 2, *[1] * (2 * batches - 4)]
 
 
 def test_raw_text_in_padded_rows_resumes_in_a_later_phase(tmp_path: Path, tokenizer: PreTrainedTokenizerBase):

@@ -116,7 +116,9 @@ def test_uneven_microbatches_of_full_rows_add_up_without_counting_tokens():
         ('none', 'output', [2, 2, 2, 2, 2, 2]),
     ],
 )
-def test_a_microbatch_has_as_many_positions_as_in_plain_training(expand: str, superpose: str, rows: list[int]):
+def test_a_microbatch_has_as_many_positions_as_in_plain_training(
+    expand: str, superpose: str, rows: list[int], recwarn: pytest.WarningsRecorder
+):
     """4 rows of 12 tokens in a loader batch, 2 rows in a microbatch; bags of 3 tokens, then of 2."""
     seen = []
 
@@ -133,6 +135,7 @@ def test_a_microbatch_has_as_many_positions_as_in_plain_training(expand: str, su
     assert seen[: len(rows)] == rows
     assert seen[-1] == 2
     assert trainer.state.device_train_microbatch_size == 2
+    assert not [each for each in recwarn if 'Cannot split tensor' in str(each.message)]
 
 
 @pytest.mark.parametrize('config', [pytest.param({}, marks=pytest.mark.slow), {'backend': 'aot_eager'}])

@@ -158,6 +158,21 @@ def test_llm_foundrys_lists_follow_their_rows():
         assert {name: folded[name] for name in folded if name.endswith('_tokens')} == {key: joined[key]}
 
 
+def test_counts_of_tokens_stay_lists_or_tensors():
+    of_rows = {'total_tokens': [6, 5, 4, 3], 'loss_generating_tokens': [5, 4, 3, 2]}
+    listed, tensors = make_batch(4, 6) | of_rows, make_batch(4, 6)
+    tensors |= {key: torch.tensor(counts) for key, counts in of_rows.items()}
+    for fold in (
+        lambda batch: F_tst.fold_batch(batch, 2),
+        lambda batch: lay_out(batch, 2, 'sequence', 'both', torch.ones(2)).batch,
+    ):
+        lists, given = fold(listed), fold(tensors)
+        assert lists['total_tokens'] == [11, 7]
+        for key in of_rows:
+            assert isinstance(lists[key], list)
+            assert given[key].tolist() == lists[key]
+
+
 @pytest.mark.parametrize('expand', ['sequence', 'batch', 'none'])
 def test_token_types_and_positions_that_say_nothing_are_those_of_the_bags(expand: str):
     ids = torch.arange(18).view(3, 6)
