@@ -109,7 +109,7 @@ def _round(number: float) -> str:
 
 def _si(number: float) -> str:
     for size, suffix in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M')):
-        if number >= size:
+        if number >= 0.9995 * size:  # which three digits round up
             return f'{number / size:.3g}{suffix}'
     return f'{number:,.0f}'
 

@@ -1,9 +1,10 @@
-"""``composer-tst recipe``: the configs of the published models, which run on any machine."""
+"""``composer-tst recipe``: the configs of the published models, which run from any folder."""
 
 from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -90,9 +91,9 @@ def main(
     except CommandError as error:
         typer.echo(f'error: {error}', err=True)
         raise typer.Exit(1) from None
-    there = '' if output.parent == Path() else f'cd {output.parent} && '
+    there = '' if output.parent == Path() else f'cd {shlex.quote(str(output.parent))} && '
     typer.echo(
         f'{output} and {beside} are written. Set variables.data, variables.tokenizer and variables.save to your own, '
-        f'then: {there}composer -n 8 -c llmfoundry train {output.name}',
+        f'then: {there}composer -n 8 -c llmfoundry train {shlex.quote(output.name)}',
         err=True,
     )

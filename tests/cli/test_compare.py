@@ -133,6 +133,20 @@ def test_an_evaluation_under_another_label_is_found(tmp_path):
     assert read_run(write(tmp_path, BASELINE, label='c4')).final_loss == 3.0
 
 
+def test_one_of_several_eval_loaders_is_named(tmp_path: Path, command: Command):
+    """As llm-foundry logs them if `eval_loader` is a list."""
+    folders = [two_evaluations(tmp_path / name, 'eval/') for name in ('baseline', 'run')]
+    code, _, error = command(*folders)
+    assert code == 1
+    assert 'logged the validation losses of c4, pile: name one of them, as --eval c4' in error
+    code, out, _ = command(*folders, '--eval', 'pile')
+    assert code == 0
+    assert '2.5000' in out
+    code, _, error = command(*folders, '--eval', 'code')
+    assert code == 1
+    assert f'--eval code: {folders[0]} logged c4, pile' in error
+
+
 def test_command_prints_the_table_and_draws_a_small_picture(tmp_path, command):
     baseline = write(tmp_path / 'baseline', BASELINE)
     wins = write(tmp_path / 'wins', {50: 6.0, 100: 2.75}, phases={0: 4, 30: 1}, train=2.5)
@@ -263,6 +277,10 @@ def of(name: str, loader: str, **dataset: str) -> dict[str, Any]:
             TOLD, TOLD | {'settings': SETTINGS | {'eval_subset_num_batches': 5}}, '; other: eval set',
             'run and baseline were evaluated on other data',
         ),
+        (
+            {'settings': {'eval_loaders': [SETTINGS['eval_loader']]}}, {'settings': {'eval_loaders': [LOADER]}},
+            'other: eval set', 'run and baseline were evaluated on other data, by eval_loader',
+        ),
         ({}, {'label': 'c4'}, 'other: eval set', 'run was evaluated on c4 and baseline on eval: losses on different'),
         (TOLD, {'rate': 0.001}, 'other: learning rate; not', 'other learning rates, first at step 1, 0.001 and 0.002'),
         # The settings of a rate that was not logged have four digits: they tell another one, but not the same.
@@ -291,6 +309,8 @@ def test_circumstances_are_the_same_only_if_both_runs_tell(
 
 def test_the_title_says_whether_it_helped_and_by_how_much(tmp_path: Path):
     baseline = read_run(write(tmp_path / 'baseline', BASELINE))
+    level = read_run(write(tmp_path / 'as-low', BASELINE, phases=TST))
+    assert picture.title([baseline, level]) == 'as-low ends level with baseline'
     wins = read_run(write(tmp_path / 'wins', {50: 6.0, 100: 2.75}, phases=TST))
     loses = read_run(write(tmp_path / 'loses', {50: 6.0, 100: 3.5}, phases=TST))
     assert picture.title([baseline, wins]) == 'wins ends 0.250 nats per token better than baseline'
@@ -369,10 +389,14 @@ def diverged(tmp_path: Path) -> Path:
     return write(tmp_path / 'diverged', {50: 4.0, 100: float('nan')})
 
 
-def two_evaluations(tmp_path: Path) -> Path:
-    write(tmp_path / 'two', BASELINE, label='c4')
+def two_evaluations(tmp_path: Path, prefix: str = '') -> Path:
+    write(tmp_path / 'two', BASELINE, label=f'{prefix}c4')
     # As if one file had both: the second goes on where the first ended.
-    return write(tmp_path / 'two', {125: 3.0}, steps=range(100, 125), label='pile')
+    return write(tmp_path / 'two', {125: 2.5}, steps=range(100, 125), label=f'{prefix}pile')
+
+
+def evaluated_first_alone(tmp_path: Path) -> Path:
+    return write(tmp_path / 'first', {0: 9.0})
 
 
 @pytest.mark.parametrize(
@@ -382,7 +406,8 @@ def two_evaluations(tmp_path: Path) -> Path:
         (empty, 'holds no TensorBoard event file'),
         (never_evaluated, 'logged no validation loss'),
         (diverged, 'its last validation loss is nan'),
-        (two_evaluations, 'several validation losses'),
+        (two_evaluations, 'logged the validation losses of c4, pile: name one'),
+        (evaluated_first_alone, 'was evaluated before its first step alone'),
     ],
 )
 def test_an_unusable_run_gets_one_sentence_and_exit_code_1(tmp_path, command, make, message):

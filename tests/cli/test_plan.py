@@ -21,7 +21,7 @@ from composer_tst.cli.plan.expected import expect
 from composer_tst.cli.plan.forecast import SWEEP_BAGS, SWEEP_SHARES
 from composer_tst.cli.plan.measured import Measured, same_bags
 from composer_tst.cli.plan.model import Model
-from composer_tst.cli.plan.units import span, times
+from composer_tst.cli.plan.units import si, span, times
 from composer_tst.cli.plan.verdict import GAINS, REFUSED, UNKNOWN, WORSE, Verdict, judge
 from composer_tst.settings import Phase
 
@@ -104,6 +104,10 @@ def test_small_runs_are_in_megabytes_and_minutes():
     assert re.search(r'^time +10.0 minutes on', hour, re.M)
 
 
+def test_numbers_are_rounded_before_they_get_a_suffix():
+    assert [si(number) for number in (999_400, 999_700, 999_700_000, 1e9, 12)] == ['999k', '1M', '1B', '1B', '12']
+
+
 @pytest.mark.parametrize(
     ('hours', 'says'),
     [
@@ -152,6 +156,12 @@ def test_a_mixture_is_counted_by_its_active_experts():
     assert '1.01B active' in run(REPO / 'yamls' / 'pretrain' / '10b_a1b_tst.yaml').stdout
 
 
+def of_model(folder: Path) -> list[str]:
+    """A YAML with the model of a config.json, in rows of 64."""
+    model = [f'model.pretrained_model_name_or_path={folder}', 'model.config_overrides=null']
+    return [str(PRETRAIN / '270m_baseline.yaml'), *model, 'max_seq_len=64', 'global_train_batch_size=16']
+
+
 def test_mixtures_that_say_so_of_their_feed_forward_layers(tmp_path: Path):
     from transformers import DbrxConfig
 
@@ -167,17 +177,35 @@ def test_mixtures_that_say_so_of_their_feed_forward_layers(tmp_path: Path):
     shape |= {'attn_config': {'kv_n_heads': 2}}
     shape |= {'ffn_config': {'ffn_hidden_size': 128, 'moe_num_experts': 16, 'moe_top_k': 4}}
     DbrxConfig(**shape).save_pretrained(tmp_path)
-    model = [f'model={{name: hf_causal_lm, pretrained_model_name_or_path: {tmp_path}}}']
-    made = planned(QUICKSTART / 'baseline.yaml', *model)
+    made = planned(*of_model(tmp_path))
     assert made['parameters'] - made['active_parameters'] == 2 * 12 * 3 * 64 * 128
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_a_hugging_face_model_has_the_parameters_that_training_has(tied: bool, tmp_path: Path):
+    from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
+    shape: dict[str, Any] = {'hidden_size': 64, 'intermediate_size': 96, 'num_hidden_layers': 2, 'vocab_size': 2048}
+    shape |= {'num_attention_heads': 4, 'num_key_value_heads': 2, 'head_dim': 16, 'tie_word_embeddings': tied}
+    text = Gemma3TextConfig(**shape)
+    # llm-foundry trains the part of a model of text and images that reads text.
+    for name, config, built in (
+        ('llama', LlamaConfig(**shape), LlamaForCausalLM(LlamaConfig(**shape))),
+        ('gemma', Gemma3Config(text_config=text.to_dict()), Gemma3ForCausalLM(text)),
+    ):
+        config.save_pretrained(tmp_path / name)
+        made = planned(*of_model(tmp_path / name))
+        assert made['parameters'] == sum(weight.numel() for weight in built.parameters())
+        multiplying = made['parameters'] - (0 if tied else 2048 * 64)
+        attention = 12 * 2 * 4 * 16 * 64  # layers, heads, width of a head, length
+        assert made['phases'][0]['flops_per_step'] == 16 * 64 * (6 * multiplying + attention)
 
 
 def test_a_mixture_whose_experts_cannot_be_told_is_refused(tmp_path: Path):
     from transformers import GraniteMoeConfig
 
     GraniteMoeConfig(num_hidden_layers=1, num_local_experts=4).save_pretrained(tmp_path)
-    model = [f'model={{name: hf_causal_lm, pretrained_model_name_or_path: {tmp_path}}}']
-    result = run(QUICKSTART / 'baseline.yaml', *model)
+    result = run(*of_model(tmp_path))
     assert result.exit_code == 1
     assert 'experts this cannot tell from the rest' in result.stderr
 
@@ -227,6 +255,16 @@ def test_shards_are_counted_against_the_data_there_is(tmp_path: Path):
     result = run(QUICKSTART / 'baseline.yaml', '--stats', path)
     assert 'max_seq_len is 64, and the rows of --stats ' in result.stderr
     assert 'have 128 tokens: set max_seq_len: 128, or prepare the data with --seq-len 64' in result.stderr
+
+
+def test_of_several_streams_the_splits_are_added_up(tmp_path: Path):
+    counts = {'a': 100, 'b': 900, 'val': 7}
+    splits = {name: {'rows': rows, 'tokens': 64 * rows, 'bytes': 256 * rows} for name, rows in counts.items()}
+    (tmp_path / 'stats.json').write_text(json.dumps({'seq_len': 64, 'splits': splits}))
+    streams = '{one: {local: x, split: a}, two: {local: x, split: b}, three: {local: y, split: b}}'
+    loader = f'train_loader.dataset.streams={streams}'
+    made = planned(QUICKSTART / 'baseline.yaml', loader, '--stats', tmp_path / 'stats.json', 'max_duration=1ep')
+    assert made['steps'] == 1000 // 16
 
 
 MODEL = Model(267_000_000, 267_000_000, 193_000_000, 30 * 576)
@@ -383,6 +421,26 @@ def test_finetuning_is_not_judged_by_pre_training():
     assert lines[-1] == 'advice              Finetune plainly.'
 
 
+@pytest.mark.parametrize(
+    ('overrides', 'verdict', 'why'),
+    [
+        (['model.peft_config={peft_type: LORA, r: 8}'], REFUSED, 'trains all weights, and model.peft_config a few'),
+        (['load_path=x.pt'], UNKNOWN, 'began with random weights, and this one begins with those of load_path.'),
+        (['model.pretrained=null'], UNKNOWN, 'those of model.pretrained, which is true unless it is given.'),
+        (['model.pretrained=false'], GAINS, 'The nearest published run with these bags gained.'),
+    ],
+)
+def test_what_is_no_pre_training_from_random_weights_is_not_judged_by_it(overrides: list[str], verdict: str, why: str):
+    found = planned(PRETRAIN / '270m_tst.yaml', *overrides)['verdict']
+    assert found['verdict'] == verdict
+    assert why in found['why']
+
+
+def test_a_mixture_is_judged_by_the_one_that_is_published():
+    found = planned(PRETRAIN / '10b_a1b_tst.yaml')['verdict']
+    assert (found['verdict'], found['why'][:35]) == (UNKNOWN, 'Of mixtures of experts one pair is ')
+
+
 def test_settings_that_are_not_published_have_no_verdict():
     assert judged(267e6, 157, 20_000, replace(BAGS, expand='none')).verdict == UNKNOWN
     assert judged(267e6, 157, 20_000, replace(BAGS, expand='batch')).verdict == UNKNOWN
@@ -476,7 +534,9 @@ def test_the_sweep_has_every_point():
         QUICKSTART / 'baseline.yaml', '--sweep', '--bag-size', 6, '--duration', '0.2dur',
         'algorithms.token_superposition.expand=none',
     )  # fmt: skip
-    assert {point['data_tokens'] for point in none} == {3000 * 16 * 64}
+    for point in none:  # the ends of rows that fill no bag are not read
+        kept = point['superposed_steps'] * (64 - 64 % point['bag_size']) + (3000 - point['superposed_steps']) * 64
+        assert point['data_tokens'] == 16 * kept
     # Which reads less than a plain run of equal cost: nothing that is known tells of it.
     assert all(point['expected'] is None for point in none)
 
@@ -528,13 +588,19 @@ def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path
         (['scheduler.alpha_f=2'], 'alpha_f=2 must be a number from 0 to 1'),
         (['scheduler.t_decay=5000tok'], 't_decay=5000tok cannot be counted back from max_duration=3000ba'),
         (['algorithms.token_superposition.bagsize=4'], 'bagsize is no setting (did you mean bag_size?)'),
-        (
-            ['model={name: hf_causal_lm, pretrained_model_name_or_path: meta-llama/Llama-3.2-1B}'],
-            "is 'meta-llama/Llama-3.2-1B', which is no folder with a config.json, and the hub does not answer",
-        ),
         (['model.name=gpt'], "model.name is 'gpt': this reads"),
         (['model.n_layers=two'], 'model: mpt_causal_lm refuses these settings'),
         (['max_seq_len=${nothing}'], 'nothing'),
+        (['max_duration=${oc.env:HOME}'], 'reads the environment by oc.env, which llm-foundry does not resolve'),
+        (['train_loader.dataset.max_seq_len=32'], 'max_seq_len is 64 and train_loader.dataset.max_seq_len 32: give'),
+        (['model.name=hf_causal_lm'], 'model.d_model is no setting of hf_causal_lm: remove it'),
+        (
+            [
+                *('--bag-size', '4', '--duration', '0.3dur'),
+                'scheduler={name: cosine_with_warmup, t_warmup: 100000tok, alpha_f: 0.1, t_decay: null}',
+            ],
+            'scheduler: ',
+        ),
         (['--bag-size', '1', '--duration', '0.3dur'], 'bag_size is 1: give an integer of at least 2'),
         (['--bag-size', '4'], 'bag_size is 4 and duration is None: give both'),
         (
@@ -598,6 +664,22 @@ def test_what_is_wrong_gets_one_sentence_and_writes_nothing(
     assert line.startswith('error: ')
     assert message in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ('override', 'message'),
+    [
+        (
+            'model.pretrained_model_name_or_path=meta-llama/Llama-3.2-1B',
+            "is 'meta-llama/Llama-3.2-1B', which is no folder with a config.json, and the hub does not answer",
+        ),
+        ('model.config_overides={}', 'model.config_overides is no setting of hf_causal_lm (did you mean config_overr'),
+    ],
+)
+def test_what_is_wrong_with_a_hugging_face_model_gets_one_sentence(override: str, message: str):
+    result = run(PRETRAIN / '270m_tst.yaml', override)
+    assert result.exit_code == 1
+    assert message in result.stderr.splitlines()[-1]
 
 
 def test_stats_of_something_else_get_one_sentence(tmp_path: Path):

@@ -20,6 +20,9 @@ def main(
     output: Annotated[
         Path | None, typer.Option(metavar='PICTURE', help='Draw the curves too: .png, .svg or .pdf.')
     ] = None,
+    label: Annotated[
+        str | None, typer.Option('--eval', metavar='LABEL', help='The eval loader to compare, if there are several.')
+    ] = None,
 ) -> None:
     """Print final losses and iso-loss speed-ups of runs beside a baseline's, and draw their loss curves.
 
@@ -37,7 +40,7 @@ def main(
                 raise CommandError(f'--output {output}: its suffix is its format, give {", ".join(FORMATS)}')
             from composer_tst.cli.compare.picture import draw  # which alone needs matplotlib
         folders = [baseline, *runs]
-        compared = [read_run(folder) for folder in folders]
+        compared = [read_run(folder, label) for folder in folders]
         for folder in folders:
             if sum(folder.resolve() == other.resolve() for other in folders) > 1:
                 raise CommandError(f'{folder} is given more than once: give each run once')

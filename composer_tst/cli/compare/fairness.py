@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from composer_tst.cli.compare.runs import Run
+from composer_tst.cli.compare.runs import Run, label_of
 
 MARK = '(!)'
 # Positions of the model a step: within this share of each other they are the same, for an epoch's last step is smaller.
@@ -51,10 +51,11 @@ def _circumstances(baseline: Run, run: Run) -> dict[str, tuple[bool | None, str]
     data = _same_setting(baseline, run, 'train_loader')
     rate, where = _same_rate(baseline, run)
     if run.measured != baseline.measured:
-        evaluated, on = False, f'{run.name} was evaluated on {_label(run)} and {baseline.name} on {_label(baseline)}'
+        mine, theirs = label_of(run.measured), label_of(baseline.measured)
+        evaluated, on = False, f'{run.name} was evaluated on {mine} and {baseline.name} on {theirs}'
     else:
         parts = [each.settings.get('eval_subset_num_batches') for each in (baseline, run)]
-        evaluated = _same_setting(baseline, run, 'eval_loader')
+        evaluated = _same_setting(baseline, run, 'eval_loaders' if 'eval_loaders' in run.settings else 'eval_loader')
         evaluated = evaluated and parts[0] == parts[1]
         on = f'{two} were evaluated on other data, by eval_loader and eval_subset_num_batches'
     pace, plain = _positions_a_step(run), _positions_a_step(baseline)
@@ -86,6 +87,10 @@ def _without_caches(text: str) -> Any:
         found = ast.literal_eval(text)
     except (SyntaxError, ValueError):
         return text
+    return [_loader(each) for each in found] if isinstance(found, list) else _loader(found)
+
+
+def _loader(found: Any) -> Any:
     return _dataset(found['dataset']) if isinstance(found, dict) and isinstance(found.get('dataset'), dict) else found
 
 
@@ -126,10 +131,6 @@ def is_marked(runs: Sequence[Run], run: Run) -> bool:
     """Whether a run's numbers carry the mark."""
     baseline = runs[0]
     return baseline.superposed if run is baseline else baseline.superposed or bool(remarks(baseline, run))
-
-
-def _label(run: Run) -> str:
-    return run.measured.removeprefix('metrics/').removesuffix('/LanguageCrossEntropy')
 
 
 def _positions_a_step(run: Run) -> float:

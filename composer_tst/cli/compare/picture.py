@@ -93,9 +93,9 @@ def title(runs: Sequence[Run]) -> str:
     """Whether it helped, and by how much."""
     baseline, *others = runs
     best = min(others, key=lambda run: run.final_loss)
-    difference = best.final_loss - baseline.final_loss
-    than = 'better' if difference < 0 else 'worse'
-    against = f'{abs(difference):.3f} nats per token {than} than {_plain(baseline.name)}'
+    than, *by = change(baseline, best, 3).split()
+    against = f'{by[0]} nats per token {than} than' if by else f'{than} with'
+    against += f' {_plain(baseline.name)}'
     of_several = f'Of {len(others)} runs ' if len(others) > 1 else ''
     marked = f' {MARK}' if any(is_marked(runs, run) for run in runs) else ''
     return f'{of_several}{_plain(best.name)} ends {"lowest, " if of_several else ""}{against}{marked}'

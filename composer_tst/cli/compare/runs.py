@@ -92,8 +92,8 @@ class Run:
         return int(self.bag_size.values[max(latest, 0)]) if len(self.bag_size.steps) else 1
 
     def tokens_at(self, steps: NDArray[np.int64] | Sequence[int]) -> NDArray[np.float64]:
-        """Cumulative data tokens at ``steps[N]``, linear between logged steps."""
-        return np.interp(steps, self.tokens.steps, self.tokens.values)
+        """Cumulative data tokens at ``steps[N]``, linear between logged steps and from none before the first."""
+        return np.interp(steps, [0, *self.tokens.steps], [0, *self.tokens.values])
 
     def superposed_at(self, steps: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether each of ``steps[N]`` was trained on bags, judged by the last bag size logged by then."""
@@ -103,28 +103,43 @@ class Run:
         return self.bag_size.values[np.maximum(latest, 0)] > 1
 
 
+def label_of(tag: str) -> str:
+    """The label of the eval loader that a validation loss is of: `eval` of a single one."""
+    label = tag.removeprefix('metrics/').removesuffix('/LanguageCrossEntropy')
+    return label.removeprefix('eval/')
+
+
 def _is_wanted(tag: str) -> bool:
     known = (TRAIN_LOSS, BAG_SIZE, DATA_TOKENS, S_TOKENS, TIME_TOKEN)
     return tag in known or any(pattern.fullmatch(tag) for pattern in (ANY_EVAL_LOSS, LEARNING_RATE))
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, label: str | None = None) -> Run:
     """Read the run whose event files lie somewhere under ``folder``.
+
+    Args:
+        folder: The run's.
+        label: Of the eval loader to compare, if the run has several.
 
     Returns:
         Run: The run, named by its folder.
 
     Raises:
         CommandError: If the folder is missing, has no event file or several runs, if validation loss, train loss or
-            tokens were not logged, if several validation losses were and none is labelled ``eval``, or if the last
-            validation loss is not finite.
+            tokens were not logged, if several validation losses were and ``label`` names none of them, or if the last
+            validation loss is not finite or of step 0.
     """
     scalars, settings, cut = read_scalars(folder, _is_wanted)
     eval_tags = [EVAL_LOSS] if EVAL_LOSS in scalars else sorted(filter(ANY_EVAL_LOSS.fullmatch, scalars))
+    labels = {label_of(tag): tag for tag in eval_tags}
+    if label is not None and label not in labels:
+        raise CommandError(f'--eval {label}: {folder} logged {", ".join(labels) or "no validation loss"}')
+    if label is not None:
+        eval_tags = [labels[label]]
     if len(eval_tags) > 1:
         raise CommandError(
-            f'{folder} logged several validation losses and none labelled eval ({", ".join(eval_tags)}); '
-            'label the one to compare eval in the eval loader'
+            f'{folder} logged the validation losses of {", ".join(labels)}: name one of them, as '
+            f'--eval {next(iter(labels))}'
         )
     cut_short = f' {cut[0]}' if cut else ''  # which may be why
     if not eval_tags:
@@ -139,6 +154,8 @@ def read_run(folder: Path) -> Run:
     validation = scalars[eval_tags[0]]
     if not np.isfinite(validation.values[-1]):
         raise CommandError(f'{folder} diverged: its last validation loss is {validation.values[-1]}')
+    if validation.steps[-1] < 1:
+        raise CommandError(f'{folder} was evaluated before its first step alone: give that run an eval interval')
     nothing = Series(np.empty(0, np.int64), np.empty(0))
     bag_size = scalars.get(BAG_SIZE, nothing)
     return Run(

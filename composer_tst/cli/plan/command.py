@@ -40,7 +40,7 @@ def main(
     """Say what a run will take, and whether superposition is likely to gain in it."""
     from omegaconf import OmegaConf
 
-    from composer_tst.cli.plan.keys import change_settings, check, load, superposition_settings, train_split
+    from composer_tst.cli.plan.keys import change_settings, check, load, superposition_settings, train_splits
     from composer_tst.cli.plan.stats import read_data
 
     try:
@@ -55,7 +55,7 @@ def main(
         if out and superposition_settings(config) is None:
             raise CommandError('--write needs a superposition: give --bag-size and --duration, or name it in the YAML')
         check(config)
-        data = read_data(stats, train_split(config), config.max_seq_len) if stats else None
+        data = read_data(stats, train_splits(config), config.max_seq_len) if stats else None
 
         typer.echo('reading the model with Composer and llm-foundry, ten seconds or more ...', err=True)
         with warnings.catch_warnings():  # which are of no use to who only plans

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.plan.keys import check, superposition_settings
+from composer_tst.cli.plan.keys import check, meant, superposition_settings
 from composer_tst.settings import Settings
 
 
@@ -34,9 +33,9 @@ def read_run(config: DictConfig) -> Run:
     known = {field.name for field in fields(TrainConfig)}
     for key in config:
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, 1)
-            meant = f' (did you mean {nearest[0]}?)' if nearest else ''
-            raise CommandError(f'{key} is no key of llm-foundry{meant}: remove it, or put it under variables')
+            raise CommandError(
+                f'{key} is no key of llm-foundry{meant(str(key), known)}: remove it, or put it under variables'
+            )
     try:
         max_duration = Time.from_timestring(text)
     except (TypeError, ValueError, OverflowError):

@@ -11,16 +11,16 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from composer.core import Time, TimeUnit
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from composer_tst.cli.plan.config import Run, equal_steps
-from composer_tst.cli.plan.cost import cost_phases
+from composer_tst.cli.plan.cost import cost_phases, steps_of
 from composer_tst.cli.plan.expected import expect
 from composer_tst.cli.plan.measured import same_bags
 from composer_tst.cli.plan.model import Model
 from composer_tst.cli.plan.remarks import remarks
 from composer_tst.cli.plan.stats import Data
-from composer_tst.cli.plan.verdict import advice, judge, of_finetuning
+from composer_tst.cli.plan.verdict import advice, but_for, judge
 from composer_tst.settings import Phase
 
 SWEEP_BAGS = (2, 3, 4, 6, 8, 12, 16)
@@ -70,10 +70,7 @@ def make_plan(config: DictConfig, run: Run, model: Model, data: Data | None, spe
         run = replace(run, phases=(Phase(6, Time(0.3, TimeUnit.DURATION)),))
         bag, share, shares = 6, 0.3, [0.3]
     measured = same_bags(run, model, shares)
-    verdict = judge(run, model, equivalent, steps, share, bag, measured)
-    if OmegaConf.select(config, 'train_loader.name') == 'finetuning':
-        verdict = of_finetuning(verdict)
-    plan['verdict'] = asdict(verdict)
+    plan['verdict'] = asdict(but_for(config, judge(run, model, equivalent, steps, share, bag, measured)))
     if superposed:
         expected = expect(run, model, equivalent, steps, share, bag, measured)
         plan['expected'] = expected and asdict(expected)
@@ -99,8 +96,10 @@ def sweep(run: Run, model: Model, data: Data | None) -> list[dict[str, Any]]:
     for bag in SWEEP_BAGS:
         for share in SWEEP_SHARES:
             superposed = int(share * steps)
-            tokens = (superposed * run.draws(bag) + steps - superposed) * run.rows * run.length
             this = replace(plain, phases=(Phase(bag, Time(share, TimeUnit.DURATION)),))
+            planned = steps_of(this)
+            assert planned is not None  # its length is in steps
+            tokens = sum(planned.tokens_of(stretch) or 0 for stretch in planned.stretches)
             measured = same_bags(this, model, [share])
             expected = expect(this, model, positions, steps, share, bag, measured) if superposed else None
             found.append(

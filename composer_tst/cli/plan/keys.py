@@ -1,8 +1,10 @@
-"""The keys of a YAML, read and checked in a moment: nothing heavy is imported."""
+"""The keys of a YAML, and the stats.json beside its shards, checked in a moment: nothing heavy is imported."""
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,14 @@ def load(path: str, overrides: list[str]) -> DictConfig:
         config: Any = OmegaConf.create(text)
         if isinstance(config, DictConfig):
             config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
+            if '${oc.env:' in str(OmegaConf.to_container(config)):
+                raise CommandError(
+                    f'{path} reads the environment by oc.env, which llm-foundry does not resolve: give the value, or '
+                    'an override on the command line'
+                )
             OmegaConf.to_container(config, resolve=True)
+    except CommandError:
+        raise
     except Exception as error:
         # YAML and OmegaConf fail in many ways, with advice over several lines.
         problem, mark = str(getattr(error, 'problem', '')), getattr(error, 'problem_mark', None)
@@ -67,6 +76,11 @@ def check(config: DictConfig) -> None:
             f'or {duration}ep for epochs'
         )
     superposition_settings(config)
+    of_rows = _dataset(config).get('max_seq_len', length)
+    if of_rows != length:
+        raise CommandError(
+            f'max_seq_len is {length} and train_loader.dataset.max_seq_len {of_rows}: give one length for both'
+        )
     for folder, stats in shards(config):
         if stats['seq_len'] != length:
             raise CommandError(
@@ -114,9 +128,9 @@ def change_settings(config: DictConfig, bag_size: int | None, duration: str | No
         OmegaConf.update(config, 'algorithms.token_superposition', {**kept, **given}, merge=False, force_add=True)
 
 
-def train_split(config: DictConfig) -> str:
-    """The split that the train loader reads."""
-    return _streams(config)[0].get('split') or 'train'
+def train_splits(config: DictConfig) -> list[str]:
+    """The splits that the streams of the train loader read, each once."""
+    return [*dict.fromkeys(stream.get('split') or 'train' for stream in _streams(config))]
 
 
 def shards(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
@@ -131,10 +145,21 @@ def shards(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def _streams(config: DictConfig) -> list[dict[str, Any]]:
+def meant(key: str, known: Iterable[str]) -> str:
+    """What a key that is not known may stand for, in brackets; empty if nothing is near."""
+    nearest = difflib.get_close_matches(key, known, 1)
+    return f' (did you mean {nearest[0]}?)' if nearest else ''
+
+
+def _dataset(config: DictConfig) -> Any:
     dataset: Any = OmegaConf.select(config, 'train_loader.dataset') or {}
     if not isinstance(dataset, (dict, DictConfig)):
         raise CommandError(f'train_loader.dataset is {dataset!r}: give its settings by name')
+    return dataset
+
+
+def _streams(config: DictConfig) -> list[dict[str, Any]]:
+    dataset = _dataset(config)
     streams = dataset.get('streams') or {}
     if not isinstance(streams, (dict, DictConfig)) or not all(
         isinstance(s, (dict, DictConfig)) for s in streams.values()

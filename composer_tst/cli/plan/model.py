@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.plan.keys import shards, value
+from composer_tst.cli.plan.keys import meant, shards, value
 
 # What llm-foundry's MPT takes beside its architecture. The loss it takes by default is installed with a GPU alone.
 NO_ARCHITECTURE = ('name', 'loss_fn', 'use_train_metrics', 'additional_train_metrics')
@@ -48,14 +49,15 @@ def build(config: DictConfig) -> Model:
     try:
         with _quiet():
             model = BUILDERS[name](settings)
+            # Training enlarges the embedding of an MPT to what the tokenizer needs.
+            enlarged = name == 'mpt_causal_lm' or bool(settings.get('allow_embedding_resizing'))
+            _check_vocabulary(config, model, enlarged)
+            return _count(model)
     except CommandError:
         raise
     except Exception as error:
         # What a config is refused for takes many forms, some over several lines.
         raise CommandError(f'model: {name} refuses these settings: {" ".join(str(error).split())[:300]}') from error
-    # Training enlarges the embedding of an MPT to what the tokenizer needs.
-    _check_vocabulary(config, model, name == 'mpt_causal_lm' or bool(settings.get('allow_embedding_resizing')))
-    return _count(model)
 
 
 def _check_vocabulary(config: DictConfig, model: Any, enlarged: bool) -> None:
@@ -97,21 +99,27 @@ def _quiet() -> Iterator[None]:
 
 def _hugging_face(settings: dict[str, Any]) -> Any:
     import torch
-    from llmfoundry.utils.config_utils import set_config_overrides
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from llmfoundry.models.hf import ComposerHFCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import no_init_weights
 
-    named = settings.get('pretrained_model_name_or_path')
+    known = inspect.signature(ComposerHFCausalLM).parameters
+    for key in settings:
+        if key not in (*known, 'name', 'master_weights_dtype'):
+            raise CommandError(f'model.{key} is no setting of hf_causal_lm{meant(key, known)}: remove it')
+    named, trusted = settings.get('pretrained_model_name_or_path'), settings.get('trust_remote_code', True)
+    overrides, token = settings.get('config_overrides') or {}, settings.get('use_auth_token', False)
     try:
-        hf = AutoConfig.from_pretrained(named)
+        hf = ComposerHFCausalLM.build_config(named, trusted, token, 'eager', overrides)  # pyright: ignore
     except OSError as error:
         raise CommandError(
             f'model.pretrained_model_name_or_path is {named!r}, which is no folder with a config.json, and the hub '
             'does not answer for it: give such a folder, as composer-tst recipe NAME --output FILE writes beside FILE'
         ) from error
-    set_config_overrides(hf, settings.get('config_overrides') or {})
     with torch.device('meta'), no_init_weights():
-        return AutoModelForCausalLM.from_config(hf)
+        model = AutoModelForCausalLM.from_config(hf, trust_remote_code=trusted)
+    model.tie_weights()  # which is left out where weights are not initialized
+    return model
 
 
 def _mpt(settings: dict[str, Any]) -> Any:

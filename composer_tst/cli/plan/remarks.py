@@ -69,7 +69,7 @@ def _turns(config: DictConfig, run: Run, plan: Plan, data: Data | None) -> tuple
     try:
         return turns(rate, plan.total)
     except (RuntimeError, ValueError) as error:
-        if data is None:
+        if data is None and isinstance(error, RuntimeError):
             return None, None  # it may need the length of an epoch, which only training knows
         raise CommandError(f'scheduler: {error}') from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,15 @@ from composer_tst.cli.main import CommandError
 
 @dataclass(frozen=True)
 class Data:
-    """A split in numbers."""
+    """Splits in numbers."""
 
     rows: int
     tokens: int
     bytes: int
 
 
-def read_data(path: str, split: str, length: int) -> Data:
-    """Read a split from a `stats.json`, whose rows must have `length` tokens."""
+def read_data(path: str, splits: Sequence[str], length: int) -> Data:
+    """Read some splits from a `stats.json`, whose rows must have `length` tokens."""
     try:
         stats = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -32,11 +33,17 @@ def read_data(path: str, split: str, length: int) -> Data:
             f'max_seq_len is {length}, and the rows of --stats {path} have {stats["seq_len"]} tokens: set max_seq_len: '
             f'{stats["seq_len"]}, or prepare the data with --seq-len {length}'
         )
-    found = stats['splits'].get(split) or {'rows': 0, 'tokens': 0, 'bytes': 0}
+    of_each = [_read_split(path, stats['splits'], split) for split in splits]
+    return Data(*(sum(counts) for counts in zip(*of_each, strict=True)))
+
+
+def _read_split(path: str, splits: dict[str, Any], split: str) -> tuple[int, int, int]:
+    """Rows, tokens and bytes."""
+    found = splits.get(split) or {'rows': 0, 'tokens': 0, 'bytes': 0}
     counts: list[Any] = [found.get(key) for key in ('rows', 'tokens', 'bytes')] if isinstance(found, dict) else [None]
     if not all(isinstance(count, int) for count in counts):
         raise CommandError(f'--stats {path}: split {split!r} lacks rows, tokens or bytes: give what prepare-data wrote')
-    data = Data(*counts)
-    if not data.tokens:
+    rows, tokens, size = counts
+    if not tokens:
         raise CommandError(f'--stats {path}: it has no split {split!r} with rows in it: prepare one')
-    return data
+    return rows, tokens, size

@@ -4,7 +4,7 @@
 def si(number: float) -> str:
     """A number with three digits and a suffix."""
     for magnitude, suffix in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
-        if number >= magnitude:
+        if number >= 0.9995 * magnitude:  # which three digits round up
             return f'{number / magnitude:.3g}{suffix}'
     return f'{number:.3g}'
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from composer_tst.cli.plan.config import Run
 from composer_tst.cli.plan.expected import Known, distance, from_measured, published
@@ -18,6 +21,10 @@ GAINS, UNKNOWN, WORSE = 'likely gains', 'not known', 'likely worse than plain tr
 REFUSED = 'training refuses it'
 PUBLISHED_STEPS, PUBLISHED_TOKENS = 20_000, 12  # the fewest of published runs, the latter per parameter
 FEW_STEPS = 2_000  # with fewer, nothing gained here
+MIXTURES = (
+    'Of mixtures of experts one pair is published, with 10B parameters: after 50,000 steps it ended better by 0.016 '
+    'than the plain run after 125,000.'
+)
 
 
 @dataclass(frozen=True)
@@ -53,16 +60,32 @@ def judge(
         verdict, why, near = _by_budgets(measured, model, *budget)
         row = nearest([*grids, *rows, *others] if verdict == UNKNOWN else [from_measured(each) for each in near])
         if row.who == 'published':
-            why = 'No run that is known is near this one.'
+            why = MIXTURES if model.active < model.parameters else 'No run that is known is near this one.'
     long = max(steps, FEW_STEPS) if verdict == GAINS else steps  # what gained is not advised against
     advised = advice(model, budget[0], long, other=(bag, round(share, 2)) != (6, 0.3))
     return Verdict(verdict, why, _row(row, row not in [*grids, *rows]), _distance(row, model, *budget), advised)
 
 
-def of_finetuning(verdict: Verdict) -> Verdict:
-    """The verdict on a run that only looks like one of pre-training."""
-    why = 'Superposition is for pre-training, and the loader is one of finetuning.'
-    return replace(verdict, verdict=REFUSED, why=why, nearest='', advice='Finetune plainly.')
+def but_for(config: DictConfig, verdict: Verdict) -> Verdict:
+    """The verdict, but for a run that is refused, or that only looks like pre-training from random weights."""
+
+    def setting(key: str, otherwise: Any = None) -> Any:
+        found = OmegaConf.select(config, key)
+        return otherwise if found is None else found
+
+    if setting('train_loader.name') == 'finetuning':
+        why = 'Superposition is for pre-training, and the loader is one of finetuning.'
+        return replace(verdict, verdict=REFUSED, why=why, nearest='', advice='Finetune plainly.')
+    if setting('model.peft_config'):
+        why = 'Superposition trains all weights, and model.peft_config a few.'
+        return replace(verdict, verdict=REFUSED, why=why, nearest='', advice='Train plainly.')
+    weights = 'load_path' if setting('load_path') else ''
+    if setting('model.name') == 'hf_causal_lm' and setting('model.pretrained', True):
+        weights = 'model.pretrained, which is true unless it is given'
+    if weights and verdict.verdict == GAINS:
+        why = f'Runs that are known began with random weights, and this one begins with those of {weights}.'
+        return replace(verdict, verdict=UNKNOWN, why=why)
+    return verdict
 
 
 def is_published(model: Model, tokens_per_parameter: float, steps: int) -> bool:
