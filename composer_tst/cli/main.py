@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import distributions, version
+from io import TextIOWrapper
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -56,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f'error: {name} is no command{meant}: give one of {", ".join(COMMANDS)}', file=sys.stderr)
         return 2
     module, _ = COMMANDS[name]
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be in the terminal's encoding
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
     try:
         app = importlib.import_module(module).app
         app(args=rest, prog_name=f'composer-tst {name}', help_option_names=['-h', '--help'])

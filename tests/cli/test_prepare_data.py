@@ -3,13 +3,20 @@
 import errno
 import json
 import multiprocessing
+import os
 import re
 import resource
 import signal
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
+import typer
+import yaml
+from common import REPO
 from common.preparing import (
+    COMMAND,
     SETTINGS,
     SPLITS,
     L,
@@ -30,7 +37,7 @@ from hypothesis import strategies as st
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from composer_tst.cli.main import CommandError
-from composer_tst.cli.prepare_data import convert, parts, tokenizer
+from composer_tst.cli.prepare_data import convert, errors, parts, report, tokenizer, workers
 from composer_tst.cli.prepare_data.output import Output
 
 pytest_plugins = ['common.preparing_fixtures']
@@ -208,6 +215,50 @@ def test_what_typer_refuses(arguments: list[object], message: str, corpus: Path,
     assert result.exit_code == 2
     assert message in ' '.join(result.stderr.replace('│', '').split())
     assert not Path('out').exists()
+
+
+def test_the_yaml_that_is_printed_holds_from_any_folder_and_in_any_terminal(
+    corpus: Path, tokenizer_dir: str, tmp_path: Path
+):
+    (corpus / 'naïve.csv').write_text('left out')
+    (tmp_path / 'here').symlink_to(tokenizer_dir)
+    arguments = [corpus, '--output', tmp_path / 'out', '--seq-len', L, '--tokenizer', './here']
+    environment = os.environ | {'PYTHONIOENCODING': 'ascii', 'PYTHONPATH': str(REPO)}
+    line = [*COMMAND, *map(str, arguments)]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'na\\xefve.csv' in done.stdout
+    printed = yaml.safe_load(done.stdout[done.stdout.index('max_seq_len') :])
+    assert printed['tokenizer']['name'] == str(Path(tokenizer_dir).resolve())
+
+
+def test_each_data_set_in_a_bucket_has_a_cache_of_its_own():
+    def cache(address: str, rows: int) -> str:
+        split = {'documents': 1, 'rows': rows, 'tokens': rows * L}
+        stats = {'seq_len': L, 'bad_documents': 0, 'splits': {'train': split}}
+        told = report.describe(stats, '', address, 'gpt2')
+        return yaml.safe_load(told[told.index('max_seq_len') :])['train_loader']['dataset']['local']
+
+    # Streaming reads the index that lies in a cache, whatever is in the bucket by now.
+    assert len({cache('s3://b/one', 10), cache('s3://b/two', 10), cache('s3://b/one', 12)}) == 3
+    assert cache('s3://b/one', 10) == cache('s3://b/one', 10)
+
+
+def test_workers_do_not_answer_an_interrupt_as_they_begin():
+    assert signal.SIGINT in workers.in_worker(signal.pthread_sigmask, signal.SIG_BLOCK, [])
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_temporary_folder_whose_name_is_too_long_for_a_socket_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, 'tempdir', f'/tmp/{"x" * 80}')
+    with pytest.raises(CommandError, match=r'TMPDIR is /tmp/x+, which is too long .*: give a folder of at most 75 byt'):
+        workers.in_worker(max, 1, 2)
+
+
+def test_want_of_memory_is_told(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(typer.Exit), errors.told():
+        raise MemoryError
+    assert capsys.readouterr().err.startswith('error: there is not enough memory: give it more')
 
 
 def _convert_on_a_full_disk(job: convert.Job, part: parts.Part, answer) -> None:

@@ -68,8 +68,10 @@ def test_long_documents_stay_whole_where_no_cut_is_proved(bpe: Any, monkeypatch:
     replacing.normalizer = steps.Replace(' ', '')
     prefixing: Any = Tokenizer.from_str(bpe.definition)
     prefixing.pre_tokenizer = before.ByteLevel(add_prefix_space=True)
+    bare: Any = Tokenizer.from_str(bpe.definition)
+    bare.pre_tokenizer = before.Sequence([])
     whole = [metaspace_tokenizer(), byte_level_of(r' ?\p{L}+ ?|.')]
-    for backend in (spaced, stripping, replacing, prefixing):
+    for backend in (spaced, stripping, replacing, prefixing, bare):
         whole.append(tokenizer.TextTokenizer(backend.to_str(), 0))
     for each in whole:
         assert list(each.pieces(text)) == [(text, True)]

@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,16 +53,19 @@ class Expected:
     """Texts in the order of reading, and where bad documents are."""
 
     texts: list[str] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
+    bad: list[list[str]] = field(default_factory=list)  # of each what a sentence may say of its place
 
 
 @dataclass(frozen=True)
 class File:
-    """A file: its name, its bytes, and what reading finds: texts, or what the place of a bad document ends in."""
+    """A file: its name, its bytes, and what reading finds: texts, or what the place of a bad document ends in.
+
+    A bad line is named by its number, or by the byte at which it begins.
+    """
 
     name: str
     data: bytes
-    found: list[tuple[str, str]]
+    found: list[tuple[str, Any]]
 
 
 @st.composite
@@ -104,7 +108,7 @@ def jsonl_files(draw: Any, name: str) -> File:
             found.append(('text', text))
         elif kind == 'bad':
             line = draw(st.sampled_from(BAD_LINES))
-            found.append(('bad', f', line {number}'))
+            found.append(('bad', number))
         else:
             line = draw(st.sampled_from([b'', b'  ', b'\t']))
         lines.append(line)
@@ -112,6 +116,10 @@ def jsonl_files(draw: Any, name: str) -> File:
     data = newline.join(lines) + (newline if draw(st.booleans()) and lines else b'')
     if draw(st.integers(0, 5)) == 0 and lines and lines[0].strip():
         data = codecs.BOM_UTF8 + data
+    starts = [0, *(match.end() for match in re.finditer(b'\n', data))]
+    for at, (kind, number) in enumerate(found):
+        if kind == 'bad':
+            found[at] = kind, [f', line {number}', f', the line that begins at byte {starts[number - 1]}']
     packing = draw(st.sampled_from(sorted(PACKERS)))
     packed = PACKERS[packing](data)
     return File(
@@ -220,7 +228,8 @@ class Corpus:
                 if kind == 'text':
                     expected.texts.append(what)
                 else:
-                    expected.bad.append(f'{where}{what}: ')
+                    places = what if isinstance(what, list) else [what]
+                    expected.bad.append([f'{where}{place}: ' for place in places])
         return expected
 
     def addresses(self, place: Folder | Bucket) -> list[str]:

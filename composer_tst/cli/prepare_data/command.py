@@ -5,6 +5,7 @@ import json
 import sys
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -111,6 +112,8 @@ def main(
                 out.verify(records)
             stats = finish(job, records, {} if loaded else files_of(job.tokenizer))
         saved = f'copy {out.at(TOKENIZER)} here' if is_s3(path) else out.at(TOKENIZER)
+        if tokenizer and (folder := Path(tokenizer).expanduser()).is_dir():
+            tokenizer = str(folder.resolve())
         print(describe(stats, left_out, path, tokenizer or saved), flush=True)
 
 

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -46,9 +46,8 @@ class Document:
     read: int
 
 
-# What gives the text of a document, how many bytes have been read with it, and where it is: of a JSON line the number
-# in the piece.
-Found = tuple[Callable[[], Any], int, int | str]
+# What gives the text of a document, how many bytes have been read with it, and where in its file it is.
+Found = tuple[Callable[[], Any], int, str]
 
 
 def look(sources: Sequence[Source], text_key: str, skip_bad: bool) -> None:
@@ -85,7 +84,6 @@ def read_documents(piece: Piece, text_key: str) -> Iterator[Document | BadDocume
                 try:
                     yield Document(_checked(text_of, text_key), read)
                 except BadDocument as error:
-                    where = f', line {_lines_before(piece) + where}' if isinstance(where, int) else where
                     error.where = f'{source.path}{where}'
                     yield error
     except BadDocument as error:
@@ -127,20 +125,12 @@ def _lines(piece: Piece, text_key: str) -> Iterator[Found]:
             position += len(stream.readline()) - 1
         while (piece.end is None or position < piece.end) and (line := stream.readline()):
             number += 1
+            # How many lines are before a later range, only reading them would tell.
+            where = f', line {number}' if piece.start == 0 else f', the line that begins at byte {position}'
             position += len(line)
             if not line.isspace():
                 read = min(max(file.tell() - piece.start, 0), piece.size)
-                yield partial(_text_of_line, line, text_key), read, number
-
-
-@lru_cache(1)
-def _lines_before(piece: Piece) -> int:
-    """Count the lines that begin before a piece, which only a message needs."""
-    count = position = 0
-    with opened(piece.source) as (stream, _):
-        while position < piece.start and (line := stream.readline()):
-            position, count = position + len(line), count + 1
-    return count
+                yield partial(_text_of_line, line, text_key), read, where
 
 
 def _text_of_line(line: bytes, text_key: str) -> Any:

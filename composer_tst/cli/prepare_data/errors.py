@@ -11,6 +11,8 @@ from composer_tst.cli.main import CommandError
 
 # How much of what a library says is told, in characters: transformers lists all models there are.
 LONGEST_REASON = 300
+# Failures that end in a sentence. Others are faults of the program.
+TOLD = (CommandError, OSError, MemoryError)
 
 
 class BadDocument(Exception):
@@ -54,6 +56,17 @@ def naming(path: str) -> Iterator[None]:
         raise
 
 
+def sentence_of(error: BaseException) -> str:
+    """What is told of a failure that is one of `TOLD`."""
+    if isinstance(error, CommandError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return 'there is not enough memory: give it more, and the same command goes on from here'
+    name = getattr(error, 'filename', None)
+    what = f'cannot use {name}: ' if name else ''
+    return f'{what}{reason(error)}: mend that, and the same command goes on from here'
+
+
 @contextmanager
 def told() -> Iterator[None]:
     """End the command with a sentence where it fails."""
@@ -63,10 +76,7 @@ def told() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo('interrupted: the same command goes on from here', err=True)
         raise typer.Exit(130) from None
-    except CommandError as error:
-        sentence = str(error)
-    except OSError as error:
-        what = f'cannot use {error.filename}: ' if error.filename else ''
-        sentence = f'{what}{reason(error)}: mend that, and the same command goes on from here'
+    except TOLD as error:
+        sentence = sentence_of(error)
     typer.echo(f'error: {shown(sentence)}', err=True)
     raise typer.Exit(1)

@@ -30,13 +30,13 @@ from composer_tst.cli.progress_bar import progress
 RECORDS = '.records'
 BEGUN = 'begun.json'
 # Changes whenever the same arguments would make other rows or records than before, and is kept as:
-FORMAT = 6
+FORMAT = 7
 VERSION = 'version of this program'
 # What the making of a file system leaves in it.
 LOST_AND_FOUND = 'lost+found'
 # How many files are read at once.
 THREADS = 32
-# Workers of a run that was killed need a moment to see it, in seconds.
+# How long a run that is being stopped may take to let the output go, in seconds.
 GRACE = 3.0
 
 

@@ -1,6 +1,7 @@
 """The end of a run: what is not a shard, and what there is, in numbers and in words."""
 
 import json
+from hashlib import sha256
 
 import yaml
 
@@ -73,7 +74,9 @@ def describe(stats: dict, left_out: str, path: str, tokenizer: str) -> str:
     if left_out:
         lines.append(f'left out: {left_out}')
     config: dict = {'max_seq_len': length, 'tokenizer': {'name': tokenizer, 'kwargs': {'model_max_length': length}}}
-    place = {'remote': path, 'local': '/tmp/mds-cache'} if is_s3(path) else {'local': path}
+    # A cache of its own: streaming takes what lies in one for what it is to read.
+    cache = f'/tmp/mds-cache/{sha256(json.dumps([path, stats]).encode()).hexdigest()[:8]}'
+    place = {'remote': path, 'local': cache} if is_s3(path) else {'local': path}
     # The split named train, or the largest; and another one to evaluate on.
     rows = {name: split['rows'] for name, split in splits.items() if split['rows']}
     order = sorted(rows, key=lambda name: (name != 'train', -rows[name]))

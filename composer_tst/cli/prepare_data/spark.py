@@ -17,6 +17,7 @@ from pyspark.sql import SparkSession
 import composer_tst
 from composer_tst.cli.main import CommandError
 from composer_tst.cli.prepare_data.convert import Item, Job, Report, convert_part
+from composer_tst.cli.prepare_data.errors import TOLD, sentence_of
 from composer_tst.cli.prepare_data.parts import size_of
 
 # Tasks of one wave for each core: enough that few cores wait at its end, and few after a bad document.
@@ -39,8 +40,8 @@ def convert_with_spark(job: Job, items: list[Item], report: Report) -> Iterator[
     def task(item: Item) -> Any:
         try:
             return convert_part(told.value, item, lambda done: None)
-        except (CommandError, OSError) as error:
-            return str(error)
+        except TOLD as error:
+            return sentence_of(error)
 
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -84,7 +84,7 @@ class TextTokenizer:
         definition: dict[str, Any] = json.loads(self.definition)
         added = [token for token in definition['added_tokens'] if not token['special']]
         before: dict = definition['pre_tokenizer'] or {'type': None}
-        first, *rest = before.get('pretokenizers', [before])
+        first, *rest = before.get('pretokenizers') or [before]  # a sequence may be empty
         if first['type'] == 'Split':
             splits = first['behavior'] == 'Isolated' and first['pattern'].get('Regex') in KNOWN_PATTERNS
         else:

@@ -7,6 +7,7 @@ starts at once, and the parent is never forked.
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -21,6 +22,7 @@ PRELOADED = [
     *('PIL.JpegImagePlugin', 'brotli', 'requests', 'snappy', 'xxhash', 'zstd'),  # streaming's
 ]
 TICK_SECONDS = 0.2
+LONGEST_TMPDIR = 75  # of the 107 bytes that the address of a socket has
 # transformers imports torch where it is, which takes seconds, for models alone.
 NO_TORCH = {'USE_TORCH': '0', 'USE_TF': '0', 'USE_FLAX': '0', 'TRANSFORMERS_VERBOSITY': 'error'}
 
@@ -47,6 +49,11 @@ def parallel(
     Raises:
         CommandError: if a worker dies; and whatever `function` raises.
     """
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR:
+        raise CommandError(
+            f'TMPDIR is {tempfile.gettempdir()}, which is too long for the sockets of worker processes: give a folder '
+            f'of at most {LONGEST_TMPDIR} bytes'
+        )
     cores = len(os.sched_getaffinity(0))
     count = min(cores, len(items))
     queue = _context.SimpleQueue()
@@ -56,7 +63,12 @@ def parallel(
     pool = ProcessPoolExecutor(count, _context, _start, (function, job, queue, os.environ | more))
     waiting: set[Any] = set()
     try:
-        waiting = {pool.submit(_run, item) for item in items}
+        # An interrupt reaches every process of a terminal. The parent alone answers it, and not while others begin.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            waiting = {pool.submit(_run, item) for item in items}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while waiting:
             done, waiting = wait(waiting, TICK_SECONDS, FIRST_COMPLETED)
             while not queue.empty():
@@ -86,7 +98,6 @@ def _start(function: Callable[..., Any], job: Any, queue: Any, environment: dict
     global _work
     os.environ.update(environment)
     _work = function, job, queue.put
-    # An interrupt reaches every process of a terminal; the parent alone answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A worker whose parent was killed would wait for work for ever.
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
