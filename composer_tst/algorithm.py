@@ -402,7 +402,7 @@ class Fit:
         layout = lay_out(given, bag_size, settings.expand, settings.superpose, weights, pin, takes(model))
         check_batch(layout.batch, given, bag_size, settings.superpose, model)
         if self._ignored is None:
-            self._ignored = check_first_batch(state, settings.microbatch_scale(bag_size))
+            self._ignored = check_first_batch(state, self._microbatch_size.plain)
         check_ignored(layout.batch['labels'], self._ignored, model)
         if layout.dropped and not self._warned_of_tail:
             self._warned_of_tail = True

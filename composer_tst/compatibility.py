@@ -166,7 +166,7 @@ def check_ignored(labels: torch.Tensor, ignored: torch.Tensor, model: Any) -> No
         )
 
 
-def check_first_batch(state: State, scale: int) -> torch.Tensor:
+def check_first_batch(state: State, size: int | float | None) -> torch.Tensor:
     """Compare, on the first rows of rank 0's batch, the model's own loss with the loss of superposition.
 
     A model with a loss of its own and a Hugging Face model are called with these rows, as in a plain run. A Hugging
@@ -175,7 +175,7 @@ def check_first_batch(state: State, scale: int) -> torch.Tensor:
 
     Args:
         state: The state of the Trainer. Its batch is not laid out yet.
-        scale: The microbatch size is this many times the size in plain training.
+        size: Rows of a microbatch in plain training.
 
     Returns:
         torch.Tensor: The tokens that the model's own loss ignores, such as padding.
@@ -192,7 +192,7 @@ def check_first_batch(state: State, scale: int) -> torch.Tensor:
     known = is_known(vars(model).get('loss', type(model).loss))
     if known and not hugging_face:
         return _NONE
-    row, largest = _first_rows(state, scale)
+    row, largest = _first_rows(state, size)
     precision = get_precision_context(state.precision, state.precision_config)
     with torch.compiler.set_stance('force_eager'), leaving_no_trace(state.model), precision:
         with torch.no_grad():
@@ -206,14 +206,14 @@ def check_first_batch(state: State, scale: int) -> torch.Tensor:
     return _NONE
 
 
-def _first_rows(state: State, scale: int) -> tuple[dict[str, Any], int]:
+def _first_rows(state: State, size: int | float | None) -> tuple[dict[str, Any], int]:
     """The first rows of rank 0's batch, as many as a microbatch has in plain training, and the batch's largest label.
 
     Every rank gets the same, so that a loss that reduces over ranks is called equally often on each.
     """
-    batch, size = state.batch, state.device_train_microbatch_size
+    batch = state.batch
     # With `auto`, how many rows fit is not known yet.
-    some = max(1, size // scale) if isinstance(size, int) and not state.auto_microbatching else 1
+    some = max(1, size) if isinstance(size, int) and not state.auto_microbatching else 1
     rows = len(batch['input_ids'])
     of_rows = [key for key, value in batch.items() if isinstance(value, OF_ROWS) and not is_plain(value)]
     row = {**batch, **{key: batch[key][:some] for key in of_rows if len(batch[key]) == rows}}

@@ -301,14 +301,23 @@ class MicrobatchSize:
         self._plain = self._scaled = state.device_train_microbatch_size
         self._scale = 1
 
-    def scale(self, scale: int, most: int | None = None) -> None:
-        """Have ``scale`` times the rows of a plain microbatch, at most ``most`` if that is given."""
+    @property
+    def plain(self) -> Any:
+        """The size in plain training, None if Composer does not split batches."""
         size = self._state.device_train_microbatch_size
         if size is None or self._plain is None:
+            return None
+        if size == self._scaled:
+            return self._plain
+        # Composer has found the rows that fit a superposed step, or the user has set those of a plain one.
+        return max(1, int(size // self._scale)) if self._state.auto_microbatching else size
+
+    def scale(self, scale: int, most: int | None = None) -> None:
+        """Have ``scale`` times the rows of a plain microbatch, at most ``most`` if that is given."""
+        plain = self.plain
+        if plain is None:
             return
-        if size != self._scaled:
-            # Composer has found the rows that fit a superposed step, or the user has set those of a plain one.
-            self._plain = max(1, int(size // self._scale)) if self._state.auto_microbatching else size
-        rows = self._plain * scale
-        self._scale, self._scaled = scale, rows if most is None else max(self._plain, min(rows, most))
+        rows = plain * scale
+        self._plain, self._scale = plain, scale
+        self._scaled = rows if most is None else max(plain, min(rows, most))
         self._state.device_train_microbatch_size = self._scaled

@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -245,8 +246,12 @@ def test_each_data_set_in_a_bucket_has_a_cache_of_its_own():
 
 
 def test_workers_do_not_answer_an_interrupt_as_they_begin():
-    assert signal.SIGINT in workers.in_worker(signal.pthread_sigmask, signal.SIG_BLOCK, [])
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    blocked = 'signal.SIGINT in in_worker(signal.pthread_sigmask, signal.SIG_BLOCK, [])'
+    code = f'import signal; from composer_tst.cli.prepare_data.workers import in_worker; print({blocked})'
+    code += '; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))'
+    environment = os.environ | {'PYTHONPATH': str(REPO)}
+    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ['True', 'False'], done.stderr
 
 
 def test_a_temporary_folder_whose_name_is_too_long_for_a_socket_is_refused(monkeypatch: pytest.MonkeyPatch):
