@@ -60,7 +60,10 @@ def draw(path: Path, record: Record) -> None:
     sizes = sorted({scale.tokens_per_step for scale in run})
     dot: dict[str, Any] = {'marker': '.', 'ms': 12, 'ls': ''}
     handles = [
-        *(Line2D([], [], color=COLORS[each], label=f'{each} tokens per parameter', **dot) for each in budgets),
+        *(
+            Line2D([], [], color=COLORS[each], label=f'{each} token{"s" * (each > 1)} per parameter', **dot)
+            for each in budgets
+        ),
         *(Line2D([], [], marker=MARKERS[each], label=f'{each:,} tokens a step', **grey) for each in sizes),
         *(
             Line2D([], [], marker='o', mfc='white' if number else QUIET, label=name, **grey)
