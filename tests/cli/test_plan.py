@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from common import REPO
 from composer.core import Time
@@ -19,7 +20,7 @@ from composer_tst.cli.plan.command import app
 from composer_tst.cli.plan.config import Run
 from composer_tst.cli.plan.expected import expect
 from composer_tst.cli.plan.forecast import SWEEP_BAGS, SWEEP_SHARES
-from composer_tst.cli.plan.measured import Measured, same_bags
+from composer_tst.cli.plan.measured import DEVIATIONS, Measured, is_sure, same_bags
 from composer_tst.cli.plan.model import Model
 from composer_tst.cli.plan.units import si, span, times
 from composer_tst.cli.plan.verdict import GAINS, REFUSED, UNKNOWN, WORSE, Verdict, judge
@@ -366,7 +367,8 @@ def judged(parameters: float, tokens_per_parameter: float, steps: int, run: Run 
     [
         (267e6, 157, 20_000, GAINS, 'Use algorithms: {token_superposition: {bag_size: 6, duration: 0.3dur}}. --write'),
         (1e9, 200, 100_000, GAINS, 'Use algorithms: '),
-        (125e6, 5, 600, WORSE, 'In fewer than 2,000 steps train plainly.'),
+        (125e6, 1, 300, WORSE, 'In fewer than 2,000 steps train plainly.'),
+        (125e6, 5, 600, UNKNOWN, 'In fewer than 2,000 steps train plainly.'),
         (125e6, 5, 2_000, UNKNOWN, 'Find the batch size at which plain training is best. Then try algorithms: '),
         (125e6, 40, 4_800, UNKNOWN, 'Find the batch size'),
         (125e6, 1, 20_000, UNKNOWN, 'Find the batch size'),
@@ -452,7 +454,7 @@ def test_settings_that_are_not_published_have_no_verdict():
 
 def test_a_verdict_of_few_steps_is_by_the_nearest_budgets_on_either_side(monkeypatch: pytest.MonkeyPatch):
     worse, unsure, better = (
-        Measured(change, 0.02, 3, 'prose', 400_000, budget, steps, 1_024, change, 0.02)
+        Measured(change, 0.015, 3, 'prose', 400_000, budget, steps, 1_024, change, 0.015)
         for change, budget, steps in ((0.05, 1, 350), (-0.03, 5, 1_800), (-0.05, 20, 7_100))
     )
     every = [([6], [0.3], 'sequence', each) for each in (worse, unsure, better)]
@@ -462,7 +464,7 @@ def test_a_verdict_of_few_steps_is_by_the_nearest_budgets_on_either_side(monkeyp
     assert (few.verdict, few.why) == (
         WORSE, 'In the runs measured nearest, of 350 steps, these bags ended worse.'
     )  # fmt: skip
-    assert few.nearest.startswith('worse 0.050 ± 0.020 nats: measured, a Llama of 400k parameters on prose, 1 tokens')
+    assert few.nearest.startswith('worse 0.050 ± 0.015 nats: measured, a Llama of 400k parameters on prose, 1 tokens')
     assert judged(400_000, 5, 1_800).why == (
         'In the runs measured nearest, of 1,800 steps, it is not sure that these bags gained.'
     )
@@ -489,6 +491,16 @@ def test_a_verdict_of_few_steps_is_by_the_nearest_budgets_on_either_side(monkeyp
         WORSE, 'In the runs measured nearest, of 350 steps, what was tried ended worse.'
     )  # fmt: skip
     assert 'on prose with other bags, 1 tokens per parameter' in other.nearest
+
+
+@pytest.mark.parametrize('seeds', DEVIATIONS)
+def test_what_is_sure_is_what_chance_makes_once_in_20(seeds: int):
+    """The t of a mean over its standard error, by numbers that are drawn."""
+    drawn = np.random.default_rng(17).normal(size=(400_000, seeds))
+    changes, deviations = drawn.mean(1), drawn.std(1, ddof=1)
+    sure = [is_sure(*each, seeds) for each in zip(changes[:50_000], deviations[:50_000], strict=True)]
+    assert np.mean(np.abs(changes) > DEVIATIONS[seeds] * deviations) == pytest.approx(0.05, abs=0.002)
+    assert np.mean(sure) == pytest.approx(0.05, abs=0.004)
 
 
 def test_all_that_is_known_is_shown_if_asked_for():

@@ -145,6 +145,8 @@ def test_changes_are_told_by_one_sign_and_one_mark():
     assert tables.shown([-0.1, -0.1]) == 'better 0.100 ± 0.000 (2)'
     assert tables.shown([-0.1]) == 'better 0.100 (1)'
     assert tables.shown([-0.1, -0.1, -0.1, -0.12]) == '**better 0.105 ± 0.010** (4)'
+    assert tables.shown([-0.1, -0.2, -0.3]) == 'level (better 0.200 ± 0.100)'
+    assert tables.shown([-0.1, -0.2, -0.3, -0.2]) == '**better 0.200 ± 0.082** (4)'
     assert tables.shown([0.1, float('inf'), 0.1]) == 'diverged'
     assert tables.shown([]) == ''
 

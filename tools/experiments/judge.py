@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Collection, Sequence
 
+from composer_tst.cli.plan.measured import is_sure
 from tools.experiments.questions import ALL_SEEDS, CHOSEN, CHOSEN_SEEDS, MPT_CHOSEN
 from tools.experiments.record import SEEDS, Record, differences
 from tools.experiments.scales import BY_SIZE, MPT_64, PYTHON_20, SCALES, Scale
@@ -60,5 +61,5 @@ def known(changes: Collection[float]) -> bool:
 
 
 def sure(changes: Collection[float]) -> bool:
-    """Whether a change is known, and by more than two of its standard deviations."""
-    return known(changes) and abs(statistics.fmean(changes)) > 2 * statistics.stdev(changes)
+    """Whether a change is known, and told from none at the level of 5 % (Student's t)."""
+    return known(changes) and is_sure(statistics.fmean(changes), statistics.stdev(changes), len(changes))

@@ -14,6 +14,15 @@ from composer_tst.cli.plan.model import Model
 SAME_SHARE = 0.01
 SAME_SCALE = 1.5  # within this factor of a known size, budget or number of steps, that tells alone
 FAR = 3.0  # times the largest or the smallest that is known
+SEEDS = 3  # of a change from the best plain run
+# By number of seeds, how many of its deviations a change must have so that chance alone makes one in 20 as large:
+# Student's t, two-sided.
+DEVIATIONS = {3: 2.48, 4: 1.59, 5: 1.24, 6: 1.05}
+
+
+def is_sure(change: float, deviation: float, seeds: int) -> bool:
+    """Whether a mean change over some seeds, at least three, is told from none at the level of 5 %."""
+    return abs(change) > DEVIATIONS[min(seeds, max(DEVIATIONS))] * deviation
 
 
 @dataclass(frozen=True)
@@ -37,11 +46,21 @@ class Measured:
     family: str = 'a Llama'
 
     @property
+    def is_better(self) -> bool:
+        """Whether it surely ended better than plain training in the same steps."""
+        return self.change < 0 and is_sure(self.change, self.deviation, self.seeds)
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether it surely ended worse."""
+        return self.change > 0 and is_sure(self.change, self.deviation, self.seeds)
+
+    @property
     def beats_best_plain(self) -> bool:
-        """Whether it gained over the best plain run of as many tokens, by more than two deviations."""
+        """Whether it surely gained over the best plain run of as many tokens."""
         if self.change_from_best is None or self.deviation_from_best is None:
             return False
-        return self.change_from_best < -2 * self.deviation_from_best
+        return self.change_from_best < 0 and is_sure(self.change_from_best, self.deviation_from_best, SEEDS)
 
 
 def read_measured(model: Model) -> list[tuple[list[int], list[float], str, Measured]]:

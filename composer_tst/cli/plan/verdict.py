@@ -142,9 +142,9 @@ def _by_budgets(
     who = 'these bags' if these else 'what was tried'
     nearest = ' and '.join(f'{count:,}' for count in sorted({budget.steps for budget in budgets}))
     there = f'In the runs measured nearest, of {nearest} steps'
-    if all(each.change > 2 * each.deviation for each in near):
+    if all(each.is_worse for each in near):
         return WORSE if steps < FEW_STEPS else UNKNOWN, f'{there}, {who} ended worse.', near
-    if any(each.change >= -2 * each.deviation for each in near):
+    if not all(each.is_better for each in near):
         return UNKNOWN, f'{there}, it is not sure that {"these bags" if these else "anything tried"} gained.', near
     if not all(each.beats_best_plain for each in near):
         return UNKNOWN, f'{there}, {who} gained, but {_only_here(near)}.', near
