@@ -606,13 +606,6 @@ def test_write_fills_in_the_algorithm_the_scheduler_and_the_steps(tmp_path: Path
         (['max_duration=${oc.env:HOME}'], 'reads the environment by oc.env, which llm-foundry does not resolve'),
         (['train_loader.dataset.max_seq_len=32'], 'max_seq_len is 64 and train_loader.dataset.max_seq_len 32: give'),
         (['model.name=hf_causal_lm'], 'model.d_model is no setting of hf_causal_lm: remove it'),
-        (
-            [
-                *('--bag-size', '4', '--duration', '0.3dur'),
-                'scheduler={name: cosine_with_warmup, t_warmup: 100000tok, alpha_f: 0.1, t_decay: null}',
-            ],
-            'scheduler: ',
-        ),
         (['--bag-size', '1', '--duration', '0.3dur'], 'bag_size is 1: give an integer of at least 2'),
         (['--bag-size', '4'], 'bag_size is 4 and duration is None: give both'),
         (
@@ -810,6 +803,15 @@ def test_a_plan_warns_of_a_cosine(tmp_path: Path):
     OmegaConf.save(config, tmp_path / 'cosine.yaml')
     (remark,) = planned(tmp_path / 'cosine.yaml')['remarks']
     assert 'decays from step 100, and superposition lasts until step 900' in remark
+
+
+def test_a_scheduler_that_training_refuses_is_refused_without_stats(tmp_path: Path):
+    config: Any = OmegaConf.load(QUICKSTART / 'tst.yaml')
+    config.scheduler = {'name': 'cosine_with_warmup', 't_warmup': '100000tok'}
+    OmegaConf.save(config, tmp_path / 'cosine.yaml')
+    result = run(tmp_path / 'cosine.yaml')
+    assert result.exit_code == 1
+    assert 'error: scheduler: Cannot use warmup scheduler with t_max' in result.stderr
 
 
 def test_a_plan_of_the_quickstart_has_nothing_to_remark():
