@@ -7,7 +7,7 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import distributions, version
 from io import TextIOWrapper
 from pathlib import Path
@@ -24,6 +24,12 @@ COMMANDS = {
 
 class CommandError(Exception):
     """A failure that the user can act on, in one sentence."""
+
+
+def meant(key: str, known: Iterable[str]) -> str:
+    """What a key that is not known may stand for, in brackets; empty if nothing is near."""
+    nearest = difflib.get_close_matches(key, known, 1)
+    return f' (did you mean {nearest[0]}?)' if nearest else ''
 
 
 def usage() -> str:
@@ -52,9 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(version('composer-tst'))
         return 0
     if name not in COMMANDS:
-        nearest = difflib.get_close_matches(name, COMMANDS, 1)
-        meant = f' (did you mean {nearest[0]}?)' if nearest else ''
-        print(f'error: {name} is no command{meant}: give one of {", ".join(COMMANDS)}', file=sys.stderr)
+        print(f'error: {name} is no command{meant(name, COMMANDS)}: give one of {", ".join(COMMANDS)}', file=sys.stderr)
         return 2
     module, _ = COMMANDS[name]
     for stream in (sys.stdout, sys.stderr):  # names of files need not be in the terminal's encoding

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 from importlib import resources
@@ -11,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from composer_tst.cli.main import CommandError
+from composer_tst.cli.main import CommandError, meant
 from composer_tst.cli.new_file import check_new, write_new
 
 # What the configs call the folder that they and the architectures' config.json lie in, from the repository's root.
@@ -50,9 +49,7 @@ def recipe(name: str) -> tuple[str, str]:
     """
     name = name.removesuffix('.yaml')
     if name not in names():
-        nearest = difflib.get_close_matches(name, names(), 1)
-        meant = f' (did you mean {nearest[0]}?)' if nearest else ''
-        raise CommandError(f'there is no recipe {name!r}{meant}: give one of {", ".join(names())}')
+        raise CommandError(f'there is no recipe {name!r}{meant(name, names())}: give one of {", ".join(names())}')
     text = (folder() / f'{name}.yaml').read_text()
     architecture = _IN_REPOSITORY.search(text)[2]  # pyright: ignore[reportOptionalSubscript]
     return _IN_REPOSITORY.sub(r'\1\2', text), architecture

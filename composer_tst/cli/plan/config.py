@@ -12,8 +12,8 @@ from llmfoundry.command_utils.train import TrainConfig
 from omegaconf import DictConfig, OmegaConf
 
 from composer_tst import TokenSuperposition, WarmupStableDecayScheduler
-from composer_tst.cli.main import CommandError
-from composer_tst.cli.plan.keys import check, meant, superposition_settings
+from composer_tst.cli.main import CommandError, meant
+from composer_tst.cli.plan.keys import check, superposition_settings
 from composer_tst.settings import Settings
 
 

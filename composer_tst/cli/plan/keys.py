@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -143,12 +141,6 @@ def shards(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
             if isinstance(stats, dict) and {'seq_len', 'vocab_size'} <= set(stats):
                 found.append((folder, stats))
     return found
-
-
-def meant(key: str, known: Iterable[str]) -> str:
-    """What a key that is not known may stand for, in brackets; empty if nothing is near."""
-    nearest = difflib.get_close_matches(key, known, 1)
-    return f' (did you mean {nearest[0]}?)' if nearest else ''
 
 
 def _dataset(config: DictConfig) -> Any:

@@ -12,8 +12,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from composer_tst.cli.main import CommandError
-from composer_tst.cli.plan.keys import meant, shards, value
+from composer_tst.cli.main import CommandError, meant
+from composer_tst.cli.plan.keys import shards, value
 
 # What llm-foundry's MPT takes beside its architecture. The loss it takes by default is installed with a GPU alone.
 NO_ARCHITECTURE = ('name', 'loss_fn', 'use_train_metrics', 'additional_train_metrics')
