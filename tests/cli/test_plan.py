@@ -428,7 +428,7 @@ def test_finetuning_is_not_judged_by_pre_training():
     [
         (['model.peft_config={peft_type: LORA, r: 8}'], REFUSED, 'trains all weights, and model.peft_config a few'),
         (['load_path=x.pt'], UNKNOWN, 'began with random weights, and this one begins with those of load_path.'),
-        (['model.pretrained=null'], UNKNOWN, 'those of model.pretrained, which is true unless it is given.'),
+        (['model.pretrained=null'], UNKNOWN, 'those of model.pretrained (true if it is not given).'),
         (['model.pretrained=false'], GAINS, 'The nearest published run with these bags gained.'),
     ],
 )

@@ -81,7 +81,7 @@ def but_for(config: DictConfig, verdict: Verdict) -> Verdict:
         return replace(verdict, verdict=REFUSED, why=why, nearest='', advice='Train plainly.')
     weights = 'load_path' if setting('load_path') else ''
     if setting('model.name') == 'hf_causal_lm' and setting('model.pretrained', True):
-        weights = 'model.pretrained, which is true unless it is given'
+        weights = 'model.pretrained (true if it is not given)'
     if weights and verdict.verdict == GAINS:
         why = f'Runs that are known began with random weights, and this one begins with those of {weights}.'
         return replace(verdict, verdict=UNKNOWN, why=why)
