@@ -66,14 +66,10 @@ def test_the_plan_asks_for_every_row_of_the_record(record: Record):
     for row in record.rows.values():
         scale = scales.SCALES[row.scale]
         assert (row.text, row.tokens_per_step) == (scale.text, scale.tokens_per_step)
-    # Of one budget all have read the same text.
-    texts = {
-        (row.scale.rsplit('-', 1)[0], row.versions.split()[-1])
-        for row in record.rows.values()
-        if 'text==' in row.versions
-    }
-    for budget in ('python-40', 'python-80'):
-        assert len([text for of, text in texts if of == budget]) <= 1
+    # Of one budget all have read the same text, but for what other versions of packages change.
+    for budget in ('python-40-', 'python-80-'):
+        texts = [int(row.versions.split('text==')[1]) for row in record.rows.values() if row.scale.startswith(budget)]
+        assert max(texts) < 1.01 * min(texts)
 
 
 def test_a_row_that_is_deleted_is_missing(record: Record):
