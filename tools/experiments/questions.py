@@ -39,7 +39,6 @@ from tools.experiments.settings import (
     by_batch,
     limited,
     one_size,
-    phases,
     superposed,
     weighted,
 )
@@ -61,7 +60,6 @@ CHOSEN, CHOSEN_SEEDS = (one_size(4, 0.2), SMALL_BAGS), (18, 19, 20)
 MPT_CHOSEN = dict.fromkeys((S4_BATCH, PHASES_BATCH, *PHASES_BATCHES), (18, 19, 20, 21, 22))
 MPT_CHOSEN |= dict.fromkeys((PHASES_16, PHASES_05), (20, 21, 22))
 NONE = (one_size(4, 0.3, expand='none'), one_size(6, 0.3, expand='none'))
-RAMP = phases((6, 0.25), (4, 0.275), (2, 0.3))
 SIDES = (
     superposed('s = 4, r = 0.3, input only', bag_size=4, duration='0.3dur', superpose='input'),
     superposed('s = 4, r = 0.3, output only', bag_size=4, duration='0.3dur', superpose='output', expand='none'),
@@ -128,8 +126,7 @@ def asked(record: Record) -> Iterator[Ask]:
     yield Ask(PROSE_20, (*RECIPES, SMALL_BAGS))
     yield Ask(PYTHON_20, RECIPES, (*SEEDS, 20))
     yield Ask(PYTHON_20, TUNED, tuned=True)
-    others = (one_size(6, 0.05), RAMP, PHASES, *weighted(8))
-    yield Ask(PYTHON_20, (*GRID, *others), SEEDS[:1])
+    yield Ask(PYTHON_20, GRID, SEEDS[:1])
     yield Ask(PYTHON_20, (*NONE, limited(BASELINE), limited(S4), limited(PUBLISHED)))
     yield Ask(PYTHON_20, CHOSEN, CHOSEN_SEEDS)
     yield from _mpt()

@@ -16,7 +16,6 @@ from tools.experiments.questions import (
     GRID_BAGS,
     GRID_SHARES,
     NONE,
-    RAMP,
     SETTINGS,
     SIDES,
     at_40_and_80,
@@ -134,7 +133,7 @@ def same_steps(record: Record) -> str:
         [*_of(scale), loss(record, scale, BASELINE, ALL_SEEDS)]
         + [shown(over_plain(record, scale, setting)) for setting in SETTINGS]
         for scale in LLAMAS
-        if has_baseline(record, scale)
+        if has_baseline(record, scale) and any(over_plain(record, scale, setting) for setting in SETTINGS)
     ]
     columns = ['text', 'tokens per parameter', 'steps', 'tokens per step', 'plain ends at']
     return table([*columns, *(setting.name for setting in SETTINGS)], rows)
@@ -218,10 +217,9 @@ def grid(record: Record) -> str:
 
 
 def others(record: Record) -> str:
-    """What else was tried at 20 tokens per parameter, over plain training on the same text."""
-    tried = (one_size(6, 0.05), RAMP, PHASES, one_size(8, 0.3), *weighted(8))
+    """What reads less data, and what reads little data more than once, over plain training on the same text."""
     rows = []
-    for setting in (*NONE, limited(S4), limited(PUBLISHED), *tried):
+    for setting in (*NONE, limited(S4), limited(PUBLISHED)):
         plain = limited(BASELINE) if LIMITED in setting.name else BASELINE
         rows.append(
             [
