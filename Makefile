@@ -83,7 +83,7 @@ data/prose/stats.json: | data/corpus/prose.jsonl
 
 # What the record lacks, and the data for it: on two threads some seven hours for 80 tokens per parameter. Kill
 # it at any time: it goes on where it was.
-evidence: install ## measure: trains what docs/evidence.md reports and lacks (SCALE=python-40-4096 for one scale), days
+evidence: install ## measure: trains what docs/evidence.md reports and lacks (SCALE=python-40-4096 for one scale), a day for all
 	$(PYTHON) -m tools.experiments.run $(addprefix --scale ,$(SCALE))
 
 # What superposition costs, on every core: leave the machine idle for its twelve minutes.

@@ -367,8 +367,9 @@ def judged(parameters: float, tokens_per_parameter: float, steps: int, run: Run 
     [
         (267e6, 157, 20_000, GAINS, 'Use algorithms: {token_superposition: {bag_size: 6, duration: 0.3dur}}. --write'),
         (1e9, 200, 100_000, GAINS, 'Use algorithms: '),
-        (125e6, 1, 300, WORSE, 'In fewer than 2,000 steps train plainly.'),
-        (125e6, 5, 600, UNKNOWN, 'In fewer than 2,000 steps train plainly.'),
+        (125e6, 1, 300, WORSE, 'In fewer than 2,000 steps, on fewer than 40 tokens per parameter, train plainly.'),
+        (125e6, 5, 600, UNKNOWN, 'In fewer than 2,000 steps, on fewer than 40 tokens per parameter, train plainly.'),
+        (125e6, 80, 1_800, UNKNOWN, 'Find the batch size'),
         (125e6, 5, 2_000, UNKNOWN, 'Find the batch size at which plain training is best. Then try algorithms: '),
         (125e6, 40, 4_800, UNKNOWN, 'Find the batch size'),
         (125e6, 1, 20_000, UNKNOWN, 'Find the batch size'),
@@ -454,7 +455,7 @@ def test_settings_that_are_not_published_have_no_verdict():
 
 def test_a_verdict_of_few_steps_is_by_the_nearest_budgets_on_either_side(monkeypatch: pytest.MonkeyPatch):
     worse, unsure, better = (
-        Measured(change, 0.015, 3, 'prose', 400_000, budget, steps, 1_024, change, 0.015)
+        Measured(change, 0.015, 3, 'prose', 400_000, budget, steps, 1_024, change, 0.015, 3)
         for change, budget, steps in ((0.05, 1, 350), (-0.03, 5, 1_800), (-0.05, 20, 7_100))
     )
     every = [([6], [0.3], 'sequence', each) for each in (worse, unsure, better)]
@@ -475,15 +476,21 @@ def test_a_verdict_of_few_steps_is_by_the_nearest_budgets_on_either_side(monkeyp
     assert judged(4_000_000, 20, 7_000).why.endswith('these bags gained, but they are far from this one.')
     assert judged(400_000, 20, 12_000).verdict == UNKNOWN
     # What gained in few steps is not advised against.
-    every[1] = ([6], [0.3], 'sequence', replace(unsure, change_from_best=-0.05, change=-0.05))
-    short = judged(400_000, 5, 1_800)
+    many = replace(unsure, tokens_per_parameter=80, change_from_best=-0.05, change=-0.05)
+    every[1] = ([6], [0.3], 'sequence', many)
+    short = judged(400_000, 80, 1_800)
     assert (short.verdict, short.advice.split()[0]) == (GAINS, 'Find')
+    # As many seeds as it was beside the best plain run tell, not as many as beside the plain run of its steps.
+    every[1] = ([6], [0.3], 'sequence', replace(many, deviation_from_best=0.03))
+    assert judged(400_000, 80, 1_800).verdict == UNKNOWN
+    every[1] = ([6], [0.3], 'sequence', replace(many, deviation_from_best=0.03, seeds_from_best=6))
+    assert judged(400_000, 80, 1_800).verdict == GAINS
     # What gained over a plain run of the same steps alone is no promise either.
     every[-1] = ([6], [0.3], 'sequence', replace(better, change_from_best=-0.03))
     level = judged(400_000, 20, 7_000)
     assert (level.verdict, level.why) == (
-        UNKNOWN, 'In the runs measured nearest, of 7,100 steps, these bags gained, but not over plain training in '
-        'steps of its best size.'
+        UNKNOWN, 'In the runs measured nearest, of 7,100 steps, these bags gained, but it is not sure that they did '
+        'over plain training in steps of its best size.'
     )  # fmt: skip
     # Bags that were run nowhere are judged by what was.
     other = judge(replace(BAGS, expand='batch'), replace(MODEL, parameters=400_000), 400_000, 300, 0.3, 40, [])

@@ -5,23 +5,28 @@ import statistics
 from collections.abc import Collection, Sequence
 
 from composer_tst.cli.plan.measured import is_sure
-from tools.experiments.questions import ALL_SEEDS, CHOSEN, CHOSEN_SEEDS, MPT_CHOSEN
+from tools.experiments.questions import ALL_SEEDS, CHOSEN, CHOSEN_SEEDS, FRESH, MPT_CHOSEN
 from tools.experiments.record import SEEDS, Record, differences
 from tools.experiments.scales import BY_SIZE, MPT_64, PYTHON_20, SCALES, Scale
 from tools.experiments.settings import BASELINE, PUBLISHED, Setting
 
 
-def seeds_of(scale: Scale, setting: Setting) -> Sequence[int]:
-    """The seeds a setting is judged at: of one that runs at some of them chose, the others."""
+def seeds_of(record: Record, scale: Scale, setting: Setting) -> Sequence[int]:
+    """The seeds a setting is judged at: of one that runs at some of them chose, the others once they are run."""
     if scale == PYTHON_20 and setting in CHOSEN:
         return CHOSEN_SEEDS
     if scale in BY_SIZE[80] and setting not in (BASELINE, PUBLISHED):
-        return SEEDS  # of them one is chosen, and run again at others: a column of its own
+        return FRESH if is_fresh(record, scale, setting) else SEEDS
     return MPT_CHOSEN.get(setting, ALL_SEEDS) if scale == MPT_64 else ALL_SEEDS
 
 
+def is_fresh(record: Record, scale: Scale, setting: Setting) -> bool:
+    """Whether a setting has been run, beside plain training, at all seeds that did not choose it."""
+    return len(record.changes(scale, setting, FRESH)) == len(FRESH)
+
+
 def has_baseline(record: Record, scale: Scale) -> bool:
-    """Whether plain training has been run at every seed, and so at its best rate."""
+    """Whether plain training has been run at each of the first seeds."""
     return len(record.judged(scale, BASELINE, SEEDS)) == len(SEEDS)
 
 
@@ -46,11 +51,15 @@ def best_plain(record: Record, scale: Scale) -> Scale:
 
 def over_plain(record: Record, scale: Scale, setting: Setting) -> list[float]:
     """Final losses minus those of plain training in the same steps, at the seeds a setting is judged at."""
-    return list(record.changes(scale, setting, seeds_of(scale, setting)).values())
+    return list(record.changes(scale, setting, seeds_of(record, scale, setting)).values())
 
 
-def over_best(record: Record, scale: Scale, setting: Setting, seeds: Sequence[int] = SEEDS) -> list[float]:
-    """Final losses minus those of plain training in steps of the best size, as many tokens, seed by seed."""
+def over_best(record: Record, scale: Scale, setting: Setting) -> list[float]:
+    """The same, minus those of plain training in steps of the best size, on as many tokens.
+
+    At 20 tokens per parameter that was run at the first seeds alone, so these judge.
+    """
+    seeds = seeds_of(record, scale, setting) if scale in BY_SIZE[80] else SEEDS
     plain = record.judged(best_plain(record, scale), BASELINE, seeds)
     return list(differences(record.judged(scale, setting, seeds), plain).values())
 

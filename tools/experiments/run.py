@@ -20,7 +20,7 @@ from tools.experiments.summary import SUMMARY, write_summary
 from tools.experiments.tables import write_tables
 from tools.experiments.train import Pool
 
-PAGE, PICTURE = Path('docs/evidence.md'), Path('docs/evidence.png')
+PAGES, PICTURE = (Path('README.md'), Path('docs/evidence.md')), Path('docs/evidence.png')
 
 
 def main(
@@ -59,8 +59,9 @@ def train(scale: str, workers: int, runs: Path, folder: Path) -> None:
 
 
 def write(record: Record, root: Path = Path()) -> None:
-    """Everything that is made of the record: the tables of the page, its picture, and the summary in the package."""
-    write_tables(root / PAGE, record)
+    """Everything that is made of the record: the tables of the pages, a picture, and the summary in the package."""
+    for page in PAGES:
+        write_tables(root / page, record)
     draw(root / PICTURE, record)
     write_summary(root / SUMMARY, record)
 

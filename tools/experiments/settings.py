@@ -83,7 +83,7 @@ TO_FINE = (
     ((8, 0.133), (4, 0.267), (2, 0.4)),
     ((8, 0.167), (4, 0.333), (2, 0.5)),
 )
-PHASES, PHASES_16, PHASES_04, PHASES_05 = (phases(*TO_FINE[i]) for i in (0, 3, 7, 8))
+PHASES, PHASES_16, PHASES_05 = (phases(*TO_FINE[i]) for i in (0, 3, 8))
 PHASES_BATCH = phases(*TO_FINE[0], expand='batch')
 PHASES_BATCHES = tuple(phases(*TO_FINE[i], expand='batch') for i in (3, 7, 8))
 

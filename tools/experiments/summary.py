@@ -14,7 +14,7 @@ SUMMARY = Path('composer_tst/cli/plan/losses/evidence.csv')
 COLUMNS = (
     *('scale', 'text', 'parameters', 'tokens_per_parameter', 'steps', 'tokens_per_step', 'setting'),
     *('bag_sizes', 'ends', 'expand', 'rate', 'seeds', 'final_loss', 'change', 'deviation'),
-    *('change_from_best', 'deviation_from_best'),
+    *('change_from_best', 'deviation_from_best', 'seeds_from_best'),
 )
 
 
@@ -31,7 +31,7 @@ def write_summary(path: Path, record: Record) -> None:
         for scale in SCALES.values():
             names = dict.fromkeys(row.setting for row in record.rows.values() if row.scale == scale.name)
             for setting in (settings[name] for name in sorted(names) if name in settings and LIMITED not in name):
-                losses = record.judged(scale, setting, seeds_of(scale, setting)).values()
+                losses = record.judged(scale, setting, seeds_of(record, scale, setting)).values()
                 change = over_plain(record, scale, setting)
                 if not known(losses) or not known(change):
                     continue
@@ -39,7 +39,7 @@ def write_summary(path: Path, record: Record) -> None:
                 told += [scale.tokens_per_step, setting.name, *(bags(setting) or ('', '', ''))]
                 told += [f'{record.rate(scale, setting):g}', len(losses), f'{statistics.fmean(losses):.4f}']
                 best = over_best(record, scale, setting) if len(of_any_size(record, scale)) > 1 else []
-                lines.writerow([*told, *_mean(change), *_mean(best)])
+                lines.writerow([*told, *_mean(change), *_mean(best), f'{len(best)}' if known(best) else ''])
 
 
 def _mean(change: list[float]) -> list[str]:

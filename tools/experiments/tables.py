@@ -1,4 +1,4 @@
-"""The tables of docs/evidence.md, each between two markers of its own; what they say is told in the page."""
+"""The tables of the README and of docs/evidence.md, each between two markers of its own; pages say what they mean."""
 
 import itertools
 import math
@@ -7,12 +7,9 @@ import statistics
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
-from tools.experiments.judge import best_plain, has_baseline, known, over_best, over_plain, seeds_of, sure
+from tools.experiments.judge import best_plain, has_baseline, is_fresh, known, over_best, over_plain, seeds_of, sure
 from tools.experiments.questions import (
     ALL_SEEDS,
-    CHOSEN,
-    CHOSEN_SEEDS,
-    FRESH,
     GRID_BAGS,
     GRID_SHARES,
     NONE,
@@ -61,18 +58,19 @@ def shown(changes: Iterable[float]) -> str:
 
 
 def loss(record: Record, scale: Scale, setting: Setting, seeds: Sequence[int]) -> str:
-    """Mean and deviation of the final loss; empty if there is none."""
-    losses = record.judged(scale, setting, seeds).values()
+    """Mean and deviation of the final loss, at the rate a setting is judged at; empty if it was not run."""
+    return mean_of(record.judged(scale, setting, seeds).values())
+
+
+def mean_of(losses: Collection[float]) -> str:
+    """Mean and deviation of some losses; their number in brackets where that is not three."""
     if not losses:
         return ''
     if not all(map(math.isfinite, losses)):
         return 'diverged'
-    return _mean(losses)
-
-
-def _mean(losses: Collection[float]) -> str:
     deviation = f' ± {statistics.stdev(losses):.3f}' if len(losses) > 1 else ''
-    return f'{statistics.fmean(losses):.3f}{deviation}'
+    number = f' ({len(losses)})' if len(losses) != len(SEEDS) else ''
+    return f'{statistics.fmean(losses):.3f}{deviation}{number}'
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -86,7 +84,8 @@ def _budget(scale: Scale) -> str:
 
 
 def _of(scale: Scale) -> list[str]:
-    return [scale.text, _budget(scale), f'{scale.steps:,}', f'{scale.tokens_per_step:,}']
+    text = f'{scale.text}, rows of {scale.seq_len}' if scale == MPT_256 else scale.text
+    return [text, _budget(scale), f'{scale.steps:,}', f'{scale.tokens_per_step:,}']
 
 
 def over_best_plain(record: Record) -> str:
@@ -103,24 +102,34 @@ def over_best_plain(record: Record) -> str:
     return table([*columns, 'lowest setting', 'over the best plain run', 'chosen by these seeds'], rows)
 
 
+def recipe(record: Record) -> str:
+    """The published recipe, where plain training was run in steps of two sizes: over that of its own, and the best."""
+    rows = [
+        [_budget(scale), _steps(scale), shown(changes), shown(over_best(record, scale, PUBLISHED))]
+        for sizes in BY_SIZE.values()
+        for scale in sizes
+        if known(changes := over_plain(record, scale, PUBLISHED))
+    ]
+    columns = ['tokens per parameter', 'steps', 'over plain training in the same steps', 'over the best plain run']
+    return table(columns, rows)
+
+
 def _recipe(record: Record, best: Scale, sizes: Sequence[Scale]) -> str:
     """The published recipe in steps of plain training's best size, or of the other if it was not run in these."""
     for scale in sorted(sizes, key=lambda scale: scale != best):
-        if known(found := over_best(record, scale, PUBLISHED, ALL_SEEDS)):
+        if known(found := over_best(record, scale, PUBLISHED)):
             return f'{shown(found)}; {_steps(scale)}'
     return NOT_YET
 
 
 def _lowest(record: Record, sizes: Sequence[Scale]) -> list[str]:
     cells = [(scale, setting) for scale in sizes for setting in SETTINGS]
-    found = {cell: each for cell in cells if known(each := over_best(record, *cell))}
-    if not found:
+    ends = {cell: losses for cell in cells if known(losses := record.judged(*cell, SEEDS).values())}
+    if not ends:
         return [NOT_YET, '', '']
-    lowest = min(found, key=lambda cell: statistics.fmean(found[cell]))
-    # Where it was run again at seeds that did not choose it, these judge.
-    fresh = over_best(record, *lowest, FRESH)
-    judged = fresh if len(fresh) == len(FRESH) else found[lowest]
-    return [f'{lowest[1].name}; {_steps(lowest[0])}', shown(judged), 'no' if judged is fresh else 'yes']
+    scale, setting = min(ends, key=lambda cell: statistics.fmean(ends[cell]))
+    chosen = 'no' if is_fresh(record, scale, setting) else 'yes'
+    return [f'{setting.name}; {_steps(scale)}', shown(over_best(record, scale, setting)), chosen]
 
 
 def _steps(scale: Scale) -> str:
@@ -139,24 +148,11 @@ def same_steps(record: Record) -> str:
     return table([*columns, *(setting.name for setting in SETTINGS)], rows)
 
 
-def again(record: Record) -> str:
-    """What was chosen by runs at some seeds, at others; and beside it at 80 the recipe, which nothing chose."""
-    rows = [
-        [*_of(scale), setting.name, ', '.join(map(str, sorted(found))), shown(found.values())]
-        for scale in LLAMAS
-        for settings, seeds in [(CHOSEN, CHOSEN_SEEDS) if scale == PYTHON_20 else (SETTINGS, FRESH)]
-        for setting in settings
-        if len(found := record.changes(scale, setting, seeds)) == len(SEEDS)
-    ]
-    columns = ['text', 'tokens per parameter', 'steps', 'tokens per step', 'setting', 'seeds']
-    return table([*columns, 'over plain in the same steps'], rows)
-
-
 def size_of_steps(record: Record) -> str:
     """The same tokens in steps of two sizes, at the seeds of both."""
     rows = []
     for scales in BY_SIZE.values():
-        for setting in (BASELINE, *SETTINGS):
+        for setting in (BASELINE, PUBLISHED):
             smaller, larger = (record.judged(each, setting, SEEDS) for each in scales)
             if change := differences(larger, smaller):
                 ends = [f'{_steps(each)}: {loss(record, each, setting, SEEDS)}' for each in scales]
@@ -166,24 +162,41 @@ def size_of_steps(record: Record) -> str:
 
 
 def copying(record: Record) -> str:
-    """Where runs at 40 and 80 tokens per parameter end, on tokens that repeat and on others."""
+    """What runs at 40 and 80 tokens per parameter gain on tokens that repeat, and on others.
+
+    Losses of plain training; of the others the changes from it in the same steps, at the seeds of both.
+    """
     found = read_copying(COPYING, record)
     measured = [job for job in at_40_and_80(record) if job.key in found]
     rows = []
-    for (scale, setting), jobs in itertools.groupby(measured, key=lambda job: (job.scale, job.setting)):
-        losses = [found[job.key] for job in jobs]
-        cells = [_mean(each) for each in zip(*losses, strict=True)]
-        rows.append([_budget(scale), _steps(scale), setting.name, f'{len(losses)}', *cells])
-    columns = ['tokens per parameter', 'steps', 'setting', 'seeds', 'all tokens', 'that repeat', 'others']
+    for scale, jobs in itertools.groupby(measured, key=lambda job: job.scale):
+        plain: dict[int, list[float]] = {}
+        of_scale = []
+        for setting, runs in itertools.groupby(jobs, key=lambda job: job.setting):
+            losses = {job.seed: found[job.key] for job in runs}
+            if setting == BASELINE:
+                plain = losses
+                cells = [mean_of(each) for each in zip(*losses.values(), strict=True)]
+            else:
+                both = [zip(losses[seed], plain[seed], strict=True) for seed in losses if seed in plain]
+                changes = [[here - there for here, there in each] for each in both]
+                cells = [shown(each) for each in zip(*changes, strict=True)]
+            of_scale.append([_budget(scale), _steps(scale), setting.name, *cells])
+        rows += of_scale if len(of_scale) > 1 else []
+    columns = ['tokens per parameter', 'steps', 'setting', 'all tokens', 'that repeat', 'others']
     return table(columns, rows)
 
 
 def batch(record: Record) -> str:
-    """`batch` over `sequence` with the same bags."""
+    """`batch` over `sequence` with the same bags, each at the rate it is judged at."""
     pairs = ((S4, S4_BATCH), (PUBLISHED, PUBLISHED_BATCH), (PHASES, PHASES_BATCH))
     rows = []
     for scale in SCALES.values():
-        cells = [shown(_over(record, scale, there, here)) for here, there in pairs]
+        cells = []
+        for here, there in pairs:
+            seeds = seeds_of(record, scale, there)
+            changes = differences(record.judged(scale, there, seeds), record.judged(scale, here, seeds))
+            cells.append(shown(changes.values()))
         if any(cells):
             rows.append([*_of(scale), *cells])
     columns = ['text', 'tokens per parameter', 'steps', 'tokens per step']
@@ -194,13 +207,15 @@ def _over(record: Record, scale: Scale, setting: Setting, other: Setting) -> lis
     """Final losses minus another setting's, both at the rate of the baseline, at the seeds the setting is judged at."""
     if not has_baseline(record, scale):
         return []
-    plain, seeds = record.tuned(scale, BASELINE), seeds_of(scale, setting)
+    plain, seeds = record.tuned(scale, BASELINE), seeds_of(record, scale, setting)
     return list(differences(*(record.losses(scale, each, plain, seeds) for each in (setting, other))).values())
 
 
 def grid(record: Record) -> str:
     """Share by bag size at 20 tokens per parameter, one seed; and the means of rows and columns."""
-    plain = record.tuned(PYTHON_20, BASELINE) if has_baseline(record, PYTHON_20) else 0.0
+    if not has_baseline(record, PYTHON_20):
+        return ''
+    plain = record.tuned(PYTHON_20, BASELINE)
     base = record.losses(PYTHON_20, BASELINE, plain, SEEDS[:1])
 
     def mean(shares: Sequence[float], sizes: Sequence[int]) -> str:
@@ -217,17 +232,12 @@ def grid(record: Record) -> str:
 
 
 def others(record: Record) -> str:
-    """What reads less data, and what reads little data more than once, over plain training on the same text."""
+    """What reads no more data, and what reads little data more than once, over plain training on the same text."""
     rows = []
     for setting in (*NONE, limited(S4), limited(PUBLISHED)):
         plain = limited(BASELINE) if LIMITED in setting.name else BASELINE
-        rows.append(
-            [
-                *(setting.name, loss(record, PYTHON_20, setting, SEEDS), loss(record, PYTHON_20, plain, SEEDS)),
-                shown(_over(record, PYTHON_20, setting, plain)),
-            ]
-        )
-    return table(['setting', 'ends at', 'plain ends at', 'over plain in the same steps'], rows)
+        rows.append([setting.name, shown(_over(record, PYTHON_20, setting, plain))])
+    return table(['setting', 'over plain in the same steps'], rows)
 
 
 def mpt(record: Record) -> str:
@@ -271,10 +281,7 @@ def speed_up(curve: Sequence[tuple[float, float]], change: float) -> str:
 
 TABLES: dict[str, Callable[[Record], str]] = {
     each.__name__: each
-    for each in (
-        *(over_best_plain, same_steps, again, size_of_steps, copying, batch, grid, others),
-        mpt,
-    )
+    for each in (recipe, over_best_plain, same_steps, size_of_steps, copying, grid, batch, others, mpt)
 }
 _MARKED = re.compile(r'(<!-- table: (\w+) -->\n).*?(<!-- end -->)', re.DOTALL)
 

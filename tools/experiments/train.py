@@ -125,7 +125,7 @@ def _row(job: Job, folder: Path) -> Row:
     scale, run = job.scale, name(job)
     checkpoints = folder / run / 'checkpoints'
     if list(checkpoints.glob(f'ep*-ba{job.steps}-rank0.pt')):
-        shutil.rmtree(checkpoints)  # killed after the end but before its row was written: it cannot go on
+        shutil.rmtree(checkpoints)  # it ended, but its row was not written or was deleted: it cannot go on
     place = [f'variables.folder={folder}', f'run_name={run}', 'python_log_level=warning']
     # Without autocast's cache, which would hold the weights of the first step.
     with torch.autocast('cpu', dtype=torch.bfloat16, enabled=scale.autocast, cache_enabled=False):

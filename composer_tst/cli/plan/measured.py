@@ -12,9 +12,8 @@ from composer_tst.cli.plan.model import Model
 
 # Shares of steps are rounded to whole steps: nearer than this they are the same.
 SAME_SHARE = 0.01
-SAME_SCALE = 1.5  # within this factor of a known size, budget or number of steps, that tells alone
+SAME_SCALE = 1.5  # within this factor two sizes, budgets or numbers of steps are the same
 FAR = 3.0  # times the largest or the smallest that is known
-SEEDS = 3  # of a change from the best plain run
 # By number of seeds, how many of its deviations a change must have so that chance alone makes one in 20 as large:
 # Student's t, two-sided.
 DEVIATIONS = {3: 2.48, 4: 1.59, 5: 1.24, 6: 1.05}
@@ -43,6 +42,7 @@ class Measured:
     tokens_per_step: int = 0
     change_from_best: float | None = None
     deviation_from_best: float | None = None
+    seeds_from_best: int = 0
     family: str = 'a Llama'
 
     @property
@@ -60,7 +60,9 @@ class Measured:
         """Whether it surely gained over the best plain run of as many tokens."""
         if self.change_from_best is None or self.deviation_from_best is None:
             return False
-        return self.change_from_best < 0 and is_sure(self.change_from_best, self.deviation_from_best, SEEDS)
+        return self.change_from_best < 0 and is_sure(
+            self.change_from_best, self.deviation_from_best, self.seeds_from_best
+        )
 
 
 def read_measured(model: Model) -> list[tuple[list[int], list[float], str, Measured]]:
@@ -88,6 +90,7 @@ def read_measured(model: Model) -> list[tuple[list[int], list[float], str, Measu
                         float(line[name]) if line[name] else None
                         for name in ('change_from_best', 'deviation_from_best')
                     ),
+                    seeds_from_best=int(line['seeds_from_best'] or 0),
                     family='an MPT' if near else 'a Llama',
                 ),
             )

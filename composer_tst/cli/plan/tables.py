@@ -65,7 +65,7 @@ def all_that_is_known(plan: dict[str, Any]) -> list[str]:
     expected = plan['expected']
     if expected:
         lines.append(
-            f'expected loss       {change(expected["change"])} nats against plain training at this cost, by '
+            f'expected loss       {change(expected["change"])} nats against plain training of as many steps, by '
             f'{expected["source"]}, {expected["tokens_per_parameter"]:.3g} tokens per parameter in '
             f'{expected["steps"]:,} steps ({span_of(expected)})'
         )

@@ -20,7 +20,7 @@ from composer_tst.cli.plan.units import si, times
 GAINS, UNKNOWN, WORSE = 'likely gains', 'not known', 'likely worse than plain training'
 REFUSED = 'training refuses it'
 PUBLISHED_STEPS, PUBLISHED_TOKENS = 20_000, 12  # the fewest of published runs, the latter per parameter
-FEW_STEPS = 2_000  # with fewer, nothing gained here
+FEW_STEPS, MANY_TOKENS = 2_000, 40  # in fewer steps, on fewer tokens per parameter, nothing gained here
 MIXTURES = (
     'Of mixtures of experts one pair is published, with 10B parameters: after 50,000 steps it ended better by 0.016 '
     'than the plain run after 125,000.'
@@ -61,8 +61,7 @@ def judge(
         row = nearest([*grids, *rows, *others] if verdict == UNKNOWN else [from_measured(each) for each in near])
         if row.who == 'published':
             why = MIXTURES if model.active < model.parameters else 'No run that is known is near this one.'
-    long = max(steps, FEW_STEPS) if verdict == GAINS else steps  # what gained is not advised against
-    advised = advice(model, budget[0], long, other=(bag, round(share, 2)) != (6, 0.3))
+    advised = advice(model, *budget, other=(bag, round(share, 2)) != (6, 0.3))
     return Verdict(verdict, why, _row(row, row not in [*grids, *rows]), _distance(row, model, *budget), advised)
 
 
@@ -101,8 +100,8 @@ def is_published(model: Model, tokens_per_parameter: float, steps: int) -> bool:
 
 def advice(model: Model, tokens_per_parameter: float, steps: int, other: bool = False) -> str:
     """What README recommends for a run of that length, with ``other`` bags than the published or not."""
-    if steps < FEW_STEPS:
-        return f'In fewer than {FEW_STEPS:,} steps train plainly.'
+    if steps < FEW_STEPS and tokens_per_parameter < MANY_TOKENS:
+        return f'In fewer than {FEW_STEPS:,} steps, on fewer than {MANY_TOKENS} tokens per parameter, train plainly.'
     if is_published(model, tokens_per_parameter, steps):
         return f'Use algorithms: {RECIPE}. --write NEW.yaml writes the YAML, with the scheduler for it.'
     these = 'these bags, or ' if other else ''
@@ -157,7 +156,7 @@ def _by_budgets(
 def _only_here(near: Sequence[Measured]) -> str:
     if any(each.change_from_best is None for each in near):
         return 'plain training was not tried there in steps of another size'
-    return 'not over plain training in steps of its best size'
+    return 'it is not sure that they did over plain training in steps of its best size'
 
 
 def _same(here: float, there: float) -> bool:
