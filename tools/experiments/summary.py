@@ -24,7 +24,7 @@ def write_summary(path: Path, record: Record) -> None:
     In steps of its own size; and from the best plain run of the same model on as many tokens, where plain training was
     run in steps of more than one size. Runs on limited data are left out: they have a baseline of their own.
     """
-    settings = {setting.name: setting for ask in asked(record) for setting in (BASELINE, *ask.settings)}
+    settings = {setting.name: setting for ask in asked() for setting in (BASELINE, *ask.settings)}
     with path.open('w', newline='') as file:
         lines = csv.writer(file, lineterminator='\n')
         lines.writerow(COLUMNS)
