@@ -11,12 +11,12 @@ from matplotlib.lines import Line2D
 from tools.experiments.judge import known, over_plain
 from tools.experiments.record import Record
 from tools.experiments.scales import PROSE, PYTHON, Scale
-from tools.experiments.settings import PHASES_BATCH, PUBLISHED, Setting
+from tools.experiments.settings import PUBLISHED, SMALL_BAGS, Setting
 from tools.experiments.tables import LLAMAS
 
 COLORS = {1: '#8c8c8c', 5: '#56b4e9', 20: '#0072b2', 40: '#e69f00', 80: '#d55e00'}  # tokens per parameter
 MARKERS = {1_024: 'o', 4_096: 's', 16_384: 'D'}  # tokens per step
-SETTINGS = {PUBLISHED: 'published recipe', PHASES_BATCH: 'phases 8, 4, 2, batch'}  # filled, hollow
+SETTINGS = {PUBLISHED: 'published recipe', SMALL_BAGS: 'bags of 2 for 40 %'}  # filled, hollow
 QUIET = '#6b6b6b'
 # Label, steps and gain of the published pairs of equal steps (paper, sections 4 and 5) and of the reproduction.
 ELSEWHERE = (
