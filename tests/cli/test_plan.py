@@ -466,12 +466,14 @@ def test_a_verdict_of_few_steps_is_by_the_nearest_budgets_on_either_side(monkeyp
         WORSE, 'In the runs measured nearest, of 350 steps, these bags ended worse.'
     )  # fmt: skip
     assert few.nearest.startswith('worse 0.050 ± 0.015 nats: measured, a Llama of 400k parameters on prose, 1 tokens')
-    assert judged(400_000, 5, 1_800).why == (
-        'In the runs measured nearest, of 1,800 steps, it is not sure that these bags gained.'
-    )
+    level = judged(400_000, 5, 1_800)
+    assert level.why == 'In the runs measured nearest, of 1,800 steps, it is not sure that these bags gained.'
+    assert level.nearest.startswith('level (better 0.030 ± 0.015) nats: measured, ')
     assert judged(400_000, 20, 7_000).verdict == GAINS
     # Between budgets that differ, the one of fewer steps tells too, though the other is nearer.
-    assert 'of 1,800 and 7,100 steps, it is not sure that these' in judged(400_000, 20, 4_000).why
+    assert judged(400_000, 20, 4_000).why == (
+        'In the runs measured nearest, of 1,800 and 7,100 steps, these bags gained in some, and not surely in others.'
+    )
     # What gained in a run that is far from this one is no promise.
     assert judged(4_000_000, 20, 7_000).why.endswith('these bags gained, but they are far from this one.')
     assert judged(400_000, 20, 12_000).verdict == UNKNOWN
@@ -514,7 +516,8 @@ def test_all_that_is_known_is_shown_if_asked_for():
     lines = run(QUICKSTART / 'baseline.yaml', '--bag-size', 6, '--duration', '0.3dur', '--verbose').stdout.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith('measured '))
     assert lines[at] == (
-        'measured            in nats, on an MPT of 2.62M parameters (docs/evidence.md), where this run has 918k:'
+        'measured            in nats against plain training of as many steps, on an MPT of 2.62M parameters '
+        '(docs/evidence.md), where this run has 918k:'
     )
     assert re.fullmatch(r' +better 0\.\d{3} ± 0\.\d{3} at .* tokens per parameter, 2,000 steps of .*', lines[at + 1])
     assert any(line.startswith('equivalent tokens ') for line in lines)

@@ -12,11 +12,12 @@ from tools.experiments.settings import BASELINE, PUBLISHED, Setting
 
 
 def seeds_of(record: Record, scale: Scale, setting: Setting) -> Sequence[int]:
-    """The seeds a setting is judged at: of one that runs at some of them chose, the others once they are run."""
+    """The seeds a setting is judged at: if some of them chose it the others, once all of these are run."""
     if scale == PYTHON_20 and setting in CHOSEN:
         return CHOSEN_SEEDS
-    if scale in BY_SIZE[80] and setting not in (BASELINE, PUBLISHED):
-        return FRESH if is_fresh(record, scale, setting) else SEEDS
+    if scale in BY_SIZE[80] and setting != BASELINE:
+        later = ALL_SEEDS if setting == PUBLISHED else FRESH  # nothing chose the published recipe
+        return later if is_fresh(record, scale, setting) else SEEDS
     return MPT_CHOSEN.get(setting, ALL_SEEDS) if scale == MPT_64 else ALL_SEEDS
 
 

@@ -37,7 +37,7 @@ def write_summary(path: Path, record: Record) -> None:
                     continue
                 told = [scale.name, scale.text, scale.parameters, f'{scale.tokens_per_parameter:.2f}', scale.steps]
                 told += [scale.tokens_per_step, setting.name, *(bags(setting) or ('', '', ''))]
-                told += [f'{record.rate(scale, setting):g}', len(losses), f'{statistics.fmean(losses):.4f}']
+                told += [f'{record.rate(scale, setting):g}', len(change), f'{statistics.fmean(losses):.4f}']
                 best = over_best(record, scale, setting) if len(of_any_size(record, scale)) > 1 else []
                 lines.writerow([*told, *_mean(change), *_mean(best), f'{len(best)}' if known(best) else ''])
 

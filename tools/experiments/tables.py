@@ -89,7 +89,7 @@ def _of(scale: Scale) -> list[str]:
 
 
 def over_best_plain(record: Record) -> str:
-    """Where plain training was run in steps of two sizes: the recipe and the lowest setting over the best of these."""
+    """Where plain training was run in steps of two sizes: the recipe and the chosen setting over the best of these."""
     rows = []
     for sizes in BY_SIZE.values():
         if not all(has_baseline(record, scale) for scale in sizes):
@@ -97,16 +97,17 @@ def over_best_plain(record: Record) -> str:
             continue
         best = best_plain(record, sizes[0])
         plain = [_steps(best), loss(record, best, BASELINE, SEEDS)]
-        rows.append([_budget(best), *plain, _recipe(record, best, sizes), *_lowest(record, sizes)])
+        rows.append([_budget(best), *plain, _recipe(record, best, sizes), *_chosen(record, sizes)])
     columns = ['tokens per parameter', 'best plain run', 'ends at', f'{PUBLISHED.name} over it']
-    return table([*columns, 'lowest setting', 'over the best plain run', 'chosen by these seeds'], rows)
+    return table([*columns, 'chosen setting', 'over the best plain run', 'chosen by these seeds'], rows)
 
 
 def recipe(record: Record) -> str:
-    """The published recipe, where plain training was run in steps of two sizes: over that of its own, and the best."""
+    """The published recipe over plain training in steps of its own size and of the best, where both sizes were run."""
     rows = [
         [_budget(scale), _steps(scale), shown(changes), shown(over_best(record, scale, PUBLISHED))]
         for sizes in BY_SIZE.values()
+        if all(has_baseline(record, each) for each in sizes)
         for scale in sizes
         if known(changes := over_plain(record, scale, PUBLISHED))
     ]
@@ -122,14 +123,16 @@ def _recipe(record: Record, best: Scale, sizes: Sequence[Scale]) -> str:
     return NOT_YET
 
 
-def _lowest(record: Record, sizes: Sequence[Scale]) -> list[str]:
+def _chosen(record: Record, sizes: Sequence[Scale]) -> list[str]:
     cells = [(scale, setting) for scale in sizes for setting in SETTINGS]
     ends = {cell: losses for cell in cells if known(losses := record.judged(*cell, SEEDS).values())}
     if not ends:
         return [NOT_YET, '', '']
-    scale, setting = min(ends, key=lambda cell: statistics.fmean(ends[cell]))
-    chosen = 'no' if is_fresh(record, scale, setting) else 'yes'
-    return [f'{setting.name}; {_steps(scale)}', shown(over_best(record, scale, setting)), chosen]
+    # One that was run again at seeds that did not choose it stays, whatever others end at.
+    fresh = [cell for cell in ends if cell[1] != PUBLISHED and is_fresh(record, *cell)]
+    scale, setting = min(fresh or ends, key=lambda cell: statistics.fmean(ends[cell]))
+    told = shown(over_best(record, scale, setting))
+    return [f'{setting.name}; {_steps(scale)}', told, 'no' if fresh else 'yes']
 
 
 def _steps(scale: Scale) -> str:
@@ -167,7 +170,9 @@ def copying(record: Record) -> str:
     Losses of plain training; of the others the changes from it in the same steps, at the seeds of both.
     """
     found = read_copying(COPYING, record)
-    measured = [job for job in at_40_and_80(record) if job.key in found]
+    measured = [
+        job for job in at_40_and_80(record) if job.key in found and job.seed in seeds_of(record, job.scale, job.setting)
+    ]
     rows = []
     for scale, jobs in itertools.groupby(measured, key=lambda job: job.scale):
         plain: dict[int, list[float]] = {}
@@ -180,7 +185,7 @@ def copying(record: Record) -> str:
             else:
                 both = [zip(losses[seed], plain[seed], strict=True) for seed in losses if seed in plain]
                 changes = [[here - there for here, there in each] for each in both]
-                cells = [shown(each) for each in zip(*changes, strict=True)]
+                cells = [shown(each) for each in zip(*changes, strict=True)] or [''] * 3
             of_scale.append([_budget(scale), _steps(scale), setting.name, *cells])
         rows += of_scale if len(of_scale) > 1 else []
     columns = ['tokens per parameter', 'steps', 'setting', 'all tokens', 'that repeat', 'others']

@@ -41,6 +41,7 @@ class Known:
     high: float
     range: str
     deviation: float = 0.0  # over seeds; 0 if there was one
+    sure: bool = True  # that the change is none of chance; one run does not tell
 
 
 def expect(
@@ -126,6 +127,7 @@ def from_measured(found: Measured) -> Known:
         high=found.change + found.deviation,
         range=f'a standard deviation over {found.seeds} seeds',
         deviation=found.deviation,
+        sure=found.is_better or found.is_worse,
     )
 
 

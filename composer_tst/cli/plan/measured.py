@@ -14,8 +14,7 @@ from composer_tst.cli.plan.model import Model
 SAME_SHARE = 0.01
 SAME_SCALE = 1.5  # within this factor two sizes, budgets or numbers of steps are the same
 FAR = 3.0  # times the largest or the smallest that is known
-# By number of seeds, how many of its deviations a change must have so that chance alone makes one in 20 as large:
-# Student's t, two-sided.
+# How many of its deviations a mean change must exceed, by the number of seeds: Student's t, 5 %, two-sided.
 DEVIATIONS = {3: 2.48, 4: 1.59, 5: 1.24, 6: 1.05}
 
 

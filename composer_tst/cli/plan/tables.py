@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from composer_tst.cli.plan.keys import RECIPE
+from composer_tst.cli.plan.measured import is_sure
 from composer_tst.cli.plan.units import si, size, span
 from composer_tst.cli.plan.verdict import change
 
@@ -77,12 +78,14 @@ def all_that_is_known(plan: dict[str, Any]) -> list[str]:
     if found:
         who = f'{found[0]["family"]} of {si(found[0]["parameters"])} parameters'
         lines.append(
-            f'measured            in nats, on {who} (docs/evidence.md), where this run has {si(plan["parameters"])}:'
+            f'measured            in nats against plain training of as many steps, on {who} (docs/evidence.md), where '
+            f'this run has {si(plan["parameters"])}:'
         )
     for of in found:
+        told = change(of['change'], of['deviation'], is_sure(of['change'], of['deviation'], of['seeds']))
         lines.append(
-            f'{change(of["change"]):>32} ± {of["deviation"]:.3f} at {of["tokens_per_parameter"]:.2g} tokens per '
-            f'parameter, {of["steps"]:,} steps of {of["text"]}, {of["seeds"]} seeds'
+            f'{told:>42} at {of["tokens_per_parameter"]:.2g} tokens per parameter, {of["steps"]:,} steps of '
+            f'{of["text"]}, {of["seeds"]} seeds'
         )
     return lines
 

@@ -99,7 +99,7 @@ def is_published(model: Model, tokens_per_parameter: float, steps: int) -> bool:
 
 
 def advice(model: Model, tokens_per_parameter: float, steps: int, other: bool = False) -> str:
-    """What README recommends for a run of that length, with ``other`` bags than the published or not."""
+    """Say what the README recommends for so many tokens and steps; ``other`` if the bags are not the published ones."""
     if steps < FEW_STEPS and tokens_per_parameter < MANY_TOKENS:
         return f'In fewer than {FEW_STEPS:,} steps, on fewer than {MANY_TOKENS} tokens per parameter, train plainly.'
     if is_published(model, tokens_per_parameter, steps):
@@ -143,8 +143,10 @@ def _by_budgets(
     there = f'In the runs measured nearest, of {nearest} steps'
     if all(each.is_worse for each in near):
         return WORSE if steps < FEW_STEPS else UNKNOWN, f'{there}, {who} ended worse.', near
-    if not all(each.is_better for each in near):
+    if not any(each.is_better for each in near):
         return UNKNOWN, f'{there}, it is not sure that {"these bags" if these else "anything tried"} gained.', near
+    if not all(each.is_better for each in near):
+        return UNKNOWN, f'{there}, {who} gained in some, and not surely in others.', near
     if not all(each.beats_best_plain for each in near):
         return UNKNOWN, f'{there}, {who} gained, but {_only_here(near)}.', near
     close = _same(steps, every[0].steps) and _same(tokens_per_parameter, every[0].tokens_per_parameter)
@@ -154,7 +156,7 @@ def _by_budgets(
 
 
 def _only_here(near: Sequence[Measured]) -> str:
-    if any(each.change_from_best is None for each in near):
+    if all(each.beats_best_plain for each in near if each.change_from_best is not None):
         return 'plain training was not tried there in steps of another size'
     return 'it is not sure that they did over plain training in steps of its best size'
 
@@ -164,12 +166,10 @@ def _same(here: float, there: float) -> bool:
 
 
 def _row(row: Known, others: bool) -> str:
-    spread = f' ± {row.deviation:.3f}' if row.deviation else ''
     who = f'{row.who}, {si(row.parameters)} parameters' if row.who == 'published' else f'{row.who}, {row.source}'
     tokens = f'{row.tokens / row.parameters:.3g} tokens per parameter'
-    return (
-        f'{change(row.change)}{spread} nats: {who}{" with other bags" if others else ""}, {tokens}, {row.steps:,} steps'
-    )
+    told = change(row.change, row.deviation, row.sure)
+    return f'{told} nats: {who}{" with other bags" if others else ""}, {tokens}, {row.steps:,} steps'
 
 
 def _distance(row: Known, model: Model, tokens_per_parameter: float, steps: int) -> str:
@@ -181,6 +181,8 @@ def _distance(row: Known, model: Model, tokens_per_parameter: float, steps: int)
     return f'this run has {", ".join(times(ratio, what) for what, ratio in ratios.items())}'
 
 
-def change(nats: float) -> str:
-    """A change of the final loss in words."""
-    return 'level' if abs(nats) < 0.0005 else f'{"better" if nats < 0 else "worse"} {abs(nats):.3f}'
+def change(nats: float, deviation: float = 0.0, sure: bool = True) -> str:
+    """A change of the final loss in words, with its deviation over seeds if it has one."""
+    spread = f' ± {deviation:.3f}' if deviation else ''
+    told = f'{"better" if nats < 0 else "worse"} {abs(nats):.3f}{spread}' if abs(nats) >= 0.0005 else f'level{spread}'
+    return told if sure or told.startswith('level') else f'level ({told})'
